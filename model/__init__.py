@@ -1,0 +1,11 @@
+"""The network: tensors in, tensors out, scriptable and exportable."""
+
+from .config import PRESETS, Config
+from .network import DMMNet
+from .state import Affinity, Output, Proposals, State
+from .weights import digest, load_weights, read_weights, save_weights
+
+__all__ = [
+    "PRESETS", "Affinity", "Config", "DMMNet", "Output", "Proposals", "State",
+    "digest", "load_weights", "read_weights", "save_weights",
+]

@@ -1,0 +1,86 @@
+"""Everything that decides what a `DMMNet` computes, as one frozen dataclass, and the paper's settings as presets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+REFINEMENTS = ("none", "light")
+DYKSTRA = ("reset", "carry")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a `DMMNet`; the defaults match on mask overlap alone and need no weights.
+
+    Features: `backbone` is any timm model with four feature levels (`features_only`), or "none". Frames are resized to
+    `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`.
+    Matching: `iou_weight` is lambda of Eq. 1; `n_grad`, `n_proj`, `lr`, `dykstra` are the layer's (Algorithm 1).
+    Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
+    similarity with the template above `min_cosine`; otherwise the object keeps its last mask and is lost.
+    Refinement: "none" or "light" with `hidden` channels in its coarsest ConvLSTM layer.
+    """
+
+    backbone: str = "none"
+    input_size: tuple[int, int] | None = None
+    short_side: int | None = None
+    iou_weight: float = 1.0
+    n_grad: int = 40
+    n_proj: int = 5
+    lr: float = 0.1
+    dykstra: str = "reset"
+    top: int = 50
+    min_iou: float = 0.0
+    min_cosine: float = 0.9
+    refine: str = "none"
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"Config: {name} must be {rule}, got {getattr(self, name)!r}")
+
+        if self.input_size is not None:
+            object.__setattr__(self, "input_size", tuple(self.input_size))  # JSON has lists only
+            require(len(self.input_size) == 2 and min(self.input_size) >= 32, "input_size", "(height, width), each >= 32")
+        require(self.short_side is None or self.short_side >= 32, "short_side", "None or at least 32")
+        require(self.input_size is None or self.short_side is None, "short_side", "None when input_size is given")
+        require(0.0 <= self.iou_weight <= 1.0, "iou_weight", "in [0, 1]")
+        require(self.backbone != "none" or self.iou_weight == 1.0, "iou_weight", "1 without a backbone")
+        require(self.n_grad >= 1, "n_grad", "at least 1")
+        require(self.n_proj >= 1, "n_proj", "at least 1")
+        require(self.lr > 0.0, "lr", "positive")
+        require(self.dykstra in DYKSTRA, "dykstra", f"one of {DYKSTRA}")
+        require(self.top >= 1, "top", "at least 1")
+        require(0.0 <= self.min_iou < 1.0, "min_iou", "in [0, 1)")
+        require(0.0 < self.min_cosine <= 1.0, "min_cosine", "in (0, 1]")
+        require(self.refine in REFINEMENTS, "refine", f"one of {REFINEMENTS}")
+        require(self.refine == "none" or self.backbone != "none", "refine", "'none' without a backbone")
+        require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a positive multiple of 8")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Config:
+        """The settings called `name` (see `PRESETS`), with `changes` on top."""
+        if name not in PRESETS:
+            raise ValueError(f"Config: preset must be one of {tuple(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`; a name that is not a field is an error, not ignored."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"Config: unknown settings {unknown}")
+        return cls(**values)
+
+
+# Section 4.1. DMM-Net is ResNet-50, DMM-Net+ ResNet-101: `Config.preset("youtube-vos", backbone="resnet101")`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "iou": {},
+    "youtube-vos": {"backbone": "resnet50", "input_size": (255, 448), "iou_weight": 0.3},
+    "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3},
+    "segtrack": {"backbone": "resnet50", "short_side": 800, "iou_weight": 0.9},
+}

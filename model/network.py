@@ -1,0 +1,213 @@
+"""DMM-Net: match proposals with templates, then refine the matched masks. Tensors in, tensors out."""
+
+from typing import List, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dmm_fast.ops  # noqa: F401  (registers torch.ops.dmm)
+
+from .config import Config
+from .features import roi_means
+from .masks import label_map, mask_boxes, mask_iou, paste
+from .refinement import LightRefinement
+from .state import Affinity, Output, Proposals, State, empty_like, merge
+
+
+def make_backbone(name: str, pretrained: bool) -> Tuple[nn.Module, List[int], List[int], List[float], List[float]]:
+    """A timm backbone with its four coarsest levels (conv2-5): module, channels, strides, input mean, input std."""
+    import timm  # slow to import, and not needed without a backbone
+
+    try:
+        net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
+    except OSError as error:
+        raise RuntimeError(
+            f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be downloaded. "
+            f"Connect once, give a weights file of this project, or match on overlap alone (backbone 'none'). "
+            f"Cause: {error}"
+        ) from error
+    settings = timm.data.resolve_model_data_config(net)
+    return net, net.feature_info.channels(), net.feature_info.reduction(), settings["mean"], settings["std"]
+
+
+class DMMNet(nn.Module):
+    """One object slot per row, one proposal per column; a step is `encode`, `compare`, `match`, `decide`.
+
+    `step` runs the four in order. They are separate so that training can look inside, and so that another matcher can
+    take the place of `match` (see `dmm_fast.Segmenter`). Frames are [3, H, W] RGB, uint8 or float in [0, 1].
+    """
+
+    strides: List[int]  # pixels per cell of each level
+
+    def __init__(self, config: Config, pretrained: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        channels: List[int] = []
+        self.strides = []
+        mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+        self.backbone = None
+        if config.backbone != "none":
+            self.backbone, channels, self.strides, mean, std = make_backbone(config.backbone, pretrained)
+        self.refinement = LightRefinement(channels, config.hidden) if config.refine == "light" else None
+        self.channels = sum(channels)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
+        self.short_side = config.short_side or 0
+        self.iou_weight = config.iou_weight
+        self.n_grad, self.n_proj, self.lr, self.carry = config.n_grad, config.n_proj, config.lr, config.dykstra == "carry"
+        self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
+
+    def resized(self, height: int, width: int) -> Tuple[int, int]:
+        """Height and width at which a frame of this size enters the backbone."""
+        if self.input_size[0] > 0:
+            return self.input_size
+        if 0 < self.short_side < min(height, width):
+            scale = self.short_side / min(height, width)
+            return int(height * scale + 0.5), int(width * scale + 0.5)
+        return height, width
+
+    @torch.jit.export
+    def encode(self, frames: Tensor) -> List[Tensor]:
+        """Features conv2 .. conv5 of frames [B, 3, H, W], each [B, C_l, h_l, w_l]; none without a backbone."""
+        levels: List[Tensor] = []
+        if self.backbone is not None:
+            image = frames.to(self.mean.dtype)
+            if not frames.is_floating_point():
+                image = image / 255.0
+            size = self.resized(frames.size(2), frames.size(3))
+            if size != (frames.size(2), frames.size(3)):
+                image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+            levels = self.backbone((image - self.mean) / self.std)
+        return levels
+
+    def describe(self, features: List[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
+        """RoI features [R, C] of boxes [R, 4] in pixels of the frame."""
+        resized = self.resized(height, width)
+        scale = torch.tensor([resized[1] / width, resized[0] / height], dtype=boxes.dtype, device=boxes.device)
+        return roi_means(features, self.strides, boxes * scale.repeat(2))
+
+    @torch.jit.export
+    def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
+        """The state after a frame with objects `masks` [N, H, W] bool in the slots `valid` [N]."""
+        features = self.encode(frame[None])
+        height, width = masks.size(1), masks.size(2)
+        hidden: List[Tensor] = []
+        if self.refinement is not None:
+            hidden = self.refinement.start(features, masks.size(0))
+        masks = masks & valid[:, None, None]
+        return State(valid, self.describe(features, mask_boxes(masks), height, width), masks, masks, hidden)
+
+    @torch.jit.export
+    def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
+        """The state with objects `masks` [N, H, W] of this frame in the slots `new` [N]."""
+        return merge(new, state, self.start(frame, masks, new))
+
+    @torch.jit.export
+    def drop(self, gone: Tensor, state: State) -> State:
+        """The state with the slots `gone` [N] free."""
+        return merge(gone, state, empty_like(state))
+
+    @torch.jit.export
+    def compare(self, features: List[Tensor], proposals: Proposals, state: State) -> Affinity:
+        """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
+        height, width = state.masks.size(1), state.masks.size(2)
+        full = proposals.masks
+        if full.dtype != torch.bool:
+            full = paste(full, proposals.boxes, height, width) > 0.5  # [M, H, W]
+        described = self.describe(features, proposals.boxes, height, width)  # [M, C]
+        cosine = F.normalize(state.features, dim=1) @ F.normalize(described, dim=1).t()
+        return Affinity(cosine, mask_iou(state.masks, full))
+
+    @torch.jit.export
+    def cost(self, affinity: Affinity) -> Tensor:
+        """Eq. 1: C = (lambda - 1) cos - lambda IoU, [N, M]."""
+        return (self.iou_weight - 1.0) * affinity.cosine - self.iou_weight * affinity.iou
+
+    @torch.jit.export
+    def match(self, cost: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        """Algorithm 1 on the valid rows and real proposals of cost [N, M].
+
+        With fewer proposals than objects the problem is infeasible, so empty proposals (cost 0) are appended first;
+        for static shapes there are always N of them, counted only where needed. Returns X [N, M + N], where the last
+        N columns are those.
+        """
+        real = scores > float("-inf")  # [M]
+        n, m = valid.sum(), real.sum()
+        padded = torch.cat([cost * real, cost.new_zeros((cost.size(0), cost.size(0)))], 1)  # [N, M + N]
+        order = torch.argsort(valid.to(torch.uint8), descending=True, stable=True)  # valid rows first
+        matched = torch.ops.dmm.match(
+            padded[order][None], None, n[None], torch.maximum(m, n)[None], None,
+            n_grad=self.n_grad, n_proj=self.n_proj, lr=self.lr, carry=self.carry,
+        )
+        return matched[0][torch.argsort(order)]
+
+    @torch.jit.export
+    def decide(
+        self, features: List[Tensor], proposals: Proposals, affinity: Affinity, assignment: Tensor, state: State
+    ) -> Tuple[Output, State]:
+        """From an assignment X [N, >= M] (columns beyond M: empty proposals) to masks and the next state.
+
+        X * 1[X = row max] (Section 4.1) leaves a row's largest entry; among equal ones (duplicate proposals) the
+        cheapest, then the first, is kept, so that masks are never blended. Its weight is divided by its own detached
+        value: a mask in Eq. 8 then has value 1, not 0.4, inside, and the gradient of X still passes.
+        """
+        size = proposals.scores.numel()
+        similarity = -self.cost(affinity)  # [N, M]
+        if assignment.size(1) > size:
+            similarity = F.pad(similarity, [0, assignment.size(1) - size])
+        largest = assignment == assignment.amax(1, keepdim=True)
+        choice = torch.where(largest, similarity, float("-inf")).argmax(1, keepdim=True)  # [N, 1]
+        weight = assignment.gather(1, choice)  # [N, 1]
+        column = choice.clamp(max=size - 1)
+        believed = (affinity.iou.gather(1, column) > self.min_iou) | (affinity.cosine.gather(1, column) > self.min_cosine)
+        believed = believed & (choice < size) & (weight > 0) & (proposals.scores > float("-inf"))[column]
+        found = believed[:, 0] & state.valid  # [N]
+
+        matched = self.combine(proposals, column[:, 0], weight[:, 0], state.masks)
+        found = found & (matched > 0.5).flatten(1).any(1)  # an empty mask is no match
+        matched = torch.where(found[:, None, None], matched, state.masks.to(matched.dtype))
+        masks, hidden = matched, state.hidden
+        if self.refinement is not None:
+            masks, hidden = self.refinement(features, matched, state.templates.to(matched.dtype), state.hidden)
+
+        proposal = torch.where(found, column[:, 0], -1)
+        score = torch.where(found, similarity.gather(1, column)[:, 0], 0.0)
+        others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
+        others = others & (proposals.scores > float("-inf"))
+        rivals = torch.where(others, similarity[:, :size], float("-inf")).amax(1)
+        runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
+        rank = torch.argsort(torch.argsort(torch.where(found, score, -2.0), stable=True))  # lost objects lowest
+        labels = label_map(masks, rank)
+        lost = state.valid & ~found
+        output = Output(masks, matched, labels, proposal, score, runner_up, lost)
+        return output, State(state.valid, state.features, state.templates, matched > 0.5, hidden)
+
+    def combine(self, proposals: Proposals, column: Tensor, weight: Tensor, last: Tensor) -> Tensor:
+        """Eq. 8 with one proposal left per row: [N, H, W]."""
+        picked = proposals.masks[column]
+        if picked.dtype != torch.bool:
+            picked = paste(picked, proposals.boxes[column], last.size(1), last.size(2))
+        scale = weight / weight.detach().clamp(min=1e-12)
+        return picked * scale[:, None, None]
+
+    @torch.jit.export
+    def step(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:
+        """One frame. With M = 0 proposals every object is lost."""
+        if proposals.scores.numel() == 0:
+            proposals = absent(state.masks)
+        features = self.encode(frame[None])
+        affinity = self.compare(features, proposals, state)
+        assignment = self.match(self.cost(affinity), proposals.scores, state.valid)
+        return self.decide(features, proposals, affinity, assignment, state)
+
+    def forward(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:
+        return self.step(frame, proposals, state)
+
+
+def absent(masks: Tensor) -> Proposals:
+    """One padding proposal for frames of the size of `masks` [N, H, W]: stands for no proposal at all."""
+    boxes = torch.zeros((1, 4), dtype=torch.float32, device=masks.device)
+    scores = torch.full((1,), float("-inf"), dtype=torch.float32, device=masks.device)
+    return Proposals(boxes, scores, torch.zeros((1, masks.size(1), masks.size(2)), dtype=torch.bool, device=masks.device))

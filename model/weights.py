@@ -1,0 +1,54 @@
+"""Weights as safetensors, loaded strictly: a mismatch names its keys, and nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_weights(net: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    """Write the state dict of `net` to `path`; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+
+
+def load_weights(net: nn.Module, tensors: dict[str, Tensor], source: str = "weights") -> None:
+    """Copy `tensors` into `net`; every name and shape must agree, else the error lists those that do not."""
+    own = net.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in own]
+    problems += [
+        f"shape of {name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise ValueError(f"weights: {source} does not fit the model:\n  " + "\n  ".join(shown))
+    net.load_state_dict(tensors, strict=True)
+
+
+def digest(net: nn.Module) -> str:
+    """A hash of all weights: two nets with the same digest and config compute the same."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
