@@ -1,0 +1,482 @@
+// The matching layer in dual form on vector lanes. docs/matching.md derives what is computed here; its names are kept:
+// y0 the point being projected, u [N] and v [M] the duals, x = relu(y0 - u - v), one pass over N * M per Dykstra round.
+//
+// One solver, two meanings of a lane:
+//   columns   one problem at a time, lanes run across its columns (short latency for a small batch);
+//   problems  as many problems at a time as there are lanes (no reduction across lanes, no padding waste: a large batch).
+// Vector (k, r) is row r of column group k (columns) or of column k (problems). They differ only in how a row is summed.
+//
+// Absent rows and columns (ragged batches, the last column group) carry an infinite dual. Then x = relu(0 - u - v) = 0 for
+// ever, every sum sees 0, and nothing else needs a mask.
+#include "match_kernel.h"
+
+#include "simd.h"
+
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+namespace dmm::DMM_ISA {
+namespace {
+
+enum class Lanes { columns, problems };
+
+// Rows handled together, their duals and sums in registers.
+constexpr int kRowBlock = kVectorBytes == 64 ? 8 : 6;
+
+// f(integral_constant<rows>, first row) for every block of rows.
+template <typename F>
+inline void for_row_blocks(int64_t N, const F& f) {
+  int64_t r = 0;
+  for (; r + kRowBlock <= N; r += kRowBlock)
+    f(std::integral_constant<int, kRowBlock>{}, r);
+  switch (N - r) {
+    case 1: return f(std::integral_constant<int, 1>{}, r);
+    case 2: return f(std::integral_constant<int, 2>{}, r);
+    case 3: return f(std::integral_constant<int, 3>{}, r);
+    case 4: return f(std::integral_constant<int, 4>{}, r);
+    case 5: return f(std::integral_constant<int, 5>{}, r);
+    case 6: return f(std::integral_constant<int, 6>{}, r);
+    case 7: return f(std::integral_constant<int, 7>{}, r);
+    default: return;
+  }
+}
+
+// Aligned scratch for one thread's share of a call.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+template <typename T, Lanes lanes>
+class Solver {
+  using V = Vec<T>;
+  static constexpr int W = kLanes<T>;
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+ public:
+  // Mask bits of a backward are kept for as many outer steps as fit here (half of a common L2 cache); longer runs are cut
+  // into segments that start from snapshots.
+  static constexpr size_t kMaskBytes = 512 << 10;
+
+  explicit Solver(const MatchProblem<T>& problem)
+      : p_(problem), N_(problem.N), K_(lanes == Lanes::columns ? (problem.M + W - 1) / W : problem.M) {}
+
+  static int64_t groups(const MatchProblem<T>& problem) {
+    return lanes == Lanes::columns ? problem.B : (problem.B + W - 1) / W;
+  }
+
+  void forward(T* out, int64_t first, int64_t last) {
+    Scratch scratch(sizeof(V) * forward_vectors());
+    carve_forward(static_cast<V*>(scratch.get()));
+    const T scale = static_cast<T>(output_scale(p_.options));
+    for (int64_t group = first; group < last; ++group) {
+      load(group);
+      for (int64_t step = 0; step < p_.options.n_grad; ++step)
+        outer_step<false>(nullptr);
+      for (int64_t i = 0; i < K_ * N_; ++i)
+        total_[i] *= scale;
+      store(total_, out);
+    }
+  }
+
+  void backward(const T* grad, T* grad_cost, T* grad_init, T* grad_lr, int64_t first, int64_t last) {
+    const auto& options = p_.options;
+    const size_t step_bits = static_cast<size_t>(options.n_proj) * (K_ * N_ + K_);
+    int64_t segment = static_cast<int64_t>(kMaskBytes / (step_bits * sizeof(Bits)));  // outer steps whose masks are kept
+    segment = segment < 1 ? 1 : segment > options.n_grad ? options.n_grad : segment;
+    const int64_t newest = (options.n_grad - 1) / segment;  // the last segment, which may be shorter
+    const int64_t snapshots = newest > 0 ? newest - 1 : 0;   // starts of segments 1 .. newest - 1
+    const size_t state = state_vectors();
+    const size_t vectors = forward_vectors() + backward_vectors() + snapshots * state;
+    Scratch scratch(sizeof(V) * vectors + sizeof(Bits) * step_bits * segment);
+    V* const saved = carve_backward(carve_forward(static_cast<V*>(scratch.get())));
+    Bits* const bits = reinterpret_cast<Bits*>(saved + snapshots * state);
+
+    for (int64_t group = first; group < last; ++group) {
+      load(group);
+      load_grad(grad);
+      for (int64_t i = 0; i < newest; ++i) {
+        if (i > 0) std::memcpy(static_cast<void*>(saved + (i - 1) * state), y0_, state * sizeof(V));
+        for (int64_t step = 0; step < segment; ++step)
+          outer_step<false>(nullptr);
+      }
+      for (int64_t i = newest; i >= 0; --i) {
+        if (i == 0 && newest > 0)
+          begin();
+        else if (i < newest)
+          std::memcpy(static_cast<void*>(y0_), saved + (i - 1) * state, state * sizeof(V));
+        const int64_t steps = i < newest ? segment : options.n_grad - i * segment;
+        for (int64_t step = 0; step < steps; ++step)
+          outer_step<true>(bits + step * step_bits);
+        for (int64_t step = steps - 1; step >= 0; --step)
+          outer_step_backward(bits + step * step_bits, i == newest && step == steps - 1);
+      }
+      finish_grad(grad_cost, grad_init, grad_lr);
+    }
+  }
+
+ private:
+  // ---- memory ----
+  size_t state_vectors() const { return K_ * N_ + 2 * K_ + 2 * N_; }
+  size_t forward_vectors() const { return state_vectors() + 3 * K_ * N_ + K_ + 2 * N_; }
+  size_t backward_vectors() const { return 4 * K_ * N_ + 2 * K_ + 2 * N_; }
+
+  V* carve_forward(V* cursor) {
+    auto take = [&](int64_t count) { return std::exchange(cursor, cursor + count); };
+    // The state between two outer steps, contiguous so that a snapshot is one copy.
+    y0_ = take(K_ * N_), s_ = take(K_), row_sum_ = take(N_), u_ = take(N_), v_ = take(K_);
+    cost_ = take(K_ * N_), init_ = take(K_ * N_), total_ = take(K_ * N_);
+    v_start_ = take(K_), u_start_ = take(N_), inv_m_ = take(N_);
+    return cursor;
+  }
+
+  V* carve_backward(V* cursor) {
+    auto take = [&](int64_t count) { return std::exchange(cursor, cursor + count); };
+    grad_ = take(K_ * N_), dx_ = take(K_ * N_), dy_ = take(K_ * N_), dz_sum_ = take(K_ * N_);
+    ds_ = take(K_), dv_ = take(K_), du_ = take(N_), drow_ = take(N_);
+    return cursor;
+  }
+
+  // ---- between the batch in memory and the vectors of a group ----
+  int64_t rows_of(int64_t b) const { return p_.num_templates ? p_.num_templates[b] : p_.N; }
+  int64_t columns_of(int64_t b) const { return p_.num_proposals ? p_.num_proposals[b] : p_.M; }
+  T lr_of(int64_t b) const { return p_.lr ? p_.lr[b * p_.lr_stride] : static_cast<T>(p_.options.lr); }
+
+  // Copies the valid part of `source` into the vectors; 0 elsewhere.
+  void gather(const T* source, V* vectors) const {
+    std::memset(static_cast<void*>(vectors), 0, K_ * N_ * sizeof(V));
+    T* const lane = reinterpret_cast<T*>(vectors);
+    if constexpr (lanes == Lanes::columns) {
+      const T* problem = source + b_ * p_.N * p_.M;
+      for (int64_t r = 0; r < n_[0]; ++r)
+        for (int64_t c = 0; c < m_[0]; c += W)
+          copy_lanes(lane + (c / W * N_ + r) * W, problem + r * p_.M + c, m_[0] - c);
+    } else {
+      for (int l = 0; l < W; ++l) {
+        const T* problem = source + (b_ + l) * p_.N * p_.M;
+        for (int64_t r = 0; r < n_[l]; ++r)
+          for (int64_t c = 0; c < m_[l]; ++c)
+            lane[(c * N_ + r) * W + l] = problem[r * p_.M + c];
+      }
+    }
+  }
+
+  // Writes the vectors to `target`, plus the group's poison; 0 outside the valid part.
+  void store(const V* vectors, T* target) const {
+    const T* const lane = reinterpret_cast<const T*>(vectors);
+    for (int l = 0; l < problems_; ++l) {
+      T* problem = target + (b_ + l) * p_.N * p_.M;
+      for (int64_t r = 0; r < p_.N; ++r) {
+        const int64_t valid = r < n_[l] ? m_[l] : 0;
+        T* row = problem + r * p_.M;
+        if constexpr (lanes == Lanes::columns) {
+          for (int64_t c = 0; c < valid; c += W) {
+            const V value = vectors[c / W * N_ + r] + poison_;
+            copy_lanes(row + c, reinterpret_cast<const T*>(&value), valid - c);
+          }
+        } else {
+          for (int64_t c = 0; c < valid; ++c)
+            row[c] = lane[(c * N_ + r) * W + l] + poison_[l];
+        }
+        std::memset(row + valid, 0, (p_.M - valid) * sizeof(T));
+      }
+    }
+  }
+
+  static void copy_lanes(T* target, const T* source, int64_t count) {
+    if (count >= W)
+      std::memcpy(target, source, sizeof(V));
+    else
+      for (int64_t i = 0; i < count; ++i)
+        target[i] = source[i];
+  }
+
+  // Loads a group: cost_ = lr * C, init_, the absent rows and columns, and the poison: 0, or NaN where anything in the
+  // problem is not finite.
+  void load(int64_t group) {
+    b_ = lanes == Lanes::columns ? group : group * W;
+    const int64_t left = p_.B - b_;
+    problems_ = lanes == Lanes::columns ? 1 : static_cast<int>(left < W ? left : W);
+    lr_ = n_vector_ = inv_n_ = V{};
+    V inv_m = V{};
+    for (int l = 0; l < W; ++l) {
+      const int64_t b = b_ + (lanes == Lanes::columns ? 0 : l);
+      const bool present = lanes == Lanes::columns || l < problems_;
+      const bool any = present && rows_of(b) > 0 && columns_of(b) > 0;
+      n_[l] = any ? rows_of(b) : 0;
+      m_[l] = any ? columns_of(b) : 0;
+      lr_[l] = any ? lr_of(b) : 0;
+      n_vector_[l] = static_cast<T>(n_[l]);
+      inv_n_[l] = any ? T(1) / static_cast<T>(n_[l]) : 0;
+      inv_m[l] = any ? T(1) / static_cast<T>(m_[l]) : 0;
+    }
+    for (int64_t r = 0; r < N_; ++r)
+      for (int l = 0; l < W; ++l) {
+        const bool present = r < n_[l];
+        u_start_[r][l] = present ? 0 : kInfinity;
+        inv_m_[r][l] = present ? inv_m[l] : 0;
+      }
+    for (int64_t k = 0; k < K_; ++k)
+      for (int l = 0; l < W; ++l)
+        v_start_[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
+
+    gather(p_.cost, cost_);
+    if (p_.init)
+      gather(p_.init, init_);
+    else
+      std::memset(static_cast<void*>(init_), 0, K_ * N_ * sizeof(V));
+    poison_ = V{};
+    for (int64_t i = 0; i < K_ * N_; ++i)
+      poison_ += cost_[i] * 0 + init_[i] * 0, cost_[i] *= lr_;
+    if constexpr (lanes == Lanes::columns) poison_ = lane_sum<T>(poison_);
+    poison_ += lr_ * 0;
+    begin();
+  }
+
+  // The state before the first outer step: x = init.
+  void begin() {
+    const bool counts = p_.options.carry && !p_.options.last;
+    for (int64_t i = 0; i < K_ * N_; ++i) {
+      y0_[i] = init_[i] - cost_[i];
+      total_[i] = counts ? init_[i] : V{};
+    }
+    std::memcpy(static_cast<void*>(u_), u_start_, N_ * sizeof(V));
+    std::memcpy(static_cast<void*>(v_), v_start_, K_ * sizeof(V));
+    for (int64_t r = 0; r < N_; ++r) row_sum_[r] = V{};
+    for (int64_t k = 0; k < K_; ++k) {
+      s_[k] = V{};
+      for (int64_t r = 0; r < N_; ++r) {
+        row_sum_[r] += y0_[k * N_ + r];
+        s_[k] += y0_[k * N_ + r];
+      }
+    }
+    for (int64_t r = 0; r < N_; ++r) row_sum_[r] = sum_row(row_sum_[r]);
+  }
+
+  static V sum_row(V partial) {
+    if constexpr (lanes == Lanes::columns)
+      return lane_sum<T>(partial);
+    else
+      return partial;
+  }
+
+  // ---- forward ----
+  template <bool record>
+  void outer_step(Bits* bits) {
+    if (!p_.options.carry) {
+      std::memcpy(static_cast<void*>(u_), u_start_, N_ * sizeof(V));
+      std::memcpy(static_cast<void*>(v_), v_start_, K_ * sizeof(V));
+    }
+    for (int64_t round = 1; round <= p_.options.n_proj; ++round) {
+      update_duals<record>(bits);
+      if (round < p_.options.n_proj)
+        sweep<false, record>(bits);
+      else
+        sweep<true, record>(bits);
+      if constexpr (record) bits += K_ * N_ + K_;
+    }
+  }
+
+  // Steps 1 and 2 of a round: rows (d), columns (s, v). Bits of the columns: bits[K * N + k].
+  template <bool record>
+  void update_duals(Bits* bits) {
+    V d_sum = V{};
+    for (int64_t r = 0; r < N_; ++r) {
+      const V d = (row_sum_[r] - 1) * inv_m_[r];
+      u_[r] += d;
+      d_sum += d;
+    }
+    for (int64_t k = 0; k < K_; ++k) {
+      const V excess = s_[k] - d_sum + n_vector_ * v_[k] - 1;
+      if constexpr (record) bits[K_ * N_ + k] = positive(excess);
+      v_[k] = relu(excess * inv_n_);
+    }
+  }
+
+  // Step 3 of a round, x = relu(y0 - u - v), and the sums the next round needs. The last sweep of an outer step (`outer`)
+  // takes x as the new iterate X, accumulates it, and takes the gradient step: the sums are those of X - lr * C.
+  template <bool outer, bool record>
+  void sweep(Bits* bits) {
+    for_row_blocks(N_, [&](auto rows, int64_t first) {
+      constexpr int R = rows;
+      if (p_.options.carry)
+        sweep_rows<R, outer, record, true>(first, bits);
+      else
+        sweep_rows<R, outer, record, false>(first, bits);
+    });
+  }
+
+  template <int R, bool outer, bool record, bool carry>
+  __attribute__((always_inline)) void sweep_rows(int64_t first, Bits* bits) {
+    V u[R], row_sum[R];
+    for (int r = 0; r < R; ++r)
+      u[r] = u_[first + r], row_sum[r] = V{};
+    const V keep_total = V{} + (p_.options.last ? T(0) : T(1));
+    for (int64_t k = 0; k < K_; ++k) {
+      V* const y0 = y0_ + k * N_ + first;
+      const V v = v_[k];
+      V s = first ? s_[k] : V{};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        V x = relu(y0[r] - u[r] - v);
+        if constexpr (record) bits[k * N_ + first + r] = positive(x);
+        if constexpr (outer) {
+          const V step = cost_[k * N_ + first + r];
+          if constexpr (!record) {
+            V& total = total_[k * N_ + first + r];
+            total = total * keep_total + x;
+          }
+          x -= step;
+          y0[r] = carry ? y0[r] - step : x;
+        }
+        row_sum[r] += x;
+        s += x;
+      }
+      s_[k] = s;
+    }
+    for (int r = 0; r < R; ++r)
+      row_sum_[first + r] = sum_row(row_sum[r]);
+  }
+
+  // ---- backward ----
+  void load_grad(const T* grad) {
+    gather(grad, grad_);
+    const T scale = static_cast<T>(output_scale(p_.options));
+    for (int64_t i = 0; i < K_ * N_; ++i)
+      grad_[i] *= scale, dx_[i] = dy_[i] = dz_sum_[i] = V{};
+    for (int64_t k = 0; k < K_; ++k) dv_[k] = V{};
+    for (int64_t r = 0; r < N_; ++r) du_[r] = V{};
+  }
+
+  void outer_step_backward(const Bits* bits, bool newest) {
+    const bool carry = p_.options.carry;
+    if (newest || !p_.options.last)
+      for (int64_t i = 0; i < K_ * N_; ++i) dx_[i] += grad_[i];
+    if (!carry) {
+      for (int64_t i = 0; i < K_ * N_; ++i) dy_[i] = V{};
+      for (int64_t k = 0; k < K_; ++k) dv_[k] = V{};
+      for (int64_t r = 0; r < N_; ++r) du_[r] = V{};
+    }
+    for (int64_t round = p_.options.n_proj - 1; round >= 0; --round) {
+      const Bits* round_bits = bits + round * (K_ * N_ + K_);
+      for_row_blocks(N_, [&](auto rows, int64_t first) {
+        constexpr int R = rows;
+        if (round == p_.options.n_proj - 1)
+          round_backward<R, true>(first, round_bits);
+        else
+          round_backward<R, false>(first, round_bits);
+      });
+      duals_backward(round_bits + K_ * N_);
+    }
+    for (int64_t k = 0; k < K_; ++k)
+      for (int64_t r = 0; r < N_; ++r) {
+        const int64_t i = k * N_ + r;
+        const V dx = drow_[r] + ds_[k];
+        const V dz = dx + dy_[i];
+        dz_sum_[i] += dz;
+        dx_[i] = carry ? dx : dz;
+      }
+  }
+
+  // h = dx * pos, collected into dy, du and dv. Before the newest round of an outer step dx is rank one: drow[r] + ds[k].
+  template <int R, bool newest>
+  __attribute__((always_inline)) void round_backward(int64_t first, const Bits* bits) {
+    V du[R], drow[R];
+    for (int r = 0; r < R; ++r)
+      du[r] = du_[first + r], drow[r] = newest ? V{} : drow_[first + r];
+    for (int64_t k = 0; k < K_; ++k) {
+      const int64_t i = k * N_ + first;
+      const V ds = newest ? V{} : ds_[k];
+      V dv = dv_[k];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V h = keep(bits[i + r], newest ? dx_[i + r] : drow[r] + ds);
+        dy_[i + r] += h;
+        du[r] -= h;
+        dv -= h;
+      }
+      dv_[k] = dv;
+    }
+    for (int r = 0; r < R; ++r)
+      du_[first + r] = du[r];
+  }
+
+  // du_ holds one partial sum per lane when lanes are columns; only its sum is used.
+  void duals_backward(const Bits* column_bits) {
+    V ds_sum = V{};
+    for (int64_t k = 0; k < K_; ++k) {
+      dv_[k] = keep(column_bits[k], dv_[k]);
+      ds_[k] = dv_[k] * inv_n_;
+      ds_sum += ds_[k];
+    }
+    ds_sum = sum_row(ds_sum);
+    for (int64_t r = 0; r < N_; ++r)
+      drow_[r] = (sum_row(du_[r]) - ds_sum) * inv_m_[r];
+  }
+
+  // dC = -lr * sum dz, dlr = -<sum dz, C>, and the gradient of the start.
+  void finish_grad(T* grad_cost, T* grad_init, T* grad_lr) {
+    const bool counts = p_.options.carry && !p_.options.last;
+    if (p_.options.carry)
+      for (int64_t i = 0; i < K_ * N_; ++i)
+        dx_[i] += counts ? dy_[i] + grad_[i] : dy_[i];
+    store(dx_, grad_init);
+
+    gather(p_.cost, cost_);
+    V dlr = V{};
+    for (int64_t i = 0; i < K_ * N_; ++i) {
+      dlr -= dz_sum_[i] * cost_[i];
+      dz_sum_[i] *= -lr_;
+    }
+    dlr = sum_row(dlr) + poison_;
+    for (int l = 0; l < problems_; ++l)
+      grad_lr[b_ + l] = n_[l] ? dlr[l] : 0;
+    store(dz_sum_, grad_cost);
+  }
+
+  const MatchProblem<T>& p_;
+  const int64_t N_, K_;
+
+  // the group at hand
+  int64_t b_ = 0;
+  int problems_ = 0;
+  int64_t n_[W], m_[W];  // valid rows and columns per lane
+  V lr_, n_vector_, inv_n_, poison_;
+
+  V *y0_, *s_, *row_sum_, *u_, *v_, *cost_, *init_, *total_, *v_start_, *u_start_, *inv_m_;
+  V *grad_, *dx_, *dy_, *dz_sum_, *ds_, *dv_, *du_, *drow_;
+};
+
+template <typename T>
+void forward(const MatchProblem<T>& problem, T* out, bool across_problems, int64_t first, int64_t last) {
+  if (across_problems)
+    Solver<T, Lanes::problems>(problem).forward(out, first, last);
+  else
+    Solver<T, Lanes::columns>(problem).forward(out, first, last);
+}
+
+template <typename T>
+void backward(const MatchProblem<T>& problem, const T* grad, T* grad_cost, T* grad_init, T* grad_lr, bool across_problems,
+              int64_t first, int64_t last) {
+  if (across_problems)
+    Solver<T, Lanes::problems>(problem).backward(grad, grad_cost, grad_init, grad_lr, first, last);
+  else
+    Solver<T, Lanes::columns>(problem).backward(grad, grad_cost, grad_init, grad_lr, first, last);
+}
+
+}  // namespace
+
+extern const MatchKernels<float> kernels_float{kLanes<float>, forward<float>, backward<float>};
+extern const MatchKernels<double> kernels_double{kLanes<double>, forward<double>, backward<double>};
+
+}  // namespace dmm::DMM_ISA

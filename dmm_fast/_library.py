@@ -1,0 +1,53 @@
+"""Loads the native libraries into torch. Importing this never initialises CUDA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "lib"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def built_facts() -> dict:
+    """What the build wrote down about itself: torch, cuda (None: no CUDA kernels) and why."""
+    path = FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_cpu() -> None:
+    """Load the schemas and the CPU kernels; without them there is no dmm_fast."""
+    path = FOLDER / "libdmm_cpu.so"
+    if not path.exists():
+        found = sorted(p.name for p in FOLDER.glob("*")) if FOLDER.exists() else "no such folder"
+        raise ImportError(
+            f"dmm_fast was installed without its native library: {path} is missing (found there: {found}). "
+            f"Rebuild it from the source folder with: {REBUILD}"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"{path} does not load into torch {torch.__version__} (it needs torch >= 2.11; built against "
+            f"{built_facts().get('torch', 'an unknown torch')}): {error}. Rebuild it with: {REBUILD}"
+        ) from error
+
+
+def load_cuda() -> str | None:
+    """Load the CUDA kernels where torch has CUDA. Returns None if loaded, otherwise why not."""
+    path = FOLDER / "libdmm_cuda.so"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not path.exists():
+        return f"not built: {built_facts().get('cuda_decision', 'the build left no record')}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+load_cpu()
+CUDA_MISSING = load_cuda()

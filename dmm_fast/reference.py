@@ -1,0 +1,295 @@
+"""The matching layer in plain PyTorch: the yardstick that the fused kernels are tested and timed against.
+
+Everything here favours being obviously right over being fast. ``match`` is Algorithm 1 of the paper and its two published
+relatives; ``listing1`` is the paper's Listing 1 to the letter; ``greedy``, ``hungarian`` and ``sinkhorn`` are the peers
+people compare with. All take a cost ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals) and return an assignment of the
+same shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DYKSTRA = ("reset", "carry", "released")
+OUTPUT = ("average", "last")
+
+
+def project_rows(x: Tensor) -> Tensor:
+    """Project onto {X : X 1 = 1} (Eq. 5). ``x`` is ``[..., N, M]``."""
+    return x - (x.sum(-1, keepdim=True) - 1) / x.shape[-1]
+
+
+def project_columns(x: Tensor) -> Tensor:
+    """Project onto {X : X^T 1 <= 1} (Eq. 6). ``x`` is ``[..., N, M]``."""
+    column_sum = x.sum(-2, keepdim=True)  # [..., 1, M]
+    return torch.where(column_sum <= 1, x, x - (column_sum - 1) / x.shape[-2])
+
+
+def project_sign(x: Tensor) -> Tensor:
+    """Project onto {X : X >= 0} (Eq. 7)."""
+    return x.relu()
+
+
+_PAPER_ORDER = (project_rows, project_columns, project_sign)
+_RELEASED_ORDER = (project_sign, project_columns, project_rows)
+
+
+def _dykstra(x: Tensor, corrections: list[Tensor], projections, n_proj: int) -> Tensor:
+    """``n_proj`` rounds of Dykstra's cyclic projections; updates ``corrections`` in place (the list, not its tensors)."""
+    for _ in range(n_proj):
+        for i, project in enumerate(projections):
+            x = x + corrections[i]
+            y = project(x)
+            corrections[i] = x - y
+            x = y
+    return x
+
+
+def released_init(cost: Tensor) -> Tensor:
+    """The released code's start: each row takes its cheapest among the columns in which it is the cheapest row."""
+    wins = torch.zeros_like(cost, dtype=torch.bool).scatter_(-2, cost.argmin(-2, keepdim=True), True)  # [..., N, M]
+    choice = torch.where(wins, cost, cost.amax((-2, -1), keepdim=True)).argmin(-1, keepdim=True)  # [..., N, 1]
+    return torch.zeros_like(cost).scatter_(-1, choice, 1.0)
+
+
+def _match_dense(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr, dykstra: str, output: str) -> Tensor:
+    """One batch of equal sizes, ``[..., N, M]``."""
+    x = init
+    zeros = [torch.zeros_like(cost)] * 3
+    corrections = list(zeros)
+    iterates = [] if dykstra == "reset" else [init]
+    previous = None
+    for _ in range(n_grad):
+        x = x - lr * cost
+        if dykstra == "released":
+            iterates.append(x)
+            x = _dykstra(x, corrections, _RELEASED_ORDER, n_proj)
+            reached = (iterates[-1] * cost).norm()
+            if previous is not None and reached == previous:
+                break
+            previous = reached
+            continue
+        x = _dykstra(x, list(zeros) if dykstra == "reset" else corrections, _PAPER_ORDER, n_proj)
+        iterates.append(x)
+    return x if output == "last" else torch.stack(iterates).mean(0)
+
+
+def match(
+    cost: Tensor,
+    init: Tensor | None = None,
+    *,
+    n_grad: int = 40,
+    n_proj: int = 5,
+    lr: float | Tensor = 0.1,
+    dykstra: str = "reset",
+    output: str = "average",
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Projected gradient with Dykstra's projections, differentiable by plain autograd.
+
+    ``dykstra="reset"`` is Algorithm 1 (the corrections start at 0 in every outer step), ``"carry"`` is Listing 1 (they are
+    carried, and the start counts in the average), ``"released"`` the authors' released code (ReLU first, averages the points
+    *before* projection, greedy start, stops when the cost repeats; for weights trained with it).
+    Ragged batches: problem ``b`` is ``cost[b, :num_templates[b], :num_proposals[b]]``; the rest of its result is 0.
+    A problem with a non-finite cost, start or lr is NaN throughout and leaves the others alone.
+    """
+    if dykstra not in DYKSTRA or output not in OUTPUT:
+        raise ValueError(f"match: dykstra must be one of {DYKSTRA} and output one of {OUTPUT}, got {dykstra!r}, {output!r}")
+    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
+    start = None if init is None else init.reshape(batched.shape)
+    B, N, M = batched.shape
+    steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
+    rows = [N] * B if num_templates is None else num_templates.tolist()
+    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    results = []
+    for b in range(B):
+        c = batched[b, : rows[b], : columns[b]]
+        if c.numel() == 0:
+            results.append(torch.zeros_like(batched[b]) + c.sum())  # 0, still attached to the graph
+            continue
+        if start is not None:
+            x0 = start[b, : rows[b], : columns[b]]
+        else:
+            x0 = released_init(c) if dykstra == "released" else torch.zeros_like(c)
+        x = _match_dense(c, x0, n_grad, n_proj, steps[b], dykstra, output)
+        x = x + 0 * (c.sum() + x0.sum() + steps[b])  # NaN anywhere in the problem if anything in it is not finite
+        results.append(torch.nn.functional.pad(x, (0, M - columns[b], 0, N - rows[b])))
+    return torch.stack(results).reshape(cost.shape) if B else batched.clone().reshape(cost.shape)
+
+
+def match_batched(cost: Tensor, *, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1) -> Tensor:
+    """Algorithm 1 on a batch of equal sizes ``[B, N, M]``, one PyTorch call per step for the whole batch (a benchmark peer)."""
+    return _match_dense(cost, torch.zeros_like(cost), n_grad, n_proj, lr, "reset", "average")
+
+
+def listing1(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr: float) -> Tensor:
+    """Listing 1 of the paper, literally: one problem ``[N, M]``, matrix products against ones, every iterate kept."""
+
+    def project_row(x: Tensor) -> Tensor:
+        row_sum = x.sum(dim=1, keepdim=True)  # [N, 1]
+        ones = torch.ones(1, x.shape[1]).to(x)  # [1, M]
+        return x - (row_sum - 1).mm(ones) / x.shape[1]
+
+    def project_column(x: Tensor) -> Tensor:
+        column_sum = x.sum(dim=0, keepdim=True)  # [1, M]
+        ones = torch.ones(x.shape[0], 1).to(x)  # [N, 1]
+        mask = (column_sum <= 1).to(x)
+        projected = x - ones.mm(column_sum - 1) / x.shape[0]
+        return x * mask + (1 - mask) * projected
+
+    x = init
+    corrections = [torch.zeros_like(cost) for _ in range(3)]
+    iterates = [init]
+    for _ in range(n_grad):
+        x = x - lr * cost
+        for _ in range(n_proj):
+            for i, project in enumerate((project_row, project_column, torch.relu)):
+                x = x + corrections[i]
+                y = project(x)
+                corrections[i] = x - y
+                x = y
+        iterates.append(x)
+    return torch.stack(iterates).mean(dim=0)
+
+
+def _per_problem(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
+    """Apply ``solve(cost [n, m]) -> X [n, m]`` to every problem of a possibly ragged batch; 0 elsewhere."""
+    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
+    B, N, M = batched.shape
+    rows = [N] * B if num_templates is None else num_templates.tolist()
+    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    result = torch.zeros_like(batched)
+    for b, (n, m) in enumerate(zip(rows, columns)):
+        if n and m:
+            result[b, :n, :m] = solve(batched[b, :n, :m])
+    return result.reshape(cost.shape)
+
+
+def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first. 0/1, no gradient."""
+
+    def solve(c: Tensor) -> Tensor:
+        x = torch.zeros_like(c)
+        free = c.detach().clone()
+        for _ in range(min(c.shape)):
+            i, j = divmod(int(free.argmin()), c.shape[1])
+            x[i, j] = 1
+            free[i], free[:, j] = torch.inf, torch.inf
+        return x
+
+    return _per_problem(cost, num_templates, num_proposals, solve)
+
+
+def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment`` (on the host). 0/1, no gradient."""
+    from scipy.optimize import linear_sum_assignment
+
+    def solve(c: Tensor) -> Tensor:
+        x = torch.zeros_like(c)
+        i, j = linear_sum_assignment(c.detach().double().cpu().numpy())
+        x[i, j] = 1
+        return x
+
+    return _per_problem(cost, num_templates, num_proposals, solve)
+
+
+def sinkhorn(
+    cost: Tensor,
+    *,
+    rounds: int = 50,
+    temperature: float = 0.05,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Entropic optimal transport with row sums 1 and column sums <= 1, in the log domain; differentiable, batched.
+
+    Each round scales rows to 1, then scales down the columns that exceed 1.
+    """
+    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
+    B, N, M = batched.shape
+    valid = torch.ones(B, N, M, dtype=torch.bool, device=cost.device)
+    if num_templates is not None:
+        valid &= (torch.arange(N, device=cost.device) < num_templates[:, None])[:, :, None]
+    if num_proposals is not None:
+        valid &= (torch.arange(M, device=cost.device) < num_proposals[:, None])[:, None, :]
+    floor = torch.finfo(cost.dtype).min / 4
+    log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
+    v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
+    for _ in range(rounds):
+        u = -torch.logsumexp(log_k + v, -1, keepdim=True)  # [B, N, 1]
+        v = (-torch.logsumexp(log_k + u, -2, keepdim=True)).clamp(max=0)  # [B, 1, M]
+    return torch.where(valid, torch.exp(log_k + u + v), 0).reshape(cost.shape)
+
+
+def mask_confident(assignment: Tensor) -> Tensor:
+    """Keep each template's most confident proposal: X * 1[X = row max] (Section 4.1). Differentiable through what is kept."""
+    if assignment.shape[-1] == 0:
+        return assignment
+    return assignment * (assignment == assignment.amax(-1, keepdim=True))
+
+
+def assign(
+    assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None
+) -> Tensor:
+    """Round X to a decision: for each template the proposal that the Hungarian method picks on -X, or -1 where none is left.
+
+    ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
+    """
+    x = hungarian(-assignment, num_templates=num_templates, num_proposals=num_proposals)
+    if x.shape[-1] == 0:
+        return torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device)
+    return torch.where(x.amax(-1) > 0, x.argmax(-1), -1)
+
+
+def feasibility(assignment: Tensor) -> dict[str, Tensor]:
+    """How far X is from the constraints of Eq. 3, per problem: ``rows`` max |row sum - 1|, ``columns`` max(column sum - 1, 0),
+    ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them to 1e-3. Padded rows count as they stand.
+    """
+    return {
+        "rows": (assignment.sum(-1) - 1).abs().amax(-1),
+        "columns": (assignment.sum(-2) - 1).clamp(min=0).amax(-1),
+        "sign": (-assignment).clamp(min=0).amax((-2, -1)),
+    }
+
+
+# ---- the steps around the layer (dmm_fast.vision) ----------------------------------------------------------------------
+
+
+def mask_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every pair of masks ``a [..., N, H, W]`` and ``b [..., M, H, W]``, bool: ``[..., N, M]`` float32; 0 for an empty union."""
+    a, b = a.flatten(-2).double(), b.flatten(-2).double()  # [..., N, HW], [..., M, HW]
+    both = a @ b.mT  # [..., N, M]
+    either = a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :] - both
+    return torch.where(either > 0, both / either.clamp(min=1), 0).float()
+
+
+def paste_weights(low: Tensor, high: Tensor, samples: int, size: int) -> Tensor:
+    """Bilinear weights ``[M, size, samples]`` that stretch ``samples`` mask cells over the pixels of ``[low, high)``, both ``[M]``.
+
+    A box without a positive, finite extent gets no weight anywhere.
+    """
+    extent = high - low
+    valid = (extent > 0) & extent.isfinite()
+    pixels = torch.arange(size, dtype=low.dtype, device=low.device) + 0.5
+    at = (pixels - torch.where(valid, low, 0)[:, None]) / torch.where(valid, extent, 1)[:, None] * samples - 0.5  # [M, size]
+    cells = torch.arange(samples, dtype=low.dtype, device=low.device)
+    tent = (1 - (at[:, :, None] - cells).abs()).clamp(min=0)  # [M, size, samples]
+    return tent * valid[:, None, None]
+
+
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``[M, S, S]`` stretched into their boxes ``[M, 4]``: ``[M, H, W]``, each Ay M Ax^T.
+
+    Equal to detectron2's continuous paste (``grid_sample(..., align_corners=False)``, before its threshold).
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    ay = paste_weights(y0, y1, masks.shape[-1], size[0]).to(masks.dtype)  # [M, H, S]
+    ax = paste_weights(x0, x1, masks.shape[-1], size[1]).to(masks.dtype)  # [M, W, S]
+    return ay @ masks @ ax.mT
+
+
+def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Eq. 8: ``out_i = sum_j X_ij paste(mask_j, box_j)``, ``[N, M], [M, S, S], [M, 4] -> [N, H, W]``."""
+    return torch.einsum("nm,mhw->nhw", assignment, paste(masks, boxes, size))

@@ -1,0 +1,18 @@
+"""Fixtures that every test may use."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The development data beside the repository (or at DMM_FAST_DATA); tests on it are skipped where it is absent."""
+    path = Path(os.environ.get("DMM_FAST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip("the development data is absent; DMM_FAST_DATA names its folder")
+    return path
