@@ -1,0 +1,328 @@
+"""The ``dmm-fast`` command. Every subcommand imports only what it needs, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
+STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 cannot be done as asked, 1 a fault of ours, 130 stopped."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        _complain("stopped")
+        return STOPPED
+    except BrokenPipeError:  # the reader of our output has gone, as in `dmm-fast evaluate ... | head`
+        sys.stderr.close()
+        return STOPPED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        expected = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
+        _complain(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")
+        return 2 if expected else 1
+
+
+def _complain(message: str) -> None:
+    print(f"dmm-fast: {message}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dmm-fast",
+        description="Follow objects through a video, given their masks in the first frame (DMM-Net).",
+        epilog=_examples(
+            ("dmm-fast demo", "see it work on a clip it makes itself, about half a minute"),
+            ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from Mask R-CNN"),
+            ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
+            ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
+            ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
+        ),
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, _add_doctor):
+        add(commands)
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+
+class _Version(argparse.Action):
+    """Prints the version; a class of its own so that the package is imported only when asked."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{**options, "nargs": 0, "help": "print the version and stop"})
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"dmm-fast {version('dmm_fast')}")
+        parser.exit()
+
+
+def _examples(*lines: tuple[str, str]) -> str:
+    return "examples:\n" + "\n".join(f"  {command}\n      {what}" for command, what in lines)
+
+
+def _add(
+    commands: Any, name: str, run: Callable, summary: str, text: str, *examples: tuple[str, str]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=text, epilog=_examples(*examples), formatter_class=_Help
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_segment(commands: Any) -> None:
+    parser = _add(
+        commands, "segment", _segment, "segment a video from its first masks",
+        "Segment a video from its first masks.\n\n"
+        "OUT receives one palette PNG per frame, contact-sheet.png and report.json (per frame and object: the matched\n"
+        "proposal, its score, the runner-up's, and whether the object was lost). The report is written last: a folder\n"
+        "without it is not finished, and the same command with --resume goes on.",
+        ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
+         "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
+        ("dmm-fast segment clip.mp4 --masks first.png --out result --overlay result.mp4 --device cuda",
+         "a video, proposals from torchvision's Mask R-CNN, and a video of the result"),
+        ("dmm-fast segment frames/ --masks masks/ --proposals proposals.json --out result",
+         "masks/ holds PNGs named as frames: objects that are new in a later one join there;\n"
+         "      or one PNG per object of the first frame"),
+        ("dmm-fast segment ... --preset davis --weights imagenet",
+         "match on the features of a ResNet-50 too, not on mask overlap alone"),
+    )  # fmt: skip
+    parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
+    parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR", help="the objects to follow")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
+    parser.add_argument(
+        "--proposals", default="torchvision", metavar="FILE|torchvision",
+        help="mask proposals: a COCO results file whose image_id is the frame's name, or the live detector (default)",
+    )  # fmt: skip
+    parser.add_argument("--overlay", metavar="OUT.mp4", help="write a video of the frames with the masks drawn on them")
+    _add_model_options(parser)
+    _add_detector_options(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT, if there is one")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--preset", default="iou", choices=PRESETS,
+        help="iou: overlap alone, needs no weights (default); the others are the paper's settings",
+    )  # fmt: skip
+    group.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
+    group.add_argument("--weights", metavar="imagenet|FILE", help="for a backbone: ImageNet's, or a .safetensors file")
+    group.add_argument("--refine", choices=("none", "light"), default="none", help="mask refinement (default: none)")
+    group.add_argument(
+        "--matcher", choices=("dmm", "greedy", "hungarian"), default="dmm",
+        help="the matching layer (default), or another on the same cost, to compare with",
+    )  # fmt: skip
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def _add_detector_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--detector-weights", default="DEFAULT", metavar="FILE",
+        help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
+    )  # fmt: skip
+
+
+def _add_proposals(commands: Any) -> None:
+    parser = _add(
+        commands, "proposals", _proposals, "run Mask R-CNN on a video and keep its proposals in a file",
+        "Run torchvision's Mask R-CNN on every frame and write its proposals as a COCO results file, so that the video\n"
+        "can be segmented again and again without it. An interrupted run goes on when the same command is given again.",
+        ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
+        ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
+    )  # fmt: skip
+    parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--top", type=_count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
+    parser.add_argument(
+        "--short-side", type=_count, default=800, metavar="PIXELS", help="the frame's short side in the detector (default: 800)"
+    )
+    _add_detector_options(parser)
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, and start again where a run was cut short")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _add(
+        commands, "evaluate", _evaluate, "score masks against ground truth: J and F",
+        "Score masks against ground truth as the public evaluators do. --gt and --pred are two folders of PNGs of one\n"
+        "sequence, or two folders of such folders.\n\n"
+        "davis     DAVIS 2017 semi-supervised: all frames but the first and the last, objects of the first frame\n"
+        "vos       objects count from where they first appear: YouTube-VOS and other sets with late objects\n"
+        "segtrack  SegTrack v2: mIoU per instance and per frame",
+        ("dmm-fast evaluate --gt Annotations/schoolgirls --pred result", "one sequence"),
+        ("dmm-fast evaluate --gt Annotations --pred results --json scores.json --csv scores.csv", "a data set, kept"),
+        ("dmm-fast evaluate --gt Annotations --pred results --foreground", "DAVIS 2016: one object, whatever its id"),
+    )  # fmt: skip
+    parser.add_argument("--gt", required=True, metavar="DIR", help="ground truth")
+    parser.add_argument("--pred", required=True, metavar="DIR", help="masks to score")
+    parser.add_argument("--protocol", choices=("davis", "vos", "segtrack"), default="davis", help="(default: davis)")
+    parser.add_argument("--sequences", metavar="FILE|NAME,...", help="score these only: a text file, or names")
+    parser.add_argument("--foreground", action="store_true", help="score everything above 0 as one object")
+    parser.add_argument(
+        "--frames", choices=("inner", "after-first", "all"), help="frames to score in place of the protocol's own"
+    )
+    parser.add_argument(
+        "--by-video", action="store_true", help="segtrack: mIoU* as a mean over videos, not over all frames together"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything, every frame's J and F too")
+    parser.add_argument("--csv", metavar="FILE", help="write one line per object")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(
+        commands, "demo", _demo, "make a clip, segment it, score it",
+        "Make a clip of koi in a pond with exact masks and noisy proposals, segment it as `dmm-fast segment` would, score\n"
+        "the result and draw it. Nothing is downloaded.",
+        ("dmm-fast demo", "everything goes to ./demo"),
+        ("dmm-fast demo --seed 4 --frames 120 --out pond", "another pond, a longer clip"),
+        ("dmm-fast demo --matcher greedy", "the same with another matcher"),
+    )  # fmt: skip
+    parser.add_argument("--out", default="demo", metavar="DIR", help="(default: demo)")
+    parser.add_argument("--seed", type=int, default=7, help="which clip (default: 7)")
+    parser.add_argument("--frames", type=_count, default=60, metavar="N", help="its length (default: 60)")
+    _add_model_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_doctor(commands: Any) -> None:
+    _add(
+        commands, "doctor", _doctor, "say what is installed, what is missing, and how to mend it",
+        "Say which versions and backends are here and usable, which GPU, what is missing, and the command that mends it.",
+        ("dmm-fast doctor", "to be sent along with a bug report"),
+    )  # fmt: skip
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ what is done
+
+
+def _segment(a: argparse.Namespace) -> int:
+    from dmm_fast.segment import SHEET, Interrupted, segment
+
+    try:
+        report = segment(
+            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
+            resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **_model_options(a),
+        )  # fmt: skip
+    except Interrupted as stop:
+        _complain(str(stop))
+        return STOPPED
+    if not a.quiet:
+        out = Path(a.out)
+        files = {"masks": out / "*.png", "sheet": out / SHEET, "report": out / "report.json", "video": a.overlay}
+        _summarise(report, files)
+    return 0
+
+
+def _model_options(a: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "device")}
+
+
+def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
+    for note in report["notes"]:
+        print(f"note: {note}")
+    speed = report["speed"]
+    shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in speed["seconds"].items())
+    print(f"{speed['frames']} frames, {len(report['objects'])} objects, {speed['fps']} frames/s ({shares})")
+    for label, row in report["objects"].items():
+        if row["lost"]:
+            print(f"object {label}: no match in {row['lost']} of {row['frames']} frames, its last mask was kept there")
+    for name, path in files.items():
+        if path is not None:
+            print(f"{name:8}{path}")
+
+
+def _proposals(a: argparse.Namespace) -> int:
+    from dmm_fast.proposals import CocoWriter, ProposalError, TorchvisionProposer
+    from dmm_fast.video import open_frames, prefetch
+    from tqdm import tqdm
+
+    frames = open_frames(a.frames)
+    if Path(a.out).exists() and not a.overwrite:
+        raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
+    proposer = TorchvisionProposer(a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
+    with CocoWriter(a.out, frames.size, fresh=a.overwrite) as writer:
+        bar = tqdm(frames.stems, unit=" frames", disable=None if not a.quiet else True)
+        if writer.done and not a.quiet:
+            print(f"going on from a run that was cut short: {len(writer.done)} frames are done")
+        for (stem, frame), _ in zip(prefetch(frames.read()), bar):
+            if stem not in writer.done:
+                writer.add(stem, proposer(frame))
+    if not a.quiet:
+        print(f"proposals of {len(writer.done)} frames: {a.out}")
+    return 0
+
+
+def _evaluate(a: argparse.Namespace) -> int:
+    from dmm_fast.evaluation import evaluate
+
+    sequences = a.sequences
+    if sequences is not None and not Path(sequences).is_file():
+        sequences = sequences.split(",")
+    for path in (a.json, a.csv):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {Path(path).parent}")
+    report = evaluate(
+        a.gt, a.pred, a.protocol, sequences=sequences, foreground=a.foreground, frames=a.frames,
+        pool_frames=not a.by_video, workers=a.workers, progress=not a.quiet and sys.stderr.isatty(),
+    )  # fmt: skip
+    if a.json is not None:
+        report.to_json(a.json)
+    if a.csv is not None:
+        report.to_csv(a.csv)
+    print(report.table())
+    return 0
+
+
+def _demo(a: argparse.Namespace) -> int:
+    from dmm_fast.demo import run_demo
+    from dmm_fast.segment import SHEET
+
+    demo = run_demo(Path(a.out), seed=a.seed, frames=a.frames, progress=not a.quiet, **_model_options(a))
+    files = {"masks": demo.folder / "*.png", "sheet": demo.folder / SHEET, "report": demo.folder / "report.json"}
+    _summarise(demo.report, files)
+    print(demo.scores.table())
+    print(f"\nJ {demo.scores.summary['J']:.3f}  F {demo.scores.summary['F']:.3f}  overlay: {demo.overlay}")
+    return 0
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from dmm_fast.info import doctor
+
+    text, healthy = doctor()
+    print(text)
+    return 0 if healthy else 1

@@ -1,0 +1,452 @@
+"""From a clip and its first masks to masks on disk: what ``dmm-fast segment`` runs.
+
+The folder OUT holds one palette PNG per frame, ``contact-sheet.png`` and ``report.json``. While a run goes on, or after
+it was cut short, OUT also holds ``unfinished/`` with what a later run needs to go on from there; the report is written
+last, so a folder without it is never mistaken for a finished one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from dmm_fast.masks import MaskWarning, read_first_masks, read_mask, whole_file, write_mask
+from dmm_fast.overlay import ContactSheet, overlay
+from dmm_fast.proposals import ProposalError, TorchvisionProposer, read_coco
+from dmm_fast.segmenter import Segmenter
+from dmm_fast.video import ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
+
+REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
+MASK_SUFFIXES = (".png", ".bmp")
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on as asked."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def segment(
+    frames: str | os.PathLike,
+    masks: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    proposals: str | os.PathLike = "torchvision",
+    detector_weights: str | os.PathLike = "DEFAULT",
+    video: str | os.PathLike | None = None,
+    preset: str = "iou",
+    backbone: str | None = None,
+    refine: str | None = None,
+    matcher: str = "dmm",
+    weights: str | os.PathLike | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    save_every: float = 5.0,
+) -> dict[str, Any]:
+    """Segment a clip; returns the report that is also written to OUT/report.json.
+
+    frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
+    frames (see `GivenMasks`). proposals: a COCO results file or "torchvision". video: an overlay video to write.
+    save_every: seconds between saved states.
+
+    Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
+    """
+    frames, out = open_frames(frames), Path(out)
+    given = GivenMasks(Path(masks), frames)
+    if video is not None:
+        check_video_name(video)
+    propose = _proposal_source(proposals, detector_weights, frames, device)
+    settings = {
+        "frames": str(frames.path.resolve()),
+        "masks": str(given.path.resolve()),
+        "proposals": proposals if proposals == "torchvision" else str(Path(proposals).resolve()),
+        "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher,
+        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
+        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
+    }  # fmt: skip
+    _check_out(out, frames, given)
+    folder = RunFolder(out, settings)
+    if resume and folder.finished:
+        return folder.report()
+    checkpoint = folder.open(frames.stems, resume, overwrite)
+    if checkpoint and checkpoint["started"]:
+        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=weights, device=device)
+    else:
+        segmenter = _make_segmenter(preset, backbone, refine, matcher, weights, device)
+    run = _Run(frames, given, propose, segmenter, folder, checkpoint)
+    run.forward(progress, save_every)
+    return run.finish(video, {**settings, "device": device})
+
+
+class _Run:
+    """The loop over frames, and what it counts."""
+
+    def __init__(
+        self,
+        frames: ImageFrames | VideoFrames,
+        given: GivenMasks,
+        propose: Callable,
+        segmenter: Segmenter,
+        folder: RunFolder,
+        checkpoint: dict | None,
+    ):
+        self.frames, self.given, self.propose, self.segmenter, self.folder = frames, given, propose, segmenter, folder
+        checkpoint = checkpoint or {"next": 0, "seconds": {}, "notes": [], "started": False}
+        self.next: int = checkpoint["next"]
+        self.seconds = Counter(checkpoint["seconds"])
+        self.notes: list[str] = checkpoint["notes"] or [segmenter.note, *given.notes]
+        self.started: bool = checkpoint["started"]
+
+    def forward(self, progress: bool, save_every: float) -> None:
+        bar = tqdm(total=len(self.frames), initial=self.next, unit=" frames", disable=None if progress else True)
+        source = iter(prefetch(self.frames.read(self.next)))
+        saved = time.monotonic()
+        with bar, _stop_requested() as stop:
+            while True:
+                with self._clock("decode"):
+                    stem, frame = next(source, (None, None))
+                if frame is None:
+                    break
+                self._one(stem, frame)
+                self.next += 1
+                bar.update()
+                if stop() or time.monotonic() - saved >= save_every:
+                    self._save()
+                    saved = time.monotonic()
+                if stop():
+                    raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there")
+        if not self.started:
+            raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
+        self._save()
+
+    def _one(self, stem: str, frame: np.ndarray) -> None:
+        """One frame: match and refine, take in the masks given for it, write."""
+        ids, objects = np.zeros(frame.shape[:2], np.uint8), []
+        if self.started:
+            with self._clock("proposals"):
+                proposals = self.propose(stem, frame)
+            with self._clock("step"):
+                result = self.segmenter.step(frame, proposals)
+            ids = np.array(result.ids)
+            objects = [
+                {"id": o.id, "proposal": o.proposal, "score": o.score, "runner_up": o.runner_up, "lost": o.lost}
+                for o in result.objects
+            ]
+        if stem in self.given:
+            with self._clock("step"):
+                self._take_in(stem, frame, ids, objects)
+        with self._clock("write"):
+            write_mask(self.folder.mask(stem), ids)
+            self.folder.append({"frame": stem, "objects": objects})
+
+    def _take_in(self, stem: str, frame: np.ndarray, ids: np.ndarray, objects: list[dict]) -> None:
+        """Start with the masks given for this frame, or add those of them that are new."""
+        masks, notes = self.given.read(stem, first=not self.started)
+        self.notes += [f"{stem}: {note}" for note in notes]
+        known = self.segmenter.object_ids if self.started else []
+        new = {int(label): masks == label for label in np.unique(masks) if label and label not in known}
+        if not self.started:
+            self.segmenter.start(frame, new)
+            self.started = True
+        elif new:
+            self.segmenter.add(new)
+            self.notes.append(f"{stem}: new object{'s' * (len(new) > 1)} {', '.join(map(str, new))}")
+        for label, mask in new.items():
+            ids[mask] = label
+            objects.append({"id": label, "given": True})
+
+    def _save(self) -> None:
+        with self._clock("save"):
+            state = {"next": self.next, "seconds": dict(self.seconds), "notes": self.notes, "started": self.started}
+            self.folder.save(state, self.segmenter if self.started else None)
+
+    @contextlib.contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
+
+    def finish(self, video: str | os.PathLike | None, settings: dict[str, Any]) -> dict[str, Any]:
+        rows = self.folder.rows()
+        height, width = self.frames.size
+        report = {
+            "dmm_fast": version("dmm_fast"),
+            "settings": settings,
+            "size": [height, width],
+            "notes": self.notes,
+            "speed": _speed(len(rows), self.seconds),
+            "objects": _by_object(rows),
+            "frames": rows,
+        }
+        self._draw(rows, video, report)
+        self.folder.finish(report)
+        return report
+
+    def _draw(self, rows: list[dict], video: str | os.PathLike | None, report: dict) -> None:
+        """The contact sheet and the overlay video, from the masks on disk: so a resumed run has all frames too."""
+        count = len(report["objects"])
+        title = f"{self.frames.path.name}: {len(rows)} frames, {count} object{'s' * (count != 1)}"
+        sheet = ContactSheet(len(rows), self.frames.size, title)
+        if video is None:
+            for index, stem, frame in self.frames.pick(sheet.wanted):
+                sheet.add(frame, read_mask(self.folder.mask(stem)), stem, _remark(rows[index]))
+        else:
+            with VideoWriter(video, self.frames.size, self.frames.fps or 24) as writer:
+                for index, (stem, frame) in enumerate(prefetch(self.frames.read())):
+                    ids = read_mask(self.folder.mask(stem))
+                    writer.write(overlay(frame, ids))
+                    if index in sheet.wanted:
+                        sheet.add(frame, ids, stem, _remark(rows[index]))
+        sheet.save(self.folder.path / SHEET)
+
+
+def _make_segmenter(
+    preset: str, backbone: str | None, refine: str | None, matcher: str, weights: str | os.PathLike | None, device: str
+) -> Segmenter:
+    from dmm_fast.model import Config
+
+    changes = {"backbone": backbone} if backbone else {}
+    return Segmenter(Config.preset(preset, **changes), weights=weights, device=device, refine=refine, matcher=matcher)
+
+
+def _proposal_source(
+    proposals: str | os.PathLike, weights: str | os.PathLike, frames: ImageFrames | VideoFrames, device: str
+) -> Callable:
+    """(stem, frame) -> Proposals."""
+    if proposals == "torchvision":
+        proposer = TorchvisionProposer(weights, device=device)
+        return lambda stem, frame: proposer(frame)
+    file = read_coco(proposals)
+    if not file.covers(frames.stems):
+        found = f"{file.image_ids[0]!r}" if len(file) else "nothing"
+        raise ProposalError(f"{proposals}: no proposals for these frames: image_id must be a frame's name such as "
+                            f"{frames.stems[0]!r}, the file holds {found}")  # fmt: skip
+    return lambda stem, frame: file.frame(stem, frame.shape[:2])
+
+
+# ------------------------------------------------------------------------------------------------------ given masks
+
+
+class GivenMasks:
+    """Where objects come from.
+
+    A file gives the objects of the first frame, or of the frame that bears its name. A directory gives, by frame name,
+    masks of any frames: what is new in a later one appears there, and 0 there is not background. A directory of which
+    no file bears a frame's name holds the first frame's masks, one file per object.
+    """
+
+    def __init__(self, path: Path, frames: ImageFrames | VideoFrames):
+        self.path, self.size = path, frames.size
+        self.notes: list[str] = []
+        if not path.exists():
+            raise RunError(f"{path}: no such mask file or directory")
+        files = [path]
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.suffix.lower() in MASK_SUFFIXES and file.name[0] != "."]
+        by_stem, stems = {file.stem: file for file in files}, set(frames.stems)
+        self._files = {stem: file for stem, file in by_stem.items() if stem in stems}
+        if not self._files:
+            self._files = {frames.stems[0]: path}
+        elif extra := len(by_stem) - len(self._files):
+            self.notes.append(f"{path}: {extra} of {len(by_stem)} masks bear no frame's name and are not used")
+        first = next(stem for stem in frames.stems if stem in self._files)
+        if first != frames.stems[0]:
+            self.notes.append(f"the first mask is that of frame {first}; frames before it have no objects")
+        self.read(first, first=True)  # so that a bad mask is told at once, not after the model has loaded
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self._files
+
+    def read(self, stem: str, first: bool) -> tuple[np.ndarray, list[str]]:
+        """-> ids uint8 [H, W] and notes; first: there must be an object."""
+        if first:
+            return read_first_masks(self._files[stem], self.size)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MaskWarning)
+            ids = read_mask(self._files[stem], self.size)
+        return ids, [str(warning.message) for warning in caught]
+
+
+# ------------------------------------------------------------------------------------------------- the folder on disk
+
+
+def _check_out(out: Path, frames: ImageFrames | VideoFrames, given: GivenMasks) -> None:
+    for what, path in (("frames", frames.path), ("masks", given.path), ("masks", given.path.parent)):
+        if out.resolve() == path.resolve():
+            raise RunError(f"{out}: this is where the {what} are read from; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: is a file; --out must be a directory")
+
+
+class RunFolder:
+    """OUT on disk: what is there, whether it is finished, and how a run goes on."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+        self._work = path / UNFINISHED
+        self._rows, self._progress, self._settings = (
+            self._work / name for name in ("rows.jsonl", "progress.json", "settings.json")
+        )
+
+    def mask(self, stem: str) -> Path:
+        return self.path / f"{stem}.png"
+
+    def state(self, index: int) -> Path:
+        return self._work / f"state-{index}.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / REPORT).exists() and not self._work.exists()
+
+    def report(self) -> dict[str, Any]:
+        """The report of a finished run with the same settings."""
+        report = json.loads((self.path / REPORT).read_text())
+        self._check_settings(report["settings"], "finished")
+        return report
+
+    def open(self, stems: list[str], resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Make OUT ready; the checkpoint to go on from, or None for a run from the start."""
+        if self.finished and not overwrite:
+            raise RunError(f"{self.path}: holds a finished run; --overwrite replaces it")
+        if not self.finished and not self._work.exists():
+            if foreign := [stem for stem in stems if self.mask(stem).exists()]:
+                raise RunError(f"{self.path}: holds {foreign[0]}.png, which no run has written; choose another --out")
+        elif overwrite and not resume:
+            self._clear(stems)
+        elif not resume:
+            count = self._checkpoint()["next"] if self._progress.exists() else 0
+            raise RunError(f"{self.path}: holds an unfinished run ({count} of {len(stems)} frames); --resume goes on with "
+                           "it, --overwrite starts again")  # fmt: skip
+        if self._progress.exists():
+            return self._resumed()
+        self._work.mkdir(parents=True, exist_ok=True)
+        _write_json(self._settings, self.settings)
+        self._file = self._rows.open("w")
+        return None
+
+    def _resumed(self) -> dict[str, Any]:
+        self._check_settings(json.loads(self._settings.read_text()), "unfinished")
+        checkpoint = self._checkpoint()
+        os.truncate(self._rows, checkpoint["bytes"])  # rows that came after the checkpoint are made again
+        for torn in self.path.glob(".*.png.*.tmp"):
+            torn.unlink()
+        self._file = self._rows.open("a")
+        return checkpoint
+
+    def _check_settings(self, before: dict[str, Any], kind: str) -> None:
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                raise RunError(f"{self.path}: the {kind} run there has {name} = {before.get(name)!r}, this one {value!r}; "
+                               "resume with the same settings, or --overwrite")  # fmt: skip
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return json.loads(self._progress.read_text())
+
+    def _clear(self, stems: list[str]) -> None:
+        """Remove what a run wrote, the report first, so that no moment shows a finished folder with masks missing."""
+        (self.path / REPORT).unlink(missing_ok=True)
+        self._work.mkdir(exist_ok=True)
+        for file in [self.path / SHEET, *map(self.mask, stems)]:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self._work)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def save(self, progress: dict[str, Any], segmenter: Segmenter | None) -> None:
+        """A checkpoint: first the state, then the file that names it, then the states before it go."""
+        self._file.flush()
+        state = self.state(progress["next"])
+        if segmenter is not None:
+            segmenter.save(state)
+        _write_json(self._progress, {**progress, "bytes": self._file.tell()})
+        for old in self._work.glob("state-*"):
+            if old != state:
+                old.unlink()
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._rows.read_text().splitlines()]
+
+    def finish(self, report: dict[str, Any]) -> None:
+        self._file.close()
+        _write_json(self.path / REPORT, report, indent=1)
+        shutil.rmtree(self._work)
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came. The frame at hand is finished; a second Ctrl-C is not
+    waited for."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, stack: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def _speed(count: int, seconds: Counter) -> dict[str, Any]:
+    total = sum(seconds.values())
+    return {
+        "frames": count,
+        "fps": round(count / total, 2) if total else None,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+
+def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
+    """Per object: the frame it was given in, frames followed, in how many of those it was lost, mean score if not."""
+    given = {entry["id"]: row["frame"] for row in rows for entry in row["objects"] if "given" in entry}
+    summary = {}
+    for label, frame in given.items():
+        followed = [e for row in rows for e in row["objects"] if e["id"] == label and "given" not in e]
+        scores = [entry["score"] for entry in followed if not entry["lost"]]
+        summary[str(label)] = {
+            "given": frame,
+            "frames": len(followed),
+            "lost": len(followed) - len(scores),
+            "mean_score": round(float(np.mean(scores)), 4) if scores else None,
+        }
+    return summary
+
+
+def _remark(row: dict) -> str:
+    lost = [str(entry["id"]) for entry in row["objects"] if entry.get("lost")]
+    return f"lost: {', '.join(lost)}" if lost else ""
