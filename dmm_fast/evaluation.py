@@ -4,12 +4,12 @@
   last frame are not scored; void (255) is background; a prediction's id above K is an error, a missing object is empty.
 - `vos`: the community benchmark. Objects are the ids of the scored ground truth, void included, each counted from the
   frame where it first occurs in ground truth or prediction; gaps and late objects are fine.
-- `segtrack`: SegTrack v2. mIoU* averages over the instances of a frame, then over frames; mIoU† over the frames where an
-  instance appears, then over instances.
+- `segtrack`: SegTrack v2. mIoU* averages over the instances of a frame, then over frames; mIoU† over the frames where
+  an instance appears, then over instances.
 
-Over a data set J and F are means over objects, not over sequences; G = (J + F) / 2. Recall is the share of frames above
-0.5; decay is the mean of the first quarter of the frames less that of the last. The public DAVIS tool keeps the quarters'
-edges as uint8, so its decay is wrong for sequences of more than 256 scored frames; here it is right.
+Over a data set J and F are means over objects, not over sequences; G = (J + F) / 2. Recall is the share of frames
+above 0.5; decay is the mean of the first quarter of the frames less that of the last. The public DAVIS tool keeps the
+quarters' edges as uint8, so its decay is wrong for sequences of more than 256 scored frames; here it is right.
 """
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ from dmm_fast.masks import VOID, is_indexed, read_binary, read_ids, whole_file
 
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
 PROTOCOLS = {"davis": "inner", "vos": "inner", "segtrack": "after-first"}  # and the frames each scores
+
+FRAMES_PER_PROCESS = 256  # about what takes as long to score as a process takes to start
 
 
 class EvaluationError(ValueError):
@@ -131,8 +133,6 @@ ABSENT = FrameScore(1.0, 1.0, False, False)
 
 def score_ids(pred: np.ndarray, gt: np.ndarray) -> dict[int, FrameScore]:
     """Score of every id above 0 that occurs in either of two id maps, uint8 [H, W]."""
-    area = np.bincount((gt.astype(np.intp) << 8 | pred).ravel(), minlength=1 << 16).reshape(256, 256)  # [gt id, pred id]
-    in_gt, in_pred, both = area.sum(1), area.sum(0), area.diagonal()
     boxes = defaultdict(list)
     for ids in (gt, pred):
         for number, box in enumerate(find_objects(ids), start=1):
@@ -142,15 +142,13 @@ def score_ids(pred: np.ndarray, gt: np.ndarray) -> dict[int, FrameScore]:
     scores = {}
     for number in sorted(boxes):
         window = _window(boxes[number])
-        scores[number] = FrameScore(
-            j=float(both[number] / (in_gt[number] + in_pred[number] - both[number])),
-            f=_boundary_f(pred[window] == number, gt[window] == number, radius),
-            in_gt=bool(in_gt[number]), in_pred=bool(in_pred[number]))
+        p, g = pred[window] == number, gt[window] == number
+        scores[number] = FrameScore(jaccard(p, g), _boundary_f(p, g, radius), bool(g.any()), bool(p.any()))
     return scores
 
 
 def _window(boxes: list[tuple[slice, slice]]) -> tuple[slice, ...]:
-    """The boxes' hull and one pixel around it, inside which an object's boundary is that of the whole image."""
+    """The boxes' hull and one pixel around it, inside which an object's J and F are those of the whole image."""
     return tuple(slice(max(min(side.start for side in sides) - 1, 0), max(side.stop for side in sides) + 1)
                  for sides in zip(*boxes))
 
@@ -158,30 +156,31 @@ def _window(boxes: list[tuple[slice, slice]]) -> tuple[slice, ...]:
 # ------------------------------------------------------------------------------------------------------ frames on disk
 
 class _Frame(NamedTuple):
-    """One frame's files. The ground truth is an id map, read as "ids" or "foreground", or SegTrack's "instances"."""
+    """One frame's files. The ground truth is one id map or, `binary`, the masks of objects 1, 2, ..."""
     stem: str
     gt: tuple[Path, ...]
     pred: Path
-    reading: str
+    binary: bool
+    foreground: bool
 
 
 class _Sequence(NamedTuple):
     name: str
     frames: list[_Frame]
-    num_objects: int | None  # None: whatever occurs in the ground truth
+    largest_id: int | None  # that a prediction may have; None: any
 
 
 def _score_frame(frame: _Frame) -> dict[int, FrameScore]:
     """Runs in the worker processes; knows nothing of protocols."""
     pred = read_ids(frame.pred)
-    masks = [read_binary(file) if frame.reading == "instances" else read_ids(file) for file in frame.gt]
+    masks = [read_binary(file) if frame.binary else read_ids(file) for file in frame.gt]
     for file, mask in zip(frame.gt, masks):
         if mask.shape != pred.shape:
             raise EvaluationError(f"{frame.pred}: the prediction is {pred.shape[1]}x{pred.shape[0]}, the ground truth "
                                   f"{file} is {mask.shape[1]}x{mask.shape[0]} (width x height)")
-    if frame.reading == "foreground":
-        return score_ids((pred > 0).astype(np.uint8), (masks[0] > 0).astype(np.uint8))
-    if frame.reading == "ids":
+    if frame.foreground:
+        return score_ids((pred > 0).astype(np.uint8), np.any(masks, axis=0).astype(np.uint8))
+    if not frame.binary:
         return score_ids(pred, masks[0])
     scores = {int(number): ABSENT._replace(in_pred=True) for number in np.unique(pred) if number > len(masks)}
     for number, mask in enumerate(masks, start=1):
@@ -255,23 +254,27 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 def _sequence(name: str, gt: Path, pred: Path, protocol: str, frames: str, foreground: bool) -> _Sequence:
     files = _ground_truth(gt, protocol)
-    reading = "foreground" if foreground else "ids"
-    if protocol == "segtrack" and not foreground and not is_indexed(files[0][0]):
-        reading = "instances"
-    scored = [_Frame(group[0].stem, group, pred / f"{group[0].stem}.png", reading) for group in files[FRAMES[frames]]]
+    binary = protocol == "segtrack" and (len(files[0]) > 1 or not is_indexed(files[0][0]))
+    scored = [_Frame(group[0].stem, group, pred / f"{group[0].stem}.png", binary, foreground)
+              for group in files[FRAMES[frames]]]
     if not scored:
         raise EvaluationError(f"{gt}: {len(files)} ground-truth frames leave none to score (frames={frames!r})")
     if missing := [frame.pred.name for frame in scored if not frame.pred.is_file()]:
         raise EvaluationError(f"{pred}: {len(missing)} of {len(scored)} frames are missing: {_listed(missing)}")
-    return _Sequence(name, scored, _first_objects(files[0][0], foreground) if protocol == "davis" else None)
+    return _Sequence(name, scored, _largest_id(files, protocol, binary, foreground))
 
 
-def _first_objects(file: Path, foreground: bool) -> int:
-    """The largest object id of the first ground-truth frame, which is DAVIS's number of objects."""
-    ids = read_ids(file)
-    objects = ids[(ids > 0) if foreground else (ids > 0) & (ids != VOID)]
+def _largest_id(files: list[tuple[Path, ...]], protocol: str, binary: bool, foreground: bool) -> int | None:
+    """The largest id that a prediction may have: for DAVIS that of the first ground-truth frame, void aside."""
+    if protocol == "vos":
+        return None
+    if protocol == "segtrack":
+        return 1 if foreground else len(files[0]) if binary else max(int(read_ids(file).max()) for file, in files)
+    ids = read_ids(files[0][0])
+    objects = ids[(ids > 0) & (foreground | (ids != VOID))]
     if not objects.size:
-        raise EvaluationError(f"{file}: no object in the first frame" + (f" but void (255); {_HINT}" * bool(ids.any())))
+        raise EvaluationError(f"{files[0][0]}: no object in the first frame"
+                              + (f" but void (255); {_HINT}" if ids.any() else ""))
     return 1 if foreground else int(objects.max())
 
 
@@ -308,11 +311,10 @@ def decay(values: np.ndarray) -> float:
 def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], protocol: str) -> list[ObjectScore]:
     """The objects that `protocol` scores in a sequence, over the frames that count for each."""
     in_gt = sorted({number for frame in scores for number, score in frame.items() if score.in_gt})
-    objects = in_gt if sequence.num_objects is None else range(1, sequence.num_objects + 1)
-    if protocol != "vos":
-        _check_ids(sequence, scores, max(objects, default=0))
+    if sequence.largest_id is not None:
+        _check_ids(sequence, scores)
     result = []
-    for number in objects:
+    for number in range(1, sequence.largest_id + 1) if protocol == "davis" else in_gt:
         rows = [frame.get(number, ABSENT) for frame in scores]
         counted = range(len(rows))
         if protocol == "vos":
@@ -324,11 +326,11 @@ def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], pro
     return result
 
 
-def _check_ids(sequence: _Sequence, scores: list[dict[int, FrameScore]], largest: int) -> None:
+def _check_ids(sequence: _Sequence, scores: list[dict[int, FrameScore]]) -> None:
     for frame, found in zip(sequence.frames, scores):
-        if wrong := [number for number, score in found.items() if score.in_pred and number > largest]:
+        if wrong := [number for number, score in found.items() if score.in_pred and number > sequence.largest_id]:
             raise EvaluationError(f"{frame.pred}: id {max(wrong)} is above the largest id of the ground truth of "
-                                  f"{sequence.name}, {largest}" + f"; {_HINT}" * (VOID in wrong))
+                                  f"{sequence.name}, {sequence.largest_id}" + f"; {_HINT}" * (VOID in wrong))
 
 
 def _frame_means(scores: list[dict[int, FrameScore]], objects: list[int]) -> np.ndarray:
@@ -394,16 +396,18 @@ def evaluate(gt_dir: str | os.PathLike, pred_dir: str | os.PathLike, protocol: s
              frames: str | None = None, pool_frames: bool = True, workers: int = 1, progress: bool = False) -> Report:
     """Score predicted id maps against ground truth.
 
-    gt_dir, pred_dir: both `<sequence>/*.png`, or two folders of one sequence. Predictions are named as the ground truth;
-        what else they hold is not read. SegTrack's ground truth may be `<sequence>/<1..n>/*`, png or bmp, with grey edges.
+    gt_dir, pred_dir: both `<sequence>/*.png`, or two folders of one sequence. Predictions are named as the ground
+        truth; what else they hold is not read. SegTrack's ground truth may be `<sequence>/<1..n>/*`, png or bmp, with
+        grey edges.
     protocol: "davis", "vos" or "segtrack", see the module.
     sequences: names, or a text file with one a line; default all that have ground truth.
     foreground: score everything above 0 as one object, on both sides, as DAVIS 2016 does (there 255 is the object).
-    frames: "inner" (all but first and last), "after-first" or "all"; default "inner" for davis and vos, "after-first" for
-        segtrack (the first mask is given).
-    pool_frames: segtrack's mIoU* is the mean over all frames of the data set; False: over each video's, then over videos.
-    workers: processes at most; 1 scores in this one, 0 takes one per core, none starts for less than 64 frames. They are
-        spawned, so a script that asks for more than one needs `if __name__ == "__main__":`.
+    frames: "inner" (all but first and last), "after-first" or "all"; default "inner" for davis and vos, "after-first"
+        for segtrack (the first mask is given).
+    pool_frames: segtrack's mIoU* is the mean over all frames of the data set; False: over each video's, then over
+        videos.
+    workers: processes at most; 1 scores in this one, 0 takes one per core, none starts for less than 256 frames. A
+        script that asks for more than one needs `if __name__ == "__main__":`, since none is a fork of it.
 
     Raises EvaluationError (missing sequences or frames, sizes, ids above the largest) and MaskError (unreadable masks).
     """
@@ -439,12 +443,14 @@ def evaluate(gt_dir: str | os.PathLike, pred_dir: str | os.PathLike, protocol: s
 
 def _scored(frames: list[_Frame], workers: int, progress: bool) -> Iterator[dict[int, FrameScore]]:
     """Each frame's scores, in order."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(frames) // 64)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(frames) // FRAMES_PER_PROCESS)
     with ExitStack() as stack:
         if workers <= 1:
             scores = map(_score_frame, frames)
         else:
-            processes = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__])  # imported (with torch) once, not once a process as spawn does
+            processes = stack.enter_context(ProcessPoolExecutor(workers, context))
             scores = processes.map(_score_frame, frames, chunksize=8)
         bar = stack.enter_context(tqdm(total=len(frames), unit="frame", disable=not progress))
         for score in scores:

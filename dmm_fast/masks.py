@@ -28,7 +28,7 @@ class MaskWarning(UserWarning):
 
 
 def _pascal_palette() -> np.ndarray:
-    """The Pascal VOC colours, uint8 [256, 3]: bits 0, 1, 2 of an id are the top bits of R, G, B, bits 3, 4, 5 the next."""
+    """The Pascal VOC colours, uint8 [256, 3]: bits 0, 1, 2 of an id are the top bits of R, G, B; 3, 4, 5 the next."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -47,7 +47,7 @@ def _pack(rgb: np.ndarray) -> np.ndarray:
 
 
 def _colour_table() -> tuple[np.ndarray, np.ndarray]:
-    """Sorted packed colours and their ids. DAVIS's own files have 191 where Pascal's formula gives 192; both are exact."""
+    """Sorted packed colours and their ids. DAVIS's own files have 191 where Pascal's formula gives 192; both count."""
     davis = _COLOURS[:22].copy()  # from 22 on DAVIS's palette is grey: those say nothing of the id
     davis[davis == 192] = 191
     table = {int(code): i for colours in (davis, _COLOURS) for i, code in enumerate(_pack(colours))}
@@ -73,7 +73,7 @@ def _open(path: str | os.PathLike) -> tuple[str, np.ndarray]:
         raise MaskError(f"{path}: the image is damaged or cut short ({error})") from None
     if image.format in ("JPEG", "MPO", "WEBP"):
         raise MaskError(f"{path}: a {image.format} file smears object ids; save masks as indexed PNG")
-    pixels = np.asarray(image)
+    pixels = np.array(image)  # a copy: Pillow's own is read-only
     if image.mode == "P":
         return "index", pixels
     if image.mode in ("1", "L"):
@@ -223,7 +223,7 @@ def _number_colours(rgb: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
     colours, first, labels = np.unique(codes, return_index=True, return_inverse=True)
     labels = labels.reshape(codes.shape)
     solid = np.unique(labels[_flat(codes)])
-    if colours[0] != 0 or len(colours) > MAX_FLAT_COLOURS or len(solid) < len(colours) or np.isin(colours, _CODES).all():
+    if np.isin(colours, _CODES).all() or colours[0] != 0 or not len(solid) == len(colours) <= MAX_FLAT_COLOURS:
         return None
     order = np.argsort(first[1:])  # colours[0] is black
     number = np.zeros(len(colours), np.uint8)
@@ -295,8 +295,8 @@ def _read_object_files(folder: Path, files: list[Path], size: tuple[int, int] | 
         notes += [f"{file.name}: {note}" for note in converted]
         values = np.unique(mask[mask > 0]).tolist()
         if len(values) > 1:
-            raise MaskError(f"{file}: object ids {_listed(values)} in a directory of {len(files)} files, where each must "
-                            f"hold one object; {hint}")
+            raise MaskError(f"{file}: object ids {_listed(values)} in a directory of {len(files)} files, where each "
+                            f"must hold one object; {hint}")
         if not values:
             raise MaskError(f"{file}: no object: every pixel is background")
         ids = np.zeros(mask.shape, np.uint8) if ids is None else ids
@@ -312,7 +312,7 @@ def _read_object_files(folder: Path, files: list[Path], size: tuple[int, int] | 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written; it takes `path`'s place only when the block ends without an error."""
+    """A temporary path beside `path`, to be written; it takes `path`'s place only if the block ends without error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

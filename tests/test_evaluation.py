@@ -274,6 +274,8 @@ def test_segtrack_as_distributed(tmp_path: Path):
     report = evaluate(tmp_path / "gt", tmp_path / "pred", "segtrack", sequences=tmp_path / "all.txt")
     assert js(report) == {("v", 1): [1.0, 2 / 3], ("v", 2): [1.0, 0.5]}
     assert js(evaluate(tmp_path / "gt/v", tmp_path / "pred/v", "segtrack")) == js(report)
+    union = evaluate(tmp_path / "gt", tmp_path / "pred", "segtrack", foreground=True)
+    assert js(union) == {("v", 1): [1.0, 3 / 5]}
     write_sequence(tmp_path / "pred" / "v", [ids("00111033 " * 4)] * 3)
     with pytest.raises(EvaluationError, match="id 3 is above the largest"):
         evaluate(tmp_path / "gt", tmp_path / "pred", "segtrack")
@@ -339,7 +341,8 @@ def test_report_files(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gt", "pred", "scores.csv", "scores.json"]
 
 
-def test_processes_give_the_same_report(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_processes_give_the_same_report(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dmm_fast.evaluation.FRAMES_PER_PROCESS", 64)
     rng = np.random.default_rng(1)
     for name in "ab":
         frames = [random_ids(rng, 24, 32, 3) for _ in range(70)]
