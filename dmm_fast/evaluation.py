@@ -36,7 +36,7 @@ from dmm_fast.masks import VOID, is_indexed, read_binary, read_ids, whole_file
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
 PROTOCOLS = {"davis": "inner", "vos": "inner", "segtrack": "after-first"}  # and the frames each scores
 
-FRAMES_PER_PROCESS = 256  # about what takes as long to score as a process takes to start
+FRAMES_PER_PROCESS = 512  # about what takes as long to score as a process takes to start
 
 
 class EvaluationError(ValueError):
@@ -244,7 +244,7 @@ def _find_sequences(gt_dir: Path, pred_dir: Path, sequences: Iterable[str] | str
     names = _choose(sequences, found, gt_dir)
     if missing := [name for name in names if not (pred_dir / name).is_dir()]:
         raise EvaluationError(f"{pred_dir}: no prediction for {len(missing)} of {len(names)} sequences: "
-                              f"{_listed(missing)}; give the names of those to score to leave others out")
+                              f"{_listed(missing)}; name those to score to leave others out (sequences=, --sequences)")
     return [(name, gt_dir / name, pred_dir / name) for name in names]
 
 
@@ -278,7 +278,7 @@ def _largest_id(files: list[tuple[Path, ...]], protocol: str, binary: bool, fore
     return 1 if foreground else int(objects.max())
 
 
-_HINT = "where 255 is the one object, score with foreground=True"
+_HINT = "where 255 is the one object, score with foreground=True (--foreground)"
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
@@ -406,7 +406,7 @@ def evaluate(gt_dir: str | os.PathLike, pred_dir: str | os.PathLike, protocol: s
         for segtrack (the first mask is given).
     pool_frames: segtrack's mIoU* is the mean over all frames of the data set; False: over each video's, then over
         videos.
-    workers: processes at most; 1 scores in this one, 0 takes one per core, none starts for less than 256 frames. A
+    workers: processes at most; 1 scores in this one, 0 takes one per core, none starts for less than 512 frames. A
         script that asks for more than one needs `if __name__ == "__main__":`, since none is a fork of it.
 
     Raises EvaluationError (missing sequences or frames, sizes, ids above the largest) and MaskError (unreadable masks).
