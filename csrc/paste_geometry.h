@@ -26,13 +26,21 @@ struct Tap {
 // One axis of a box [low, high) over an image of `size` pixels.
 template <typename T>
 struct PasteAxis {
-  T low, scale;    // u = (p + 0.5 - low) * scale - 0.5
+  T low, scale;
   int begin, end;  // the pixels that may be touched, clipped to the image: none if the box has no positive, finite extent
 
   DMM_HOST_DEVICE bool empty() const { return begin >= end; }
 
+  DMM_HOST_DEVICE T at(int pixel) const { return (static_cast<T>(pixel) + T(0.5) - low) * scale - T(0.5); }  // u
+
+  // How much of cell `s` a pixel sees.
+  DMM_HOST_DEVICE T tent(int pixel, int s) const {
+    const T weight = T(1) - std::fabs(at(pixel) - static_cast<T>(s));
+    return weight > T(0) ? weight : T(0);
+  }
+
   DMM_HOST_DEVICE Tap<T> tap(int pixel, int S) const {
-    const T u = (static_cast<T>(pixel) + T(0.5) - low) * scale - T(0.5);
+    const T u = at(pixel);
     if (!(u > T(-1) && u < static_cast<T>(S))) return {0, 0, T(0), T(0)};
     const T floor = std::floor(u), fraction = u - floor;
     const int cell = static_cast<int>(floor);
