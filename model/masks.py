@@ -1,4 +1,4 @@
-"""Masks: boxes of masks, pasting, and one label per pixel."""
+"""Boxes of masks, and one label per pixel."""
 
 import torch
 from torch import Tensor
@@ -14,40 +14,14 @@ def mask_boxes(masks: Tensor) -> Tensor:
     return (torch.stack([x0, y0, x1, y1], 1) * filled[:, None]).to(torch.float32)
 
 
-def paste_weights(low: Tensor, high: Tensor, samples: int, size: int) -> Tensor:
-    """Bilinear weights [M, size, samples] that stretch `samples` mask cells over pixels [low, high), both [M].
-
-    Pixel centres at + 0.5, tents of width 1 around the mask's cell centres, nothing outside.
-    """
-    centres = torch.arange(size, dtype=low.dtype, device=low.device) + 0.5
-    at = (centres - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * samples - 0.5  # [M, size]
-    cells = torch.arange(samples, dtype=low.dtype, device=low.device)
-    return (1.0 - (at[:, :, None] - cells).abs()).clamp(min=0.0)
-
-
-def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Masks [M, S, S] stretched into their boxes [M, 4]: [M, height, width], each Ay M Ax^T."""
-    ay = paste_weights(boxes[:, 1], boxes[:, 3], masks.size(1), height).to(masks.dtype)  # [M, H, S]
-    ax = paste_weights(boxes[:, 0], boxes[:, 2], masks.size(2), width).to(masks.dtype)  # [M, W, S]
-    return ay @ masks @ ax.transpose(1, 2)
-
-
-def mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of every pair of masks a [N, H, W] and b [M, H, W], bool: [N, M] float32; 0 where the union is empty."""
-    a, b = a.flatten(1).to(torch.float32), b.flatten(1).to(torch.float32)
-    both = a @ b.t()
-    either = a.sum(1)[:, None] + b.sum(1) - both
-    return both / either.clamp(min=1.0)
-
-
 def label_map(masks: Tensor, rank: Tensor) -> Tensor:
-    """One label per pixel from masks [N, H, W] in [0, 1]: [H, W] uint8, 0 for background, else slot + 1.
+    """One label per pixel from masks [N, H, W] in [0, 1], N <= 255: [H, W] uint8, 0 for background, else slot + 1.
 
     The highest value above 0.5 wins; between equal values the higher `rank` [N] (a permutation of 0..N-1) does.
     """
     if masks.size(0) == 0:
         return torch.zeros(masks.shape[1:], dtype=torch.uint8, device=masks.device)
-    # 1e-4 is far below what separates two soft masks, and enough to order values that are exactly equal.
-    keyed = (masks + rank.to(masks.dtype)[:, None, None] * 1e-4) * (masks > 0.5).to(masks.dtype)
-    value, slot = keyed.max(0)  # [H, W]
-    return torch.where(value > 0, slot + 1, 0).to(torch.uint8)
+    highest = masks.amax(0)  # [H, W]
+    winner = ((masks == highest) * (rank + 1).to(torch.uint8)[:, None, None]).amax(0)  # [H, W], rank + 1
+    slots = torch.argsort(rank).to(torch.uint8) + 1  # [N], by rank
+    return torch.where(highest > 0.5, slots.take(winner.to(torch.int64) - 1), 0)

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dmm_fast.ops  # noqa: F401  (registers torch.ops.dmm)
+import dmm_fast.ops  # noqa: F401  (registers torch.ops.dmm.match)
+import dmm_fast.vision  # noqa: F401  (registers torch.ops.dmm.mask_iou and paste_combine)
 
 from .config import Config
 from .features import roi_means
-from .masks import label_map, mask_boxes, mask_iou, paste
+from .masks import label_map, mask_boxes
 from .refinement import LightRefinement
 from .state import Affinity, Output, Proposals, State, empty_like, merge
 
@@ -115,10 +116,11 @@ class DMMNet(nn.Module):
         height, width = state.masks.size(1), state.masks.size(2)
         full = proposals.masks
         if full.dtype != torch.bool:
-            full = paste(full, proposals.boxes, height, width) > 0.5  # [M, H, W]
+            each = torch.eye(full.size(0), dtype=full.dtype, device=full.device)
+            full = torch.ops.dmm.paste_combine(each, full, proposals.boxes, height, width) > 0.5  # [M, H, W]
         described = self.describe(features, proposals.boxes, height, width)  # [M, C]
         cosine = F.normalize(state.features, dim=1) @ F.normalize(described, dim=1).t()
-        return Affinity(cosine, mask_iou(state.masks, full))
+        return Affinity(cosine, torch.ops.dmm.mask_iou(state.masks, full))
 
     @torch.jit.export
     def cost(self, affinity: Affinity) -> Tensor:
@@ -161,12 +163,14 @@ class DMMNet(nn.Module):
         choice = torch.where(largest, similarity, float("-inf")).argmax(1, keepdim=True)  # [N, 1]
         weight = assignment.gather(1, choice)  # [N, 1]
         column = choice.clamp(max=size - 1)
-        believed = (affinity.iou.gather(1, column) > self.min_iou) | (affinity.cosine.gather(1, column) > self.min_cosine)
-        believed = believed & (choice < size) & (weight > 0) & (proposals.scores > float("-inf"))[column]
+        believed = affinity.iou.gather(1, column) > self.min_iou
+        believed = believed | (affinity.cosine.gather(1, column) > self.min_cosine)
+        real = proposals.scores > float("-inf")  # [M]
+        believed = believed & (choice < size) & (weight > 0) & real[column]
         found = believed[:, 0] & state.valid  # [N]
 
         matched = self.combine(proposals, column[:, 0], weight[:, 0], state.masks)
-        found = found & (matched > 0.5).flatten(1).any(1)  # an empty mask is no match
+        found = found & (matched.flatten(1).amax(1) > 0.5)  # an empty mask is no match
         matched = torch.where(found[:, None, None], matched, state.masks.to(matched.dtype))
         masks, hidden = matched, state.hidden
         if self.refinement is not None:
@@ -175,22 +179,26 @@ class DMMNet(nn.Module):
         proposal = torch.where(found, column[:, 0], -1)
         score = torch.where(found, similarity.gather(1, column)[:, 0], 0.0)
         others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
-        others = others & (proposals.scores > float("-inf"))
-        rivals = torch.where(others, similarity[:, :size], float("-inf")).amax(1)
+        rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
-        rank = torch.argsort(torch.argsort(torch.where(found, score, -2.0), stable=True))  # lost objects lowest
-        labels = label_map(masks, rank)
-        lost = state.valid & ~found
-        output = Output(masks, matched, labels, proposal, score, runner_up, lost)
+        output = Output(masks, matched, self.label(masks, found), proposal, score, runner_up, state.valid & ~found)
         return output, State(state.valid, state.features, state.templates, matched > 0.5, hidden)
+
+    def label(self, masks: Tensor, found: Tensor) -> Tensor:
+        """One label per pixel. Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a
+        larger one: an occluder's mask is whole and what it hides is cut already, unless a proposal spans both."""
+        area = masks.flatten(1).sum(1)  # [N]
+        rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
+        return label_map(masks, rank)
 
     def combine(self, proposals: Proposals, column: Tensor, weight: Tensor, last: Tensor) -> Tensor:
         """Eq. 8 with one proposal left per row: [N, H, W]."""
-        picked = proposals.masks[column]
-        if picked.dtype != torch.bool:
-            picked = paste(picked, proposals.boxes[column], last.size(1), last.size(2))
         scale = weight / weight.detach().clamp(min=1e-12)
-        return picked * scale[:, None, None]
+        if proposals.masks.dtype == torch.bool:
+            return proposals.masks[column] * scale[:, None, None]
+        kept = torch.zeros((column.size(0), proposals.scores.size(0)), dtype=scale.dtype, device=scale.device)
+        kept = kept.scatter(1, column[:, None], scale[:, None])  # [N, M]
+        return torch.ops.dmm.paste_combine(kept, proposals.masks, proposals.boxes, last.size(1), last.size(2))
 
     @torch.jit.export
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:
