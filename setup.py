@@ -46,6 +46,8 @@ class CMakeBuild(build_ext):
         with_cuda, why = cuda_decision(torch)
         print(f"dmm_fast: CUDA kernels {'on' if with_cuda else 'off'} ({why})", file=sys.stderr)
         build = ROOT / "build" / ("cuda" if with_cuda else "cpu")
+        # pip's cmake and ninja sit beside the interpreter, which need not be on PATH
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         target = ROOT / "dmm_fast" / "lib" if self.inplace else Path(self.build_lib).resolve() / "dmm_fast" / "lib"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",

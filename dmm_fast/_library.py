@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def load_cpu() -> None:
             f"{path} does not load into torch {torch.__version__} (it needs torch >= 2.11; built against "
             f"{built_facts().get('torch', 'an unknown torch')}): {error}. Rebuild it with: {REBUILD}"
         ) from error
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels chose: "portable", "avx2" or "avx512"."""
+    library = ctypes.CDLL(str(FOLDER / "libdmm_cpu.so"))
+    library.dmm_cpu_capability.restype = ctypes.c_char_p
+    return library.dmm_cpu_capability().decode()
 
 
 def load_cuda() -> str | None:

@@ -102,7 +102,8 @@ def match(
         or (init is not None and init.requires_grad)
         or (lr_tensor is not None and lr_tensor.requires_grad)
     ):
-        return _Match.apply(*args, options)
+        function = _TransformableMatch if _in_functorch() else _Match
+        return function.apply(*args, options)
     return _call(_match, *args, **options)
 
 
@@ -127,24 +128,53 @@ def _backward(call, grad: Tensor, saved: tuple, options: dict) -> tuple:
 
 
 class _Match(torch.autograd.Function):
-    """The gradient of dmm::match in eager mode and under torch.func; compiled and exported graphs use the op's own, below."""
+    """The gradient of dmm::match in eager mode; compiled and exported graphs use the op's own, registered below."""
+
+    @staticmethod
+    def forward(ctx, cost, init, num_templates, num_proposals, lr_tensor, options):
+        ctx.save_for_backward(cost, init, num_templates, num_proposals, lr_tensor)
+        ctx.options = options
+        return _call(_match, cost, init, num_templates, num_proposals, lr_tensor, **options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def call(*args, **options):
+            if torch.is_grad_enabled():  # create_graph=True: record, and refuse, the second derivative
+                return _MatchBackward.apply(*args, options)
+            return _call(_match_backward, *args, **options)
+
+        return *_backward(call, grad, ctx.saved_tensors, ctx.options), None
+
+
+class _TransformableMatch(_Match):
+    """The same for torch.func, in the form it asks for (twice as slow to enter)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(cost, init, num_templates, num_proposals, lr_tensor, options):
-        return _call(_match, cost, init, num_templates, num_proposals, lr_tensor, **options)
+        return _match(cost, init, num_templates, num_proposals, lr_tensor, **options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors)
 
+
+class _MatchBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def backward(ctx, grad):
-        # With create_graph=True the op records (and refuses) the second derivative, so it must see autograd.
-        call = torch.ops.dmm.match_backward if torch.is_grad_enabled() else functools.partial(_call, _match_backward)
-        return *_backward(call, grad, ctx.saved_tensors, ctx.options), None
+    def forward(grad, cost, init, num_templates, num_proposals, lr_tensor, options):
+        return _call(_match_backward, grad, cost, init, num_templates, num_proposals, lr_tensor, **options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _no_double_backward(ctx, *grads)
 
 
 @torch.library.register_fake("dmm::match")

@@ -10,29 +10,37 @@
 namespace dmm {
 namespace {
 
+// The widest instruction set of this machine; DMM_CPU_CAPABILITY=portable|avx2|avx512 lowers the choice (tests, benchmarks).
+std::string_view choose_capability() {
+#if defined(__x86_64__)
+  const char* wish = std::getenv("DMM_CPU_CAPABILITY");
+  const std::string_view limit = wish ? wish : "avx512";
+  if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return "avx512";
+  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "portable";
+}
+
+std::string_view capability() {
+  static const std::string_view chosen = choose_capability();
+  return chosen;
+}
+
 template <typename T>
-const MatchKernels<T>& kernels_of_this_machine() {
-  const auto pick = [](const MatchKernels<float>& f, const MatchKernels<double>& d) -> const MatchKernels<T>& {
+const MatchKernels<T>& kernels() {
+  const auto of = [](const MatchKernels<float>& f, const MatchKernels<double>& d) -> const MatchKernels<T>& {
     if constexpr (std::is_same_v<T, float>)
       return f;
     else
       return d;
   };
 #if defined(__x86_64__)
-  // DMM_CPU_CAPABILITY=portable|avx2|avx512 lowers the choice, for tests and benchmarks.
-  const char* wish = std::getenv("DMM_CPU_CAPABILITY");
-  const std::string_view limit = wish ? wish : "avx512";
-  if (limit == "avx512" && __builtin_cpu_supports("avx512f")) return pick(avx512::kernels_float, avx512::kernels_double);
-  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return pick(avx2::kernels_float, avx2::kernels_double);
+  if (capability() == "avx512") return of(avx512::kernels_float, avx512::kernels_double);
+  if (capability() == "avx2") return of(avx2::kernels_float, avx2::kernels_double);
 #endif
-  return pick(portable::kernels_float, portable::kernels_double);
-}
-
-template <typename T>
-const MatchKernels<T>& kernels() {
-  static const MatchKernels<T>& chosen = kernels_of_this_machine<T>();
-  return chosen;
+  return of(portable::kernels_float, portable::kernels_double);
 }
 
 // Lanes across problems once they are filled well enough to win (measured: docs/performance.md), as long as a group's
@@ -150,6 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tens
 
 }  // namespace
 }  // namespace dmm
+
+// For dmm_fast.build_info().
+extern "C" __attribute__((visibility("default"))) const char* dmm_cpu_capability() { return dmm::capability().data(); }
 
 STABLE_TORCH_LIBRARY(dmm, m) {
   m.def(dmm::kMatchSchema);
