@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
             ("dmm-fast demo", "see it work on a clip it makes itself, about half a minute"),
             ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from Mask R-CNN"),
             ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
+            ("dmm-fast proposals clip.mp4 --out p.json", "keep Mask R-CNN's proposals, which take most of the time"),
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
             ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
         ),
@@ -257,7 +258,8 @@ def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
         print(f"note: {note}")
     speed = report["speed"]
     shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in speed["seconds"].items())
-    print(f"{speed['frames']} frames, {len(report['objects'])} objects, {speed['fps']} frames/s ({shares})")
+    count = len(report["objects"])
+    print(f"{speed['frames']} frames, {count} object{'s' * (count != 1)}, {speed['fps']} frames/s ({shares})")
     for label, row in report["objects"].items():
         if row["lost"]:
             print(f"object {label}: no match in {row['lost']} of {row['frames']} frames, its last mask was kept there")

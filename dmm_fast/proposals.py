@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dmm_fast.masks import whole_file
 from dmm_fast.model import Proposals
-from dmm_fast.model.masks import mask_boxes, paste
+from dmm_fast.model.masks import mask_boxes
+from dmm_fast.vision import paste_combine
 
 TOP = 50  # proposals kept per frame, Section 3 of the paper
 
@@ -240,7 +241,8 @@ def _full_masks(proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Te
         if len(masks) and tuple(masks.shape[1:]) != size:
             raise ProposalError(f"masks [M, H, W] must have the frame's size {size}, got {tuple(masks.shape)}")
     else:
-        masks = paste(masks, boxes, *size) > 0.5  # [M, H, W]
+        each = torch.eye(len(masks), dtype=masks.dtype)  # [M, M]
+        masks = paste_combine(each, masks, boxes, size) > 0.5  # [M, H, W]
     return boxes, scores, masks
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dmm_fast.masks import MaskWarning, read_first_masks, read_mask, whole_file, write_mask
 from dmm_fast.overlay import ContactSheet, overlay
 from dmm_fast.proposals import ProposalError, TorchvisionProposer, read_coco
-from dmm_fast.segmenter import Segmenter
+from dmm_fast.segmenter import ObjectResult, Segmenter
 from dmm_fast.video import ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
 
 REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
@@ -54,7 +54,7 @@ def segment(
     video: str | os.PathLike | None = None,
     preset: str = "iou",
     backbone: str | None = None,
-    refine: str | None = None,
+    refine: str = "none",
     matcher: str = "dmm",
     weights: str | os.PathLike | None = None,
     device: str = "cpu",
@@ -88,11 +88,12 @@ def segment(
     folder = RunFolder(out, settings)
     if resume and folder.finished:
         return folder.report()
-    checkpoint = folder.open(frames.stems, resume, overwrite)
+    checkpoint = folder.find(frames.stems, resume, overwrite)
     if checkpoint and checkpoint["started"]:
         segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=weights, device=device)
     else:
         segmenter = _make_segmenter(preset, backbone, refine, matcher, weights, device)
+    folder.begin(frames.stems, checkpoint)
     run = _Run(frames, given, propose, segmenter, folder, checkpoint)
     run.forward(progress, save_every)
     return run.finish(video, {**settings, "device": device})
@@ -148,10 +149,7 @@ class _Run:
             with self._clock("step"):
                 result = self.segmenter.step(frame, proposals)
             ids = np.array(result.ids)
-            objects = [
-                {"id": o.id, "proposal": o.proposal, "score": o.score, "runner_up": o.runner_up, "lost": o.lost}
-                for o in result.objects
-            ]
+            objects = [_row(entry) for entry in result.objects]
         if stem in self.given:
             with self._clock("step"):
                 self._take_in(stem, frame, ids, objects)
@@ -221,7 +219,7 @@ class _Run:
 
 
 def _make_segmenter(
-    preset: str, backbone: str | None, refine: str | None, matcher: str, weights: str | os.PathLike | None, device: str
+    preset: str, backbone: str | None, refine: str, matcher: str, weights: str | os.PathLike | None, device: str
 ) -> Segmenter:
     from dmm_fast.model import Config
 
@@ -324,34 +322,32 @@ class RunFolder:
         self._check_settings(report["settings"], "finished")
         return report
 
-    def open(self, stems: list[str], resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Make OUT ready; the checkpoint to go on from, or None for a run from the start."""
+    def find(self, stems: list[str], resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a run from the start; changes nothing."""
         if self.finished and not overwrite:
             raise RunError(f"{self.path}: holds a finished run; --overwrite replaces it")
-        if not self.finished and not self._work.exists():
+        if not (self.finished or self._work.exists()):
             if foreign := [stem for stem in stems if self.mask(stem).exists()]:
                 raise RunError(f"{self.path}: holds {foreign[0]}.png, which no run has written; choose another --out")
-        elif overwrite and not resume:
-            self._clear(stems)
-        elif not resume:
-            count = self._checkpoint()["next"] if self._progress.exists() else 0
-            raise RunError(f"{self.path}: holds an unfinished run ({count} of {len(stems)} frames); --resume goes on with "
-                           "it, --overwrite starts again")  # fmt: skip
-        if self._progress.exists():
-            return self._resumed()
-        self._work.mkdir(parents=True, exist_ok=True)
-        _write_json(self._settings, self.settings)
-        self._file = self._rows.open("w")
-        return None
-
-    def _resumed(self) -> dict[str, Any]:
+        if overwrite or not self._progress.exists():
+            return None
+        checkpoint = json.loads(self._progress.read_text())
+        if not resume:
+            raise RunError(f"{self.path}: holds an unfinished run ({checkpoint['next']} of {len(stems)} frames); --resume "
+                           "goes on with it, --overwrite starts again")  # fmt: skip
         self._check_settings(json.loads(self._settings.read_text()), "unfinished")
-        checkpoint = self._checkpoint()
-        os.truncate(self._rows, checkpoint["bytes"])  # rows that came after the checkpoint are made again
+        return checkpoint
+
+    def begin(self, stems: list[str], checkpoint: dict[str, Any] | None) -> None:
+        """Make OUT ready for a run."""
+        if checkpoint is None:
+            self._clear(stems)
+            _write_json(self._settings, self.settings)
+        else:
+            os.truncate(self._rows, checkpoint["bytes"])  # rows after the checkpoint are made again
         for torn in self.path.glob(".*.png.*.tmp"):
             torn.unlink()
         self._file = self._rows.open("a")
-        return checkpoint
 
     def _check_settings(self, before: dict[str, Any], kind: str) -> None:
         for name, value in self.settings.items():
@@ -359,16 +355,12 @@ class RunFolder:
                 raise RunError(f"{self.path}: the {kind} run there has {name} = {before.get(name)!r}, this one {value!r}; "
                                "resume with the same settings, or --overwrite")  # fmt: skip
 
-    def _checkpoint(self) -> dict[str, Any]:
-        return json.loads(self._progress.read_text())
-
     def _clear(self, stems: list[str]) -> None:
-        """Remove what a run wrote, the report first, so that no moment shows a finished folder with masks missing."""
+        """Remove what runs wrote, the report first: no moment shows a folder that looks finished with masks missing."""
         (self.path / REPORT).unlink(missing_ok=True)
-        self._work.mkdir(exist_ok=True)
-        for file in [self.path / SHEET, *map(self.mask, stems)]:
+        self._work.mkdir(parents=True, exist_ok=True)
+        for file in [self.path / SHEET, *map(self.mask, stems), *self._work.iterdir()]:
             file.unlink(missing_ok=True)
-        shutil.rmtree(self._work)
 
     def append(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -389,13 +381,16 @@ class RunFolder:
 
     def finish(self, report: dict[str, Any]) -> None:
         self._file.close()
-        _write_json(self.path / REPORT, report, indent=1)
+        head = json.dumps({name: value for name, value in report.items() if name != "frames"}, indent=1)
+        rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame
+        with whole_file(self.path / REPORT) as part:
+            part.write_text(f'{head[:-2]},\n "frames": [\n{rows}\n]\n}}\n')
         shutil.rmtree(self._work)
 
 
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+def _write_json(path: Path, value: Any) -> None:
     with whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=indent) + "\n")
+        part.write_text(json.dumps(value) + "\n")
 
 
 @contextlib.contextmanager
@@ -445,6 +440,11 @@ def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
             "mean_score": round(float(np.mean(scores)), 4) if scores else None,
         }
     return summary
+
+
+def _row(found: ObjectResult) -> dict[str, Any]:
+    score, runner_up = (round(value, 4) + 0.0 for value in (found.score, found.runner_up))  # + 0.0: no "-0.0"
+    return {"id": found.id, "proposal": found.proposal, "score": score, "runner_up": runner_up, "lost": found.lost}
 
 
 def _remark(row: dict) -> str:

@@ -124,7 +124,7 @@ def _open_video(path: Path):
         raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})") from None
     if not container.streams.video:
         container.close()
-        raise FramesError(f"{path}: no video stream in this file")
+        raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
     return container
 
 
