@@ -206,7 +206,8 @@ class Segmenter:
         }
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, partial, {"dmm_fast": json.dumps(session)})
+        whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}  # unshared
+        save_file(whole, partial, {"dmm_fast": json.dumps(session)})
         os.replace(partial, path)
 
     @classmethod
