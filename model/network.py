@@ -20,6 +20,8 @@ def make_backbone(name: str, pretrained: bool) -> Tuple[nn.Module, List[int], Li
     """A timm backbone with its four coarsest levels (conv2-5): module, channels, strides, input mean, input std."""
     import timm  # slow to import, and not needed without a backbone
 
+    if not timm.is_model(name):
+        raise ValueError(f"DMMNet: timm has no backbone {name!r}")
     try:
         net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
     except OSError as error:

@@ -1,0 +1,390 @@
+"""The network: features and cost against other implementations, decisions on small problems worked out by hand, and the
+step in eager, TorchScript and torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from dmm_fast import reference
+from dmm_fast.model import (
+    PRESETS, Affinity, Config, DMMNet, Proposals, State, digest, load_weights, read_weights, save_weights,
+)
+from dmm_fast.model.features import roi_means
+from dmm_fast.model.masks import label_map, mask_boxes
+
+SIZE = (60, 90)
+SMALL = {"backbone": "test_resnet", "input_size": (64, 96), "iou_weight": 0.3}
+CONFIGS = {
+    "iou": Config(),
+    "features": Config(**SMALL),
+    "light": Config(**SMALL, refine="light", hidden=16),
+    "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
+}
+
+
+def rectangles(*boxes: tuple[int, int, int, int]) -> Tensor:
+    """Masks [N, H, W] of boxes x0 y0 x1 y1."""
+    masks = torch.zeros((len(boxes), *SIZE), dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def full(masks: Tensor) -> Proposals:
+    return Proposals(mask_boxes(masks), torch.linspace(0.9, 0.1, len(masks)), masks)
+
+
+def make(name: str) -> DMMNet:
+    torch.manual_seed(0)
+    net = DMMNet(CONFIGS[name]).eval()
+    if net.refinement is not None:  # its last layer starts at zero, which would hide what comes before it
+        torch.nn.init.normal_(net.refinement.head.weight, std=5.0)
+    return net
+
+
+@pytest.fixture()
+def scene():
+    """A frame, three slots of which two are used, and seven proposals: two near the objects, clutter, a duplicate."""
+    torch.manual_seed(1)
+    frame = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    first = rectangles((10, 10, 40, 40), (50, 20, 80, 50), (0, 0, 5, 5))
+    found = rectangles(
+        (12, 11, 42, 41), (52, 20, 82, 50), (52, 20, 82, 50), (0, 50, 20, 60), (30, 5, 60, 30), (85, 0, 90, 9), (0, 0, 90, 60)
+    )
+    return frame, first, torch.tensor([True, True, False]), full(found)
+
+
+def soft(proposals: Proposals, samples: int = 28) -> Proposals:
+    masks = torch.rand((len(proposals.scores), samples, samples), generator=torch.Generator().manual_seed(0))
+    return proposals._replace(masks=0.4 + 0.6 * masks)
+
+
+def equal(a, b) -> bool:
+    """Bitwise, through nested tuples and lists."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+# ---- features ----
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_roi_means_equal_torchvision(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn((1, c, h, w), generator=generator, dtype=dtype) for c, h, w in ((5, 32, 56), (7, 16, 28), (3, 8, 14))]
+    corner = torch.rand((200, 2), generator=generator, dtype=dtype) * 280 - 40  # many leave the 224 x 128 image
+    boxes = torch.cat([corner, corner + torch.rand((200, 2), generator=generator, dtype=dtype) * 200], 1)
+    boxes[:3] = torch.tensor([[0, 0, 224, 128], [10, 10, 10, 10], [-500, -500, -400, -400]], dtype=dtype)
+    expected = [roi_align(f, [boxes], 14, 1 / s, sampling_ratio=2).mean((2, 3)) for f, s in zip(levels, (4, 8, 16))]
+    assert (roi_means(levels, [4, 8, 16], boxes) - torch.cat(expected, 1)).abs().max() < tolerance
+
+
+def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
+    frame, first, _, _ = scene
+    net = make("features")
+    features = net.encode(frame[None])
+    assert [f.shape[1:] for f in features] == [(32, 16, 24), (48, 8, 12), (192, 4, 6), (96, 2, 3)]
+    boxes = mask_boxes(first)
+    stretched = boxes * torch.tensor([96 / 90, 64 / 60, 96 / 90, 64 / 60])
+    expected = [roi_align(f, [stretched], 14, 1 / s, sampling_ratio=2).mean((2, 3)) for f, s in zip(features, net.strides)]
+    torch.testing.assert_close(net.describe(features, boxes, *SIZE), torch.cat(expected, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("iou", (60, 90))])
+def test_resized(name, size):
+    assert make(name).resized(*SIZE) == size
+
+
+def test_mask_boxes():
+    masks = rectangles((3, 4, 10, 20), (0, 0, 90, 60), (89, 59, 90, 60), (0, 0, 0, 0))
+    assert mask_boxes(masks).tolist() == [[3, 4, 10, 20], [0, 0, 90, 60], [89, 59, 90, 60], [0, 0, 0, 0]]
+
+
+def test_label_map_highest_value_wins_then_rank():
+    masks = torch.tensor([[[1.0, 0.6, 0.2, 1.0]], [[1.0, 0.7, 0.5, 0.0]], [[0.0, 0.0, 0.4, 1.0]]])
+    assert label_map(masks, torch.tensor([0, 1, 2])).tolist() == [[2, 2, 0, 3]]
+    assert label_map(masks, torch.tensor([2, 1, 0])).tolist() == [[1, 2, 0, 1]]
+    assert label_map(masks[:0], torch.tensor([], dtype=torch.int64)).tolist() == [[0, 0, 0, 0]]
+
+
+# ---- cost and match ----
+
+
+def test_cost_is_eq_1(scene):
+    frame, first, valid, proposals = scene
+    net = make("features")
+    state = net.start(frame, first, valid)
+    cosine, iou = net.compare(net.encode(frame[None]), proposals, state)
+    assert iou[0, 0] == 28 * 29 / (2 * 900 - 28 * 29) and iou[1, 1] == iou[1, 2] and iou[2].eq(0).all()
+    assert cosine.shape == iou.shape and cosine.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(net.cost(Affinity(cosine, iou)), (0.3 - 1) * cosine - 0.3 * iou)
+
+
+def test_soft_proposals_are_compared_by_their_pasted_masks(scene):
+    frame, first, valid, proposals = scene
+    net = make("iou")
+    state = net.start(frame, first, valid)
+    whole = proposals._replace(masks=torch.ones((7, 28, 28)))  # the box itself, rounded at its border
+    iou = net.compare([], whole, state).iou
+    torch.testing.assert_close(iou, net.compare([], proposals, state).iou, atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("valid", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+@pytest.mark.parametrize("proposals, padding", [(9, 0), (6, 3), (2, 0), (2, 5), (0, 1)])
+def test_match_leaves_out_free_slots_and_padding(valid, proposals, padding):
+    """Against the reference on the dense problem, with empty proposals appended when there are too few."""
+    net = make("iou")
+    valid = torch.tensor(valid, dtype=torch.bool)
+    n = int(valid.sum())
+    cost = -torch.rand((4, proposals + padding), generator=torch.Generator().manual_seed(n))
+    scores = torch.cat([torch.ones(proposals), torch.full((padding,), float("-inf"))])
+    matched = net.match(cost, scores, valid)
+    assert matched.shape == (4, proposals + padding + 4) and matched[~valid].eq(0).all()
+    dense = torch.zeros((n, max(n, proposals)))
+    dense[:, :proposals] = cost[valid, :proposals]
+    if n:
+        expected = reference.match(dense)
+        torch.testing.assert_close(matched[valid][:, : dense.size(1)], expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- decisions ----
+
+
+def decide(net: DMMNet, state: State, proposals: Proposals, assignment: list[list[float]], cosine: float = 0.0):
+    iou = net.compare([], proposals, state).iou
+    return net.decide([], proposals, Affinity(torch.full_like(iou, cosine), iou), torch.tensor(assignment), state)
+
+
+def test_decide_by_hand():
+    net = make("iou")
+    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), rectangles((10, 10, 40, 40), (50, 20, 80, 50)), torch.ones(2).bool())
+    proposals = full(rectangles((10, 10, 40, 25), (10, 10, 40, 40), (50, 20, 80, 50), (0, 55, 5, 60)))
+
+    output, following = decide(net, state, proposals, [[0.4, 0.4, 0.2, 0], [0.1, 0.1, 0.4, 0.3]])
+    assert output.proposal.tolist() == [1, 2]  # of equal weights the cheaper proposal, not a blend
+    assert torch.equal(output.matched > 0.5, proposals.masks[[1, 2]])  # a weight of 0.4 does not erase a mask
+    assert output.matched.max() == 1 and not output.lost.any()
+    assert output.score.tolist() == [1, 1] and output.runner_up.tolist() == [0.5, 0]
+    assert torch.equal(following.masks, proposals.masks[[1, 2]])
+
+    output, following = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]])  # no overlap: lost
+    assert output.proposal.tolist() == [1, -1] and output.lost.tolist() == [False, True]
+    assert output.score.tolist() == [1, 0] and output.runner_up.tolist() == [0.5, 1.0]
+    assert torch.equal(following.masks[1], state.masks[1])
+
+    output, _ = decide(net, state, proposals, [[0, 1, 0, 0, 0], [0, 0, 0.4, 0, 0.5]])  # the empty proposal is preferred
+    assert output.lost.tolist() == [False, True]
+
+    output, _ = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]], cosine=0.95)  # far off but similar
+    assert output.proposal.tolist() == [1, 3] and not output.lost.any()
+
+
+def test_labels_smaller_above_larger_and_lost_below():
+    net = make("iou")
+    start = rectangles((0, 0, 60, 60), (10, 10, 20, 20), (50, 0, 60, 10))
+    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), start, torch.ones(3).bool())
+    output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert output.labels[5, 5] == 1 and output.labels[15, 15] == 2 and output.labels[5, 55] == 3 and output.labels[5, 70] == 0
+    output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    assert output.lost.tolist() == [False, False, True] and output.labels[5, 55] == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "padding", "one", "empty"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_proposals(scene, name, kind):
+    frame, first, valid, proposals = scene
+    net = make(name)
+    state = net.start(frame, first, valid)
+    keep = 0 if kind == "none" else 1
+    proposals = Proposals(*(part[:keep].clone() for part in proposals))
+    if kind == "padding":
+        proposals.scores.fill_(float("-inf"))
+    if kind == "empty":
+        proposals.masks.zero_()
+    output, following = net.step(frame, proposals, state)
+    assert output.lost.tolist() == ([False, True, False] if kind == "one" else [True, True, False])
+    assert torch.isfinite(output.masks).all() and not output.labels.eq(3).any()
+    assert torch.equal(following.masks[1], state.masks[1])
+
+
+def test_gradient_reaches_cost_and_features(scene):
+    frame, first, valid, proposals = scene
+    for name, some in (("features", proposals), ("light", proposals), ("light", soft(proposals))):
+        net = make(name)
+        with torch.no_grad():
+            state = net.start(frame, first, valid)
+        output, _ = net.step(frame, some, state)
+        (output.matched if name == "features" else output.masks)[:2].mean().backward()
+        # Without refinement the only way back is through the masks' weights: match, cost, RoI features.
+        for part, parameter in net.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), part
+        assert next(net.backbone.parameters()).grad.abs().sum() > 0
+
+    affinity = net.compare(net.encode(frame[None]), proposals, net.start(frame, first, valid))
+    assignment = net.match(net.cost(affinity), proposals.scores, valid).detach().requires_grad_()
+    output, _ = net.decide(net.encode(frame[None]), proposals, affinity, assignment, net.start(frame, first, valid))
+    output.matched.sum().backward()
+    assert (assignment.grad > 0).sum() == 2  # only the kept entries, Section 4.1
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_add_and_drop(scene, name):
+    frame, first, valid, proposals = scene
+    net = make(name)
+    with torch.no_grad():
+        together = net.start(frame, first, torch.ones(3).bool())
+        apart = net.add(frame, first, ~valid, net.start(frame, first, valid))
+        assert equal(together, apart)
+        _, state = net.step(frame, proposals, together)
+        state = net.drop(~valid, state)
+        assert state.valid.tolist() == [True, True, False] and not state.masks[2].any()
+        output, following = net.step(frame, proposals, state)
+        assert not following.masks[2].any() and output.proposal[2] == -1 and not output.lost[2]
+
+
+def test_step_leaves_its_inputs_alone(scene):
+    frame, first, valid, proposals = scene
+    net = make("light")
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        before = State(*(t.clone() for t in state[:4]), [h.clone() for h in state.hidden])
+        net.step(frame, proposals, state)
+    assert equal(before, state)
+
+
+def test_untrained_refinement_returns_the_matched_mask(scene):
+    frame, first, valid, proposals = scene
+    net = DMMNet(CONFIGS["light"]).eval()
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        for _ in range(3):
+            output, state = net.step(frame, proposals, state)
+            assert torch.equal(output.masks > 0.5, output.matched > 0.5)
+    assert len(state.hidden) == 8 and all(h.abs().sum() > 0 for h in state.hidden)
+
+
+def test_refined_objects_do_not_depend_on_each_other(scene):
+    frame, first, valid, proposals = scene
+    net = make("light")
+    with torch.no_grad():
+        both = net.step(frame, proposals, net.start(frame, first, valid))[0]
+        one = net.step(frame, proposals, net.start(frame, first[:1], valid[:1]))[0]
+    assert both.proposal[0] == one.proposal[0]
+    torch.testing.assert_close(both.masks[:1], one.masks, atol=1e-5, rtol=1e-5)
+
+
+# ---- script and export ----
+
+
+@pytest.mark.parametrize("name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft")])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning")
+def test_torchscript(scene, name, kind, tmp_path):
+    frame, first, valid, proposals = scene
+    if kind != "full":
+        proposals = soft(proposals) if kind == "soft" else Proposals(*(part[:0] for part in proposals))
+    net = make(name)
+    torch.jit.script(net).save(tmp_path / "net.pt")
+    scripted = torch.jit.load(tmp_path / "net.pt")
+    with torch.no_grad():
+        state, other = net.start(frame, first, valid), scripted.start(frame, first, valid)
+        for _ in range(3):
+            output, state = net.step(frame, proposals, state)
+            output_, other = scripted.step(frame, proposals, other)
+            assert equal(output, output_) and equal(state, other)
+        state, other = net.add(frame, first, ~valid, state), scripted.add(frame, first, ~valid, other)
+        assert equal(net.drop(valid, state), scripted.drop(valid, other))
+
+
+@pytest.mark.parametrize("name, kind", [("iou", "full"), ("iou", "soft"), ("light", "full"), ("shrunk", "soft")])
+def test_export_with_any_number_of_proposals(scene, name, kind):
+    frame, first, valid, proposals = scene
+    proposals = soft(proposals) if kind == "soft" else proposals
+    net = make(name)
+    count = {0: torch.export.Dim("M", min=2, max=512)}
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        shapes = (None, Proposals(count, count, count), State(None, None, None, None, [None] * len(state.hidden)))
+        exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
+        for keep in (7, 2, 4):
+            some = Proposals(*(part[:keep] for part in proposals))
+            assert equal(net.step(frame, some, state), exported(frame, some, state))
+
+
+# ---- config and weights ----
+
+
+def test_presets_carry_the_papers_numbers():
+    for name in PRESETS:
+        config = Config.preset(name)
+        assert Config.from_dict(config.to_dict()) == config and config.top == 50 and config.lr == 0.1
+        if name != "iou":
+            assert (config.n_grad, config.n_proj, config.backbone) == (40, 5, "resnet50")
+    assert Config.preset("youtube-vos").input_size == (255, 448) and Config.preset("youtube-vos").iou_weight == 0.3
+    assert Config.preset("davis").short_side == 480 and Config.preset("davis").iou_weight == 0.3
+    assert Config.preset("segtrack").short_side == 800 and Config.preset("segtrack").iou_weight == 0.9
+    assert Config.preset("davis", backbone="resnet101").backbone == "resnet101"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"iou_weight": 0.3}, "iou_weight must be 1 without a backbone, got 0.3"),
+        ({"refine": "light"}, "refine must be 'none' without a backbone"),
+        ({"refine": "best"}, "refine must be one of"),
+        ({"n_grad": 0}, "n_grad must be at least 1, got 0"),
+        ({"dykstra": "released"}, "dykstra must be one of"),
+        ({"input_size": (255, 448), "short_side": 480}, "short_side must be None when input_size is given"),
+        ({"min_cosine": 0.0}, "min_cosine must be in"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=f"Config: {message}"):
+        Config(**changes)
+
+
+def test_config_names():
+    with pytest.raises(ValueError, match="preset must be one of .* got 'coco'"):
+        Config.preset("coco")
+    with pytest.raises(ValueError, match="unknown settings .'lambda'."):
+        Config.from_dict({"lambda": 0.3})
+    with pytest.raises(ValueError, match="timm has no backbone 'resnet49'"):
+        DMMNet(Config(backbone="resnet49"))
+
+
+def test_weights_are_strict(tmp_path):
+    net, other = make("light"), DMMNet(CONFIGS["light"])
+    save_weights(net, tmp_path / "net.safetensors")
+    assert digest(net) != digest(other)
+    load_weights(other, read_weights(tmp_path / "net.safetensors"))
+    assert digest(net) == digest(other)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+    with pytest.raises(ValueError, match="my file does not fit the model:\n  unexpected refinement.gain"):
+        load_weights(DMMNet(CONFIGS["features"]), {"refinement.gain": torch.ones(())} | DMMNet(CONFIGS["features"]).state_dict(), "my file")
+    with pytest.raises(ValueError, match="missing refinement.gain"):
+        load_weights(other, {k: v for k, v in net.state_dict().items() if k != "refinement.gain"})
+    with pytest.raises(ValueError, match=r"shape of refinement.head.bias: \(2,\) in the file, \(1,\) in the model"):
+        load_weights(other, net.state_dict() | {"refinement.head.bias": torch.ones(2)})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_weights(tmp_path / "none.safetensors")
+
+
+def test_imagenet_weights_offline(monkeypatch):
+    import timm
+
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RuntimeError, match="ImageNet weights of backbone 'resnet18' are not in the local cache"):
+        DMMNet(Config(backbone="resnet18"), pretrained=True)
