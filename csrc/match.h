@@ -17,10 +17,10 @@ namespace dmm {
 
 inline constexpr const char* kMatchSchema =
     "match(Tensor cost, Tensor? init=None, Tensor? num_templates=None, Tensor? num_proposals=None, Tensor? lr_tensor=None, "
-    "*, int n_grad=40, int n_proj=5, float lr=0.1, bool carry=False, bool last=False) -> Tensor";
+    "int n_grad=40, int n_proj=5, float lr=0.1, bool carry=False, bool last=False) -> Tensor";
 inline constexpr const char* kMatchBackwardSchema =
     "match_backward(Tensor grad, Tensor cost, Tensor? init, Tensor? num_templates, Tensor? num_proposals, Tensor? lr_tensor, "
-    "*, int n_grad, int n_proj, float lr, bool carry, bool last) -> (Tensor grad_cost, Tensor grad_init, Tensor grad_lr)";
+    "int n_grad, int n_proj, float lr, bool carry, bool last) -> (Tensor grad_cost, Tensor grad_init, Tensor grad_lr)";
 
 // Checked, contiguous inputs. `cost` is [B, N, M] or [N, M] (then B = 1).
 struct MatchInputs {
@@ -43,6 +43,19 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 
 inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// torch::stable::empty_like goes through the dispatcher, which costs more than a small problem's first gradient step.
+inline Tensor new_like(const Tensor& contiguous) {
+  const auto sizes = contiguous.sizes();
+  const auto strides = contiguous.strides();
+  int32_t dtype, device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(contiguous.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(contiguous.get(), &device_type));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, contiguous.get_device_index(), &result));
+  return Tensor(result);
 }
 
 inline MatchInputs check_match(const char* op, const Tensor& cost, const std::optional<Tensor>& init,

@@ -76,14 +76,8 @@ def match(
     if output != "average" and output != "last":
         raise ValueError(f'match: output must be "average" or "last", got {output!r}')
     lr_tensor = lr if isinstance(lr, Tensor) else None
-    args = (cost, init, num_templates, num_proposals, lr_tensor)
-    options = {
-        "n_grad": n_grad,
-        "n_proj": n_proj,
-        "lr": 0.0 if lr_tensor is not None else lr,
-        "carry": dykstra == "carry",
-        "last": output == "last",
-    }
+    rate = 0.0 if lr_tensor is not None else lr
+    args = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, dykstra == "carry", output == "last")
     if backend == "auto":
         if cost.is_cuda and _library.CUDA_MISSING is not None:
             backend = "triton"
@@ -92,81 +86,85 @@ def match(
     if backend == "triton":
         from .kernels.match import match as match_triton
 
-        return match_triton(*args, **options)
+        return match_triton(*args)
     if cost.is_cuda and _library.CUDA_MISSING is not None:
         raise RuntimeError(f"match: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}")
     if _is_compiling() or _in_autocast("cpu") or _in_autocast("cuda"):
-        return _match(*args, **options)
+        return _match(*args)
     if torch.is_grad_enabled() and (
         cost.requires_grad
         or (init is not None and init.requires_grad)
         or (lr_tensor is not None and lr_tensor.requires_grad)
     ):
         function = _TransformableMatch if _in_functorch() else _Match
-        return function.apply(*args, options)
-    return _call(_match, *args, **options)
+        return function.apply(*args)
+    return _call(_match, args)
 
 
-def _call(op, *args, **options):
+def _call(op, args: tuple):
     """Call an op below torch's autograd layer, where neither a gradient nor a function transform can want that layer: in Python
     it costs some 4 us forward and 35 us with backward."""
     if _in_functorch():
-        return op(*args, **options)
+        return op(*args)
     with _below_autograd():
-        return op(*args, **options)
+        return op(*args)
 
 
 # ---- what torch needs to know ----
 
 
-def _backward(call, grad: Tensor, saved: tuple, options: dict) -> tuple:
-    _, init, _, _, lr_tensor = saved
-    grad_cost, grad_init, grad_lr = call(grad, *saved, **options)
-    if lr_tensor is not None and lr_tensor.dim() == 0:
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.options = inputs[:5] + (inputs[5:],)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(call, ctx, grad: Tensor) -> tuple:
+    """The gradients of dmm::match's ten arguments, through ``call(args of dmm::match_backward)``."""
+    saved = ctx.saved_tensors
+    init, lr_tensor = saved[1], saved[4]
+    grad_cost, grad_init, grad_lr = call((grad, *saved, *ctx.options))
+    if lr_tensor is None:
+        grad_lr = None
+    elif lr_tensor.dim() == 0:
         grad_lr = grad_lr.sum()
-    return grad_cost, grad_init if init is not None else None, None, None, grad_lr if lr_tensor is not None else None
+    return grad_cost, None if init is None else grad_init, None, None, grad_lr, None, None, None, None, None
 
 
 class _Match(torch.autograd.Function):
     """The gradient of dmm::match in eager mode; compiled and exported graphs use the op's own, registered below."""
 
     @staticmethod
-    def forward(ctx, cost, init, num_templates, num_proposals, lr_tensor, options):
-        ctx.save_for_backward(cost, init, num_templates, num_proposals, lr_tensor)
-        ctx.options = options
-        return _call(_match, cost, init, num_templates, num_proposals, lr_tensor, **options)
+    def forward(ctx, *args):
+        _setup_context(ctx, args, None)
+        return _call(_match, args)
 
     @staticmethod
     def backward(ctx, grad):
-        def call(*args, **options):
+        def call(args):
             if torch.is_grad_enabled():  # create_graph=True: record, and refuse, the second derivative
-                return _MatchBackward.apply(*args, options)
-            return _call(_match_backward, *args, **options)
+                return _MatchBackward.apply(*args)
+            return _call(_match_backward, args)
 
-        return *_backward(call, grad, ctx.saved_tensors, ctx.options), None
+        return _backward(call, ctx, grad)
 
 
 class _TransformableMatch(_Match):
     """The same for torch.func, in the form it asks for (twice as slow to enter)."""
 
     generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def forward(cost, init, num_templates, num_proposals, lr_tensor, options):
-        return _match(cost, init, num_templates, num_proposals, lr_tensor, **options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.options = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(*args):
+        return _match(*args)
 
 
 class _MatchBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, cost, init, num_templates, num_proposals, lr_tensor, options):
-        return _call(_match_backward, grad, cost, init, num_templates, num_proposals, lr_tensor, **options)
+    def forward(*args):
+        return _call(_match_backward, args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -178,28 +176,23 @@ class _MatchBackward(torch.autograd.Function):
 
 
 @torch.library.register_fake("dmm::match")
-def _(cost, init=None, num_templates=None, num_proposals=None, lr_tensor=None, *, n_grad=40, n_proj=5, lr=0.1, carry=False,
+def _(cost, init=None, num_templates=None, num_proposals=None, lr_tensor=None, n_grad=40, n_proj=5, lr=0.1, carry=False,
       last=False):  # fmt: skip
     torch._check(cost.dim() in (2, 3), lambda: f"dmm::match: cost must have shape [B, N, M] or [N, M], got {cost.shape}")
     return torch.empty_like(cost, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("dmm::match_backward")
-def _(grad, cost, init, num_templates, num_proposals, lr_tensor, *, n_grad, n_proj, lr, carry, last):
+def _(grad, cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, carry, last):
     accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
     like_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
     batch = cost.shape[0] if cost.dim() == 3 else 1
     return like_cost, torch.empty_like(like_cost), cost.new_empty(batch, dtype=accumulate)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
 torch.library.register_autograd(
     "dmm::match",
-    lambda ctx, grad: _backward(_match_backward, grad, ctx.saved_tensors, ctx.options),
+    lambda ctx, grad: _backward(lambda args: _match_backward(*args), ctx, grad),
     setup_context=_setup_context,
 )
 
@@ -236,18 +229,16 @@ def _merge_batch(info, in_dims: tuple, tensors: tuple, item_dims: tuple) -> tupl
 
 
 @torch.library.register_vmap("dmm::match")
-def _(info, in_dims, cost, init=None, num_templates=None, num_proposals=None, lr_tensor=None, **options):
-    tensors = (cost, init, num_templates, num_proposals, lr_tensor)
-    merged, batch = _merge_batch(info, tuple(in_dims) + (None,) * (5 - len(in_dims)), tensors, (2, 2, 0, 0, 0))
-    x = torch.ops.dmm.match(*merged, **options)
+def _(info, in_dims, *args):
+    merged, batch = _merge_batch(info, in_dims[:5], args[:5], (2, 2, 0, 0, 0))
+    x = torch.ops.dmm.match(*merged, *args[5:])
     return x.unflatten(0, (info.batch_size, batch)) if batch else x, 0
 
 
 @torch.library.register_vmap("dmm::match_backward")
-def _(info, in_dims, grad, cost, init, num_templates, num_proposals, lr_tensor, **options):
-    tensors = (grad, cost, init, num_templates, num_proposals, lr_tensor)
-    merged, batch = _merge_batch(info, tuple(in_dims), tensors, (2, 2, 2, 0, 0, 0))
-    grad_cost, grad_init, grad_lr = torch.ops.dmm.match_backward(*merged, **options)
+def _(info, in_dims, *args):
+    merged, batch = _merge_batch(info, in_dims[:6], args[:6], (2, 2, 2, 0, 0, 0))
+    grad_cost, grad_init, grad_lr = torch.ops.dmm.match_backward(*merged, *args[6:])
     if batch:
         grad_cost, grad_init = (g.unflatten(0, (info.batch_size, batch)) for g in (grad_cost, grad_init))
     return (grad_cost, grad_init, grad_lr.unflatten(0, (info.batch_size, max(batch, 1)))), (0, 0, 0)

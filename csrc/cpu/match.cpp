@@ -106,7 +106,7 @@ Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::o
       check_match_cpu("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last});
   const bool half = is_half(cost);
   if (half) widen(in);
-  Tensor out = torch::stable::empty_like(in.cost);
+  Tensor out = new_like(in.cost);
   if (!in.empty()) {
     if (in.cost.scalar_type() == ScalarType::Double)
       run_forward<double>(in, out);
@@ -140,8 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tens
     widen(in);
     g = torch::stable::to(g, ScalarType::Float);
   }
-  Tensor grad_cost = torch::stable::empty_like(in.cost);
-  Tensor grad_init = torch::stable::empty_like(in.cost);
+  Tensor grad_cost = new_like(in.cost), grad_init = new_like(in.cost);
   Tensor grad_lr = torch::stable::new_zeros(in.cost, {in.B});
   if (!in.empty()) {
     if (in.cost.scalar_type() == ScalarType::Double)
