@@ -375,11 +375,10 @@ def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         raise FileNotFoundError(f"Segmenter.load: no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            session = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"Segmenter.load: {path} is not a whole safetensors file ({error})") from error
-    session = json.loads(metadata.get("dmm_fast", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"Segmenter.load: {path} is not a whole session file ({error})") from error
     if session.get("format") != FORMAT:
         raise ValueError(f"Segmenter.load: {path} is not a session of format {FORMAT}, but {session.get('format')}")
     return session, tensors
