@@ -80,7 +80,7 @@ class DMMNet(nn.Module):
             if not frames.is_floating_point():
                 image = image / 255.0
             size = self.resized(frames.size(2), frames.size(3))
-            if size != (frames.size(2), frames.size(3)):
+            if self.input_size[0] > 0 or self.short_side > 0:  # asks nothing of the frame's size, which export keeps open
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
             levels = self.backbone((image - self.mean) / self.std)
         return levels

@@ -302,10 +302,10 @@ def test_torchscript(scene, name, kind, tmp_path):
         assert equal(net.drop(valid, state), scripted.drop(valid, other))
 
 
-@pytest.mark.parametrize("name, kind", [("iou", "full"), ("iou", "soft"), ("light", "full"), ("shrunk", "soft")])
-def test_export_with_any_number_of_proposals(scene, name, kind):
+@pytest.mark.parametrize("name", ["iou", "shrunk"])
+def test_export_with_any_number_of_proposals(scene, name):
     frame, first, valid, proposals = scene
-    proposals = soft(proposals) if kind == "soft" else proposals
+    proposals = soft(proposals)
     net = make(name)
     count = {0: torch.export.Dim("M", min=2, max=512)}
     with torch.no_grad():
@@ -315,6 +315,28 @@ def test_export_with_any_number_of_proposals(scene, name, kind):
         for keep in (7, 2, 4):
             some = Proposals(*(part[:keep] for part in proposals))
             assert equal(net.step(frame, some, state), exported(frame, some, state))
+
+
+@pytest.mark.parametrize("name", ["iou", "light"])
+def test_export_with_every_size_open(scene, name):
+    """Objects, proposals and the frame's size; but proposals as full-size masks or not is decided at export."""
+    frame, first, valid, proposals = scene
+    net = make(name)
+    sizes = {"N": (2, 255), "M": (2, 512), "H": (32, 4096), "W": (32, 4096)}
+    n, m, h, w = (torch.export.Dim(size, min=low, max=high) for size, (low, high) in sizes.items())
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        masks = {0: n, 1: h, 2: w}
+        shapes = (
+            {1: h, 2: w},
+            Proposals({0: m}, {0: m}, {0: m, 1: h, 2: w}),
+            State({0: n}, {0: n}, masks, masks, [{0: n}] * len(state.hidden)),
+        )
+        exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
+        frame, first = frame[:, :-10, :-6], first[:2, :-10, :-6]
+        some = Proposals(proposals.boxes[:5], proposals.scores[:5], proposals.masks[:5, :-10, :-6])
+        state = net.start(frame, first, valid[:2])
+        assert equal(net.step(frame, some, state), exported(frame, some, state))
 
 
 # ---- config and weights ----
