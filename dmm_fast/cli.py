@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            _complain(f"this command needs the package {error.name}: pip install 'dmm_fast[vos]'")
+            return 2
         expected = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
         _complain(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")
         return 2 if expected else 1
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND ...", required=True)
     for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, _add_doctor):
         add(commands)
     return parser
@@ -137,6 +140,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--matcher", choices=("dmm", "greedy", "hungarian"), default="dmm",
         help="the matching layer (default), or another on the same cost, to compare with",
+    )  # fmt: skip
+    group.add_argument(
+        "--decision", choices=("confident", "assign"), default="confident",
+        help="confident: each object takes its largest entry of the assignment (default); assign: it is rounded, so "
+        "that no two objects take the same proposal",
     )  # fmt: skip
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
@@ -250,7 +258,7 @@ def _segment(a: argparse.Namespace) -> int:
 
 
 def _model_options(a: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "device")}
+    return {name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "decision", "device")}
 
 
 def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:

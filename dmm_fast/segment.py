@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmm_fast.masks import MaskWarning, read_first_masks, read_mask, whole_file, write_mask
+from dmm_fast.model import Config
 from dmm_fast.overlay import ContactSheet, overlay
 from dmm_fast.proposals import ProposalError, TorchvisionProposer, read_coco
 from dmm_fast.segmenter import ObjectResult, Segmenter
@@ -56,6 +57,7 @@ def segment(
     backbone: str | None = None,
     refine: str = "none",
     matcher: str = "dmm",
+    decision: str = "confident",
     weights: str | os.PathLike | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -75,12 +77,11 @@ def segment(
     given = GivenMasks(Path(masks), frames)
     if video is not None:
         check_video_name(video)
-    propose = _proposal_source(proposals, detector_weights, frames, device)
     settings = {
         "frames": str(frames.path.resolve()),
         "masks": str(given.path.resolve()),
         "proposals": proposals if proposals == "torchvision" else str(Path(proposals).resolve()),
-        "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher,
+        "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
     }  # fmt: skip
@@ -89,10 +90,11 @@ def segment(
     if resume and folder.finished:
         return folder.report()
     checkpoint = folder.find(frames.stems, resume, overwrite)
+    propose = _proposal_source(proposals, detector_weights, frames, device)
     if checkpoint and checkpoint["started"]:
         segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=weights, device=device)
     else:
-        segmenter = _make_segmenter(preset, backbone, refine, matcher, weights, device)
+        segmenter = _make_segmenter(preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision)
     folder.begin(frames.stems, checkpoint)
     run = _Run(frames, given, propose, segmenter, folder, checkpoint)
     run.forward(progress, save_every)
@@ -219,12 +221,10 @@ class _Run:
 
 
 def _make_segmenter(
-    preset: str, backbone: str | None, refine: str, matcher: str, weights: str | os.PathLike | None, device: str
+    preset: str, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: str
 ) -> Segmenter:
-    from dmm_fast.model import Config
-
-    changes = {"backbone": backbone} if backbone else {}
-    return Segmenter(Config.preset(preset, **changes), weights=weights, device=device, refine=refine, matcher=matcher)
+    config = Config.preset(preset, **({"backbone": backbone} if backbone else {}))
+    return Segmenter(config, weights=weights, device=device, **options)
 
 
 def _proposal_source(
