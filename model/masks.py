@@ -1,6 +1,7 @@
 """Boxes of masks, and one label per pixel."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,13 +16,16 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def label_map(masks: Tensor, rank: Tensor) -> Tensor:
-    """One label per pixel from masks [N, H, W] in [0, 1], N <= 255: [H, W] uint8, 0 for background, else slot + 1.
+    """One label per pixel from masks [N, H, W], N <= 255: [H, W] uint8, 0 for background, else slot + 1.
 
-    The highest value above 0.5 wins; between equal values the higher `rank` [N] (a permutation of 0..N-1) does.
+    Masks are bool, or float in [0, 1]: the highest value above 0.5 wins; between equal values the higher `rank` [N] (a
+    permutation of 0..N-1) does.
     """
     if masks.size(0) == 0:
         return torch.zeros(masks.shape[1:], dtype=torch.uint8, device=masks.device)
+    if masks.dtype == torch.bool:
+        masks = masks.to(torch.uint8)
     highest = masks.amax(0)  # [H, W]
-    winner = ((masks == highest) * (rank + 1).to(torch.uint8)[:, None, None]).amax(0)  # [H, W], rank + 1
-    slots = torch.argsort(rank).to(torch.uint8) + 1  # [N], by rank
-    return torch.where(highest > 0.5, slots.take(winner.to(torch.int64) - 1), 0)
+    winner = ((masks == highest).to(torch.uint8) * (rank + 1).to(torch.uint8)[:, None, None]).amax(0)  # [H, W], rank + 1
+    slots = F.pad(torch.argsort(rank) + 1, [1, 0]).to(torch.uint8)  # by rank + 1
+    return slots.index_select(0, winner.flatten().to(torch.int32)).view_as(winner) * (highest > 0.5)

@@ -139,7 +139,7 @@ class DMMNet(nn.Module):
         """
         real = scores > float("-inf")  # [M]
         n, m = valid.sum(), real.sum()
-        padded = torch.cat([cost * real, cost.new_zeros((cost.size(0), cost.size(0)))], 1)  # [N, M + N]
+        padded = F.pad(torch.where(real, cost, 0.0), [0, cost.size(0)])  # [N, M + N]
         order = torch.argsort(valid.to(torch.uint8), descending=True, stable=True)  # valid rows first
         matched = torch.ops.dmm.match(
             padded[order][None], None, n[None], torch.maximum(m, n)[None], None,
@@ -171,36 +171,49 @@ class DMMNet(nn.Module):
         believed = believed & (choice < size) & (weight > 0) & real[column]
         found = believed[:, 0] & state.valid  # [N]
 
-        matched = self.combine(proposals, column[:, 0], weight[:, 0], state.masks)
-        found = found & (matched.flatten(1).amax(1) > 0.5)  # an empty mask is no match
-        matched = torch.where(found[:, None, None], matched, state.masks.to(matched.dtype))
-        masks, hidden = matched, state.hidden
+        matched, binary, found = self.combine(proposals, column, weight, found, state.masks)
+        # Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a larger one: an occluder's
+        # mask is whole and what it hides is cut already, unless a proposal spans both.
+        area = matched.flatten(1).sum(1)  # [N]
+        rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
             masks, hidden = self.refinement(features, matched, state.templates.to(matched.dtype), state.hidden)
+            labels = label_map(masks, rank)
+        else:
+            masks, hidden = matched, state.hidden
+            labels = label_map(binary, rank)
 
         proposal = torch.where(found, column[:, 0], -1)
         score = torch.where(found, similarity.gather(1, column)[:, 0], 0.0)
         others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
         rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
-        output = Output(masks, matched, self.label(masks, found), proposal, score, runner_up, state.valid & ~found)
-        return output, State(state.valid, state.features, state.templates, matched > 0.5, hidden)
+        output = Output(masks, matched, labels, proposal, score, runner_up, state.valid & ~found)
+        return output, State(state.valid, state.features, state.templates, binary, hidden)
 
-    def label(self, masks: Tensor, found: Tensor) -> Tensor:
-        """One label per pixel. Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a
-        larger one: an occluder's mask is whole and what it hides is cut already, unless a proposal spans both."""
-        area = masks.flatten(1).sum(1)  # [N]
-        rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
-        return label_map(masks, rank)
+    def combine(
+        self, proposals: Proposals, column: Tensor, weight: Tensor, found: Tensor, last: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Eq. 8 with one proposal, `column` [N, 1], left per row: P^ [N, H, W], P^ > 0.5, and what is still `found` [N].
 
-    def combine(self, proposals: Proposals, column: Tensor, weight: Tensor, last: Tensor) -> Tensor:
-        """Eq. 8 with one proposal left per row: [N, H, W]."""
-        scale = weight / weight.detach().clamp(min=1e-12)
+        An empty mask is no match. Where nothing is found, the mask is the last one.
+        """
+        scale = weight / weight.detach().clamp(min=1e-12)  # [N, 1], 1 where found
         if proposals.masks.dtype == torch.bool:
-            return proposals.masks[column] * scale[:, None, None]
+            picked = proposals.masks.index_select(0, column[:, 0])
+            found = found & (picked.flatten(1).to(torch.uint8).amax(1) > 0)  # [N]
+            row = torch.arange(found.size(0), device=found.device)
+            binary = torch.cat([picked, last]).index_select(0, torch.where(found, row, row + row.size(0)))
+            matched = binary.to(scale.dtype)
+            if scale.requires_grad:
+                matched = matched * torch.where(found, scale[:, 0], 1.0)[:, None, None]
+            return matched, binary, found
         kept = torch.zeros((column.size(0), proposals.scores.size(0)), dtype=scale.dtype, device=scale.device)
-        kept = kept.scatter(1, column[:, None], scale[:, None])  # [N, M]
-        return torch.ops.dmm.paste_combine(kept, proposals.masks, proposals.boxes, last.size(1), last.size(2))
+        kept = kept.scatter(1, column, scale)  # [N, M]
+        pasted = torch.ops.dmm.paste_combine(kept, proposals.masks, proposals.boxes, last.size(1), last.size(2))
+        found = found & (pasted.flatten(1).amax(1) > 0.5)
+        matched = torch.where(found[:, None, None], pasted, last.to(pasted.dtype))
+        return matched, matched > 0.5, found
 
     @torch.jit.export
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:

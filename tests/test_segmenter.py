@@ -204,6 +204,16 @@ def test_soft_proposals():
     assert (result.ids != truth(1)).mean() < 0.1  # the half-covered pixels around each box
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_gives_the_same(light):
+    for options in ({}, {"config": LIGHT, "weights": light}):
+        there, here = started(device="cuda", **options), started(**options)
+        for t in range(1, 10):
+            a, b = there.step(frame(t), proposals(t)), here.step(frame(t), proposals(t))
+            assert [(o.id, o.proposal, o.lost) for o in a.objects] == [(o.id, o.proposal, o.lost) for o in b.objects]
+            assert (a.ids != b.ids).mean() < 0.01  # pixels near 0.5
+
+
 def test_proposer():
     calls = []
     segmenter = Segmenter(proposer=lambda image: calls.append(image.shape) or proposals(1))
