@@ -134,9 +134,9 @@ class Solver {
   V* carve_forward(V* cursor) {
     auto take = [&](int64_t count) { return std::exchange(cursor, cursor + count); };
     // The state between two outer steps, contiguous so that a snapshot is one copy.
-    y0_ = take(K_ * N_), s_ = take(K_), row_sum_ = take(N_), u_ = take(N_), nv_ = take(K_);
+    y0_ = take(K_ * N_), s_ = take(K_), row_sum_ = take(N_), u_ = take(N_), v_ = take(K_);
     cost_ = take(K_ * N_), init_ = take(K_ * N_), total_ = take(K_ * N_);
-    nv_start_ = take(K_), u_start_ = take(N_), inv_m_ = take(N_);
+    v_start_ = take(K_), u_start_ = take(N_), inv_m_ = take(N_);
     return cursor;
   }
 
@@ -208,7 +208,7 @@ class Solver {
     const int64_t left = p_.B - b_;
     problems_ = lanes == Lanes::columns ? 1 : static_cast<int>(left < W ? left : W);
     lr_ = inv_n_ = V{};
-    V inv_m = V{};
+    V iv_m = V{};
     for (int l = 0; l < W; ++l) {
       const int64_t b = b_ + (lanes == Lanes::columns ? 0 : l);
       const bool present = lanes == Lanes::columns || l < problems_;
@@ -217,17 +217,17 @@ class Solver {
       m_[l] = any ? columns_of(b) : 0;
       lr_[l] = any ? lr_of(b) : 0;
       inv_n_[l] = any ? T(1) / static_cast<T>(n_[l]) : 0;
-      inv_m[l] = any ? T(1) / static_cast<T>(m_[l]) : 0;
+      iv_m[l] = any ? T(1) / static_cast<T>(m_[l]) : 0;
     }
     for (int64_t r = 0; r < N_; ++r)
       for (int l = 0; l < W; ++l) {
         const bool present = r < n_[l];
         u_start_[r][l] = present ? 0 : kInfinity;
-        inv_m_[r][l] = present ? inv_m[l] : 0;
+        inv_m_[r][l] = present ? iv_m[l] : 0;
       }
     for (int64_t k = 0; k < K_; ++k)
       for (int l = 0; l < W; ++l)
-        nv_start_[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
+        v_start_[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
 
     gather(p_.cost, cost_);
     if (p_.init)
@@ -250,7 +250,7 @@ class Solver {
       total_[i] = counts ? init_[i] : V{};
     }
     std::memcpy(static_cast<void*>(u_), u_start_, N_ * sizeof(V));
-    std::memcpy(static_cast<void*>(nv_), nv_start_, K_ * sizeof(V));
+    std::memcpy(static_cast<void*>(v_), v_start_, K_ * sizeof(V));
     for (int64_t r = 0; r < N_; ++r) row_sum_[r] = V{};
     for (int64_t k = 0; k < K_; ++k) {
       s_[k] = V{};
@@ -270,95 +270,108 @@ class Solver {
   }
 
   // ---- forward ----
-  // One outer step: n_proj rounds, each `update_rows` (d, u), then for every column group `update_column` (s, v) and
-  // x = relu(y0 - u - v) with the sums the next round needs. A problem whose rows fit one block keeps u and the row sums in
-  // registers for the whole step.
+  // One outer step: n_proj rounds, each `update_rows` (d, u), then for every column group v and x = relu(y0 - u - v) with the
+  // sums the next round needs. A problem whose rows fit one block keeps u and the row sums in registers for the whole step.
   template <bool record>
   void outer_step(Bits* bits) {
-    if (!p_.options.carry) {
-      std::memcpy(static_cast<void*>(u_), u_start_, N_ * sizeof(V));
-      for (int64_t k = 0; k < K_; ++k) nv_[k] = nv_start_[k];
-    }
     if (N_ <= kRowBlock)
       for_row_blocks(N_, [&](auto rows, int64_t) { outer_step_in_registers<rows, record>(bits); });
     else
       outer_step_in_blocks<record>(bits);
   }
 
+  // The duals an outer step begins with.
+  const V* first_u() const { return p_.options.carry ? u_ : u_start_; }
+  const V* first_v() const { return p_.options.carry ? v_ : v_start_; }
+
   template <int R, bool record>
   void outer_step_in_registers(Bits* bits) {
     V u[R], row_sum[R];
-    for (int r = 0; r < R; ++r) u[r] = u_[r], row_sum[r] = row_sum_[r];
+    for (int r = 0; r < R; ++r) u[r] = first_u()[r], row_sum[r] = row_sum_[r];
+    const V* v = first_v();
     for (int64_t round = 1; round < p_.options.n_proj; ++round) {
-      const V shift = update_rows<R>(u, row_sum, inv_m_);
-      sweep<R, false, record, false>(0, shift, u, row_sum, bits);
+      const V shift = update_rows<R>(u, row_sum, inv_m_) * inv_n_;
+      sweep<R, false, record, false>(0, shift, v, u, row_sum, bits);
+      v = v_;
       if constexpr (record) bits += K_ * N_ + K_;
     }
-    const V shift = update_rows<R>(u, row_sum, inv_m_);
+    const V shift = update_rows<R>(u, row_sum, inv_m_) * inv_n_;
     if (p_.options.carry)
-      sweep<R, true, record, true>(0, shift, u, row_sum, bits);
+      sweep<R, true, record, true>(0, shift, v, u, row_sum, bits);
     else
-      sweep<R, true, record, false>(0, shift, u, row_sum, bits);
+      sweep<R, true, record, false>(0, shift, v, u, row_sum, bits);
     for (int r = 0; r < R; ++r) u_[r] = u[r], row_sum_[r] = row_sum[r];
   }
 
   template <bool record>
   void outer_step_in_blocks(Bits* bits) {
+    if (!p_.options.carry) std::memcpy(static_cast<void*>(u_), u_start_, N_ * sizeof(V));
+    const V* v = first_v();
     for (int64_t round = 1; round <= p_.options.n_proj; ++round) {
       V shift = V{};
       for_row_blocks(N_, [&](auto rows, int64_t first) {
         shift += update_rows<rows>(u_ + first, row_sum_ + first, inv_m_ + first);
       });
+      shift *= inv_n_;
       for_row_blocks(N_, [&](auto rows, int64_t first) {
         if (round < p_.options.n_proj)
-          sweep<rows, false, record, false>(first, shift, u_ + first, row_sum_ + first, bits);
+          sweep<rows, false, record, false>(first, shift, v, u_ + first, row_sum_ + first, bits);
         else if (p_.options.carry)
-          sweep<rows, true, record, true>(first, shift, u_ + first, row_sum_ + first, bits);
+          sweep<rows, true, record, true>(first, shift, v, u_ + first, row_sum_ + first, bits);
         else
-          sweep<rows, true, record, false>(first, shift, u_ + first, row_sum_ + first, bits);
+          sweep<rows, true, record, false>(first, shift, v, u_ + first, row_sum_ + first, bits);
       });
+      v = v_;
       if constexpr (record) bits += K_ * N_ + K_;
     }
   }
 
-  // Step 1 of a round: d = (row sum - 1) / m, u += d. Returns the sum of d over the rows.
-  template <int R>
-  static __attribute__((always_inline)) V update_rows(V* u, const V* row_sum, const V* inv_m) {
-    V d[R];
-    for (int r = 0; r < R; ++r) {
-      d[r] = (row_sum[r] - 1) * inv_m[r];
-      u[r] += d[r];
-    }
-    for (int width = 1; width < R; width *= 2)  // a tree: this sum is on the critical path of a small batch
-      for (int r = 0; r + width < R; r += 2 * width) d[r] += d[r + width];
-    return d[0];
+  // A tree, because this sum is on the critical path of a small batch.
+  template <int count>
+  static __attribute__((always_inline)) V tree_sum(const V* d) {
+    if constexpr (count == 1)
+      return d[0];
+    else
+      return tree_sum<count / 2>(d) + tree_sum<count - count / 2>(d + count / 2);
   }
 
-  // Steps 2 and 3 of a round for R rows. Step 2, by the first block of rows: with nv = n v,
-  //     nv <- max(0, s - sum d + nv - 1),  v = nv / n.
-  // Step 3: x = relu(y0 - u - v) and its sums. The last sweep of an outer step (`outer`) takes x as the new iterate X,
-  // accumulates it, and takes the gradient step: the sums are those of X - lr * C.
+  // Step 1 of a round: d = (row sum - 1) / m, u += d. Returns the sum of d over the rows.
+  template <int R>
+  static __attribute__((always_inline)) V update_rows(V* u, const V* row_sum, const V* iv_m) {
+    V d[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      d[r] = (row_sum[r] - 1) * iv_m[r];
+      u[r] += d[r];
+    }
+    return tree_sum<R>(d);
+  }
+
+  // Steps 2 and 3 of a round for R rows. Step 2, by the first block of rows, from the old v at `v_from`:
+  //     v = max(0, (s - 1) / n + v - shift),  shift = sum d / n,
+  // written so that only `shift`, which comes last, is waited for. Step 3: x = relu(y0 - u - v) and its sums. The last sweep
+  // of an outer step (`outer`) takes x as the new iterate X, accumulates it, and takes the gradient step: the sums are those
+  // of X - lr * C.
   template <int R, bool outer, bool record, bool carry>
-  __attribute__((always_inline)) void sweep(int64_t first, V shift, const V* u_rows, V* row_sums, Bits* bits) {
+  __attribute__((always_inline)) void sweep(int64_t first, V shift, const V* v_from, const V* u_rows, V* row_sums, Bits* bits) {
     V u[R], row_sum[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) u[r] = u_rows[r], row_sum[r] = V{};
-    shift += 1;
     const V keep_total = V{} + (p_.options.last ? T(0) : T(1));
-    const V inv_n = inv_n_, one = opaque_one();
-    V *const s_all = s_, *const nv_all = nv_, *const y0_all = y0_ + first;
+    const V iv_n = inv_n_, one = opaque_one();
+    V *const s_all = s_, *const v_all = v_, *const y0_all = y0_ + first;
     const int64_t N = N_, K = K_;
     for (int64_t k = 0; k < K; ++k) {
       V* const y0 = y0_all + k * N;
-      V nv = nv_all[k], s = V{};
+      V v, s = V{};
       if (first == 0) {
-        const V excess = s_all[k] - shift + nv;
+        const V excess = ((s_all[k] - 1) * iv_n + v_from[k]) - shift;
         if constexpr (record) bits[K * N + k] = positive(excess);
-        nv = relu(excess);
-        nv_all[k] = nv;
+        v = v_all[k] = relu(excess);
       } else {
+        v = v_all[k];
         s = s_all[k];
       }
-      const V v = nv * inv_n;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         V x = relu(y0[r] - u[r] - v);
@@ -372,16 +385,18 @@ class Solver {
           x -= step;
           y0[r] = carry ? y0[r] - step : x;
         }
-        row_sum[r] = x * one + row_sum[r];
+        row_sum[r] = lanes == Lanes::problems ? x * one + row_sum[r] : row_sum[r] + x;
         s = x * one + s;
       }
       s_all[k] = s;
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row_sums[r] = sum_row(row_sum[r]);
   }
 
-  // A 1 the compiler can't see through: x * 1 + y then stays a fused multiply-add, which runs on other ports than the
-  // subtractions and maxima it is mixed with (a fifth faster on Zen 5, nothing lost elsewhere).
+  // A 1 the compiler can't see through: x * one + y stays a fused multiply-add, which runs on other ports than the subtractions
+  // and maxima around it (a fifth faster on Zen 5, nothing lost elsewhere). Row sums across columns keep the plain addition:
+  // there its shorter latency counts.
   static V opaque_one() {
     V one = V{} + 1;
     asm("" : "+x"(one));
@@ -407,17 +422,10 @@ class Solver {
       for (int64_t k = 0; k < K_; ++k) dv_[k] = V{};
       for (int64_t r = 0; r < N_; ++r) du_[r] = V{};
     }
-    for (int64_t round = p_.options.n_proj - 1; round >= 0; --round) {
-      const Bits* round_bits = bits + round * (K_ * N_ + K_);
-      for_row_blocks(N_, [&](auto rows, int64_t first) {
-        constexpr int R = rows;
-        if (round == p_.options.n_proj - 1)
-          round_backward<R, true>(first, round_bits);
-        else
-          round_backward<R, false>(first, round_bits);
-      });
-      duals_backward(round_bits + K_ * N_);
-    }
+    if (N_ <= kRowBlock)
+      for_row_blocks(N_, [&](auto rows, int64_t) { rounds_backward_in_registers<rows>(bits); });
+    else
+      rounds_backward_in_blocks(bits);
     for (int64_t k = 0; k < K_; ++k)
       for (int64_t r = 0; r < N_; ++r) {
         const int64_t i = k * N_ + r;
@@ -428,40 +436,85 @@ class Solver {
       }
   }
 
+  template <int R>
+  void rounds_backward_in_registers(const Bits* bits) {
+    const int64_t round_bits = K_ * N_ + K_;
+    V du[R], drow[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) du[r] = du_[r];
+    bits += (p_.options.n_proj - 1) * round_bits;
+    round_backward<R, true>(0, bits, du, drow);
+    rows_backward<R>(du, columns_backward(bits + K_ * N_), inv_m_, drow);
+    for (int64_t round = p_.options.n_proj - 1; round > 0; --round) {
+      bits -= round_bits;
+      round_backward<R, false>(0, bits, du, drow);
+      rows_backward<R>(du, columns_backward(bits + K_ * N_), inv_m_, drow);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) du_[r] = du[r], drow_[r] = drow[r];
+  }
+
+  void rounds_backward_in_blocks(const Bits* bits) {
+    const int64_t round_bits = K_ * N_ + K_;
+    bits += p_.options.n_proj * round_bits;
+    for (int64_t round = p_.options.n_proj; round > 0; --round) {
+      bits -= round_bits;
+      for_row_blocks(N_, [&](auto rows, int64_t first) {
+        if (round == p_.options.n_proj)
+          round_backward<rows, true>(first, bits, du_ + first, drow_ + first);
+        else
+          round_backward<rows, false>(first, bits, du_ + first, drow_ + first);
+      });
+      const V ds_sum = columns_backward(bits + K_ * N_);
+      for_row_blocks(N_, [&](auto rows, int64_t first) {
+        rows_backward<rows>(du_ + first, ds_sum, inv_m_ + first, drow_ + first);
+      });
+    }
+  }
+
   // h = dx * pos, collected into dy, du and dv. Before the newest round of an outer step dx is rank one: drow[r] + ds[k].
   template <int R, bool newest>
-  __attribute__((always_inline)) void round_backward(int64_t first, const Bits* bits) {
+  __attribute__((always_inline)) void round_backward(int64_t first, const Bits* bits, V* du_rows, const V* drow_rows) {
     V du[R], drow[R];
-    for (int r = 0; r < R; ++r)
-      du[r] = du_[first + r], drow[r] = newest ? V{} : drow_[first + r];
-    for (int64_t k = 0; k < K_; ++k) {
-      const int64_t i = k * N_ + first;
-      const V ds = newest ? V{} : ds_[k];
-      V dv = dv_[k];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) du[r] = du_rows[r], drow[r] = newest ? V{} : drow_rows[r];
+    V *const dy = dy_ + first, *const dx = dx_ + first, *const ds_all = ds_, *const dv_all = dv_;
+    const int64_t N = N_, K = K_;
+    bits += first;
+    for (int64_t k = 0; k < K; ++k) {
+      const V ds = newest ? V{} : ds_all[k];
+      V dv = dv_all[k];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const V h = keep(bits[i + r], newest ? dx_[i + r] : drow[r] + ds);
-        dy_[i + r] += h;
+        const int64_t i = k * N + r;
+        const V h = keep(bits[i], newest ? dx[i] : drow[r] + ds);
+        dy[i] += h;
         du[r] -= h;
         dv -= h;
       }
-      dv_[k] = dv;
+      dv_all[k] = dv;
     }
-    for (int r = 0; r < R; ++r)
-      du_[first + r] = du[r];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) du_rows[r] = du[r];
   }
 
-  // du_ holds one partial sum per lane when lanes are columns; only its sum is used.
-  void duals_backward(const Bits* column_bits) {
+  // ds = dv / n where the column was above 1, else 0; dv = n ds. Returns sum ds.
+  V columns_backward(const Bits* column_bits) {
     V ds_sum = V{};
     for (int64_t k = 0; k < K_; ++k) {
-      dv_[k] = keep(column_bits[k], dv_[k]);
-      ds_[k] = dv_[k] * inv_n_;
-      ds_sum += ds_[k];
+      const V dv = keep(column_bits[k], dv_[k]);
+      const V ds = dv * inv_n_;
+      dv_[k] = dv, ds_[k] = ds;
+      ds_sum += ds;
     }
-    ds_sum = sum_row(ds_sum);
-    for (int64_t r = 0; r < N_; ++r)
-      drow_[r] = (sum_row(du_[r]) - ds_sum) * inv_m_[r];
+    return sum_row(ds_sum);
+  }
+
+  // drow = (du - sum ds) / m. du holds one partial sum per lane when lanes are columns; only its sum is used.
+  template <int R>
+  static __attribute__((always_inline)) void rows_backward(const V* du, V ds_sum, const V* inv_m, V* drow) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) drow[r] = (sum_row(du[r]) - ds_sum) * inv_m[r];
   }
 
   // dC = -lr * sum dz, dlr = -<sum dz, C>, and the gradient of the start.
@@ -493,7 +546,7 @@ class Solver {
   int64_t n_[W], m_[W];  // valid rows and columns per lane
   V lr_, inv_n_, poison_;
 
-  V *y0_, *s_, *row_sum_, *u_, *nv_, *cost_, *init_, *total_, *nv_start_, *u_start_, *inv_m_;
+  V *y0_, *s_, *row_sum_, *u_, *v_, *cost_, *init_, *total_, *v_start_, *u_start_, *inv_m_;
   V *grad_, *dx_, *dy_, *dz_sum_, *ds_, *dv_, *du_, *drow_;
 };
 
