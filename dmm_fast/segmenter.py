@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ class Segmenter:
         session = {
             "format": FORMAT,
             "config": self.config.to_dict(),
-            "weights": digest(self.net),
+            "weights": self._digest,
             "slot_ids": self._slot_ids,
             "matcher": self.matcher,
             "decision": self.decision,
@@ -220,20 +221,23 @@ class Segmenter:
         proposer: Proposer | None = None,
     ) -> Segmenter:
         """Go on from a file written by `save`, with the same `weights`; further results are the same as without the break."""
-        session, tensors = _read_session(path)
+        session, state, frame, ids = _read_session(path)
         segmenter = cls(
             Config.from_dict(session["config"]), weights=weights, device=device, proposer=proposer,
             matcher=session["matcher"], decision=session["decision"], slots=session["slots"],
         )
-        if digest(segmenter.net) != session["weights"]:
+        if segmenter._digest != session["weights"]:
             raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
-        tensors = {name: tensor.to(segmenter.device) for name, tensor in tensors.items()}
-        hidden = [tensors[f"state.hidden.{k}"] for k in range(sum(name.startswith("state.hidden.") for name in tensors))]
-        fixed = {name: tensors[f"state.{name}"] for name in State._fields if name != "hidden"}
-        segmenter._state = State(**fixed, hidden=hidden)
+        segmenter._state = State(
+            *(tensor.to(segmenter.device) for tensor in state[:4]), [h.to(segmenter.device) for h in state.hidden]
+        )
         segmenter._slot_ids = session["slot_ids"]
-        segmenter._frame, segmenter._ids = tensors["frame"], tensors["ids"].cpu().numpy()
+        segmenter._frame, segmenter._ids = frame.to(segmenter.device), ids.numpy()
         return segmenter
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest(self.net)
 
     def _started(self, name: str) -> State:
         if self._state is None:
@@ -268,6 +272,10 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
             "the preset 'iou' needs none"
         )
     if weights == "imagenet":
+        if config.refine != "none":
+            raise ValueError(
+                f"Segmenter: refine {config.refine!r} needs a weights file of this project; ImageNet's are the backbone's only"
+            )
         return DMMNet(config, pretrained=True)
     net = DMMNet(config)
     load_weights(net, read_weights(weights), str(weights))
@@ -279,10 +287,8 @@ def _note(config: Config, weights: str | os.PathLike[str] | None) -> str:
     if config.backbone == "none":
         return "matching on mask overlap alone, no trained weights: the masks are the matched proposals"
     masks = "the masks are the matched proposals" if config.refine == "none" else f"{config.refine} refinement"
-    if weights == "imagenet":
-        untrained = "" if config.refine == "none" else " that is not trained"
-        return f"matching on overlap and ImageNet features of {config.backbone}; {masks}{untrained}"
-    return f"matching on overlap and features of {config.backbone} from {weights}; {masks}"
+    origin = "ImageNet" if weights == "imagenet" else weights
+    return f"matching on overlap and features of {config.backbone} ({origin}); {masks}"
 
 
 def _frame(frame: Frame, size: tuple[int, int] | None) -> Tensor:
@@ -370,7 +376,8 @@ def _paint(ids: np.ndarray, new: list[int], masks: Tensor) -> np.ndarray:
     return ids
 
 
-def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State, Tensor, Tensor]:
+    """What `save` wrote: the session's settings, its state, last frame and last ids."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"Segmenter.load: no such file: {path}")
     try:
@@ -381,4 +388,10 @@ def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         raise ValueError(f"Segmenter.load: {path} is not a whole session file ({error})") from error
     if session.get("format") != FORMAT:
         raise ValueError(f"Segmenter.load: {path} is not a session of format {FORMAT}, but {session.get('format')}")
-    return session, tensors
+    layers = sum(name.startswith("state.hidden.") for name in tensors)
+    names = [f"state.{name}" for name in State._fields if name != "hidden"] + [f"state.hidden.{k}" for k in range(layers)]
+    missing = [name for name in [*names, "frame", "ids"] if name not in tensors]
+    if missing or len(session["slot_ids"]) != tensors["state.valid"].numel():
+        raise ValueError(f"Segmenter.load: {path} is damaged: missing {missing}, or slots that are not those of the state")
+    parts = [tensors[name] for name in names]
+    return session, State(*parts[:4], parts[4:]), tensors["frame"], tensors["ids"]

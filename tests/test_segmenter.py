@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dmm_fast.model import Config, DMMNet, Proposals, save_weights
 from dmm_fast.model.masks import mask_boxes
@@ -161,6 +163,11 @@ def test_load_refuses(light, tmp_path):
         Segmenter.load(session)
     with pytest.raises(ValueError, match="not a session of format 1, but None"):
         Segmenter.load(light)
+    with safe_open(session, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys() if name != "state.masks"}
+    save_file(tensors, tmp_path / "partial", metadata)
+    with pytest.raises(ValueError, match="is damaged: missing .'state.masks'."):
+        Segmenter.load(tmp_path / "partial", weights=light)
     (tmp_path / "cut").write_bytes(session.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a whole session file"):
         Segmenter.load(tmp_path / "cut")
@@ -278,6 +285,7 @@ def test_bad_add_and_drop():
         ({"config": "youtube-vos"}, "backbone 'resnet50' needs weights"),
         ({"weights": "imagenet"}, "backbone 'none' takes no weights"),
         ({"refine": "light"}, "refine must be 'none' without a backbone"),
+        ({"config": LIGHT, "weights": "imagenet"}, "refine 'light' needs a weights file"),
         ({"matcher": "sinkhorn"}, "matcher must be one of"),
         ({"decision": "best"}, "decision must be one of"),
         ({"config": "coco"}, "preset must be one of"),
