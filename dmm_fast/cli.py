@@ -159,8 +159,9 @@ def _add_detector_options(parser: argparse.ArgumentParser) -> None:
 def _add_proposals(commands: Any) -> None:
     parser = _add(
         commands, "proposals", _proposals, "run Mask R-CNN on a video and keep its proposals in a file",
-        "Run torchvision's Mask R-CNN on every frame and write its proposals as a COCO results file, so that the video\n"
-        "can be segmented again and again without it. An interrupted run goes on when the same command is given again.",
+        "Run torchvision's Mask R-CNN on every frame and write its proposals as a COCO results file, so that the\n"
+        "video can be segmented again and again without it. An interrupted run goes on when the same command is given\n"
+        "again.",
         ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
         ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
     )  # fmt: skip
@@ -168,11 +169,17 @@ def _add_proposals(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--top", type=_count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
     parser.add_argument(
-        "--short-side", type=_count, default=800, metavar="PIXELS", help="the frame's short side in the detector (default: 800)"
+        "--short-side",
+        type=_count,
+        default=800,
+        metavar="PIXELS",
+        help="the frame's short side in the detector (default: 800)",
     )
     _add_detector_options(parser)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, and start again where a run was cut short")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace FILE, and start again where a run was cut short"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
@@ -208,8 +215,8 @@ def _add_evaluate(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     parser = _add(
         commands, "demo", _demo, "make a clip, segment it, score it",
-        "Make a clip of koi in a pond with exact masks and noisy proposals, segment it as `dmm-fast segment` would, score\n"
-        "the result and draw it. Nothing is downloaded.",
+        "Make a clip of koi in a pond with exact masks and noisy proposals, segment it as `dmm-fast segment` would,\n"
+        "score the result and draw it. Nothing is downloaded.",
         ("dmm-fast demo", "everything goes to ./demo"),
         ("dmm-fast demo --seed 4 --frames 120 --out pond", "another pond, a longer clip"),
         ("dmm-fast demo --matcher greedy", "the same with another matcher"),
@@ -224,7 +231,7 @@ def _add_demo(commands: Any) -> None:
 def _add_doctor(commands: Any) -> None:
     _add(
         commands, "doctor", _doctor, "say what is installed, what is missing, and how to mend it",
-        "Say which versions and backends are here and usable, which GPU, what is missing, and the command that mends it.",
+        "Say which versions and backends are here and usable, which GPU, what is missing, and how to mend it.",
         ("dmm-fast doctor", "to be sent along with a bug report"),
     )  # fmt: skip
 
@@ -258,7 +265,9 @@ def _segment(a: argparse.Namespace) -> int:
 
 
 def _model_options(a: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "decision", "device")}
+    return {
+        name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "decision", "device")
+    }
 
 
 def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
@@ -277,9 +286,10 @@ def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
 
 
 def _proposals(a: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from dmm_fast.proposals import CocoWriter, ProposalError, TorchvisionProposer
     from dmm_fast.video import open_frames, prefetch
-    from tqdm import tqdm
 
     frames = open_frames(a.frames)
     if Path(a.out).exists() and not a.overwrite:

@@ -36,7 +36,13 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, seed: int = 7, frames: int = 60, size: tuple[int, int] = (240, 432), progress: bool = False, **settings
+    out: Path,
+    *,
+    seed: int = 7,
+    frames: int = 60,
+    size: tuple[int, int] = (240, 432),
+    progress: bool = False,
+    **settings,
 ) -> DemoResult:
     """Make the clip of a seed in OUT, segment and score it; settings: further arguments of `segment`."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,9 @@ def _load_results(path: Path) -> list:
         cut = "" if error.doc.rstrip().endswith("]") else " (the file stops in the middle: was it written to the end?)"
         raise ProposalError(f"{path}: not valid JSON: {error}{cut}") from None
     if isinstance(results, dict) and "annotations" in results:
-        raise ProposalError(f"{path}: a COCO data set with 'annotations'; proposals are a COCO results list with scores")
+        raise ProposalError(
+            f"{path}: a COCO data set with 'annotations'; proposals are a COCO results list with scores"
+        )
     if not isinstance(results, list):
         raise ProposalError(f"{path}: a COCO results file is a JSON list, got {_short(results)}")
     return results
@@ -158,7 +161,9 @@ def _fill_polygons(polygons: list, size: tuple[int, int], where: str) -> np.ndar
     from pycocotools import mask as coco
 
     for polygon in polygons:
-        if not (isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))):
+        if not (
+            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))
+        ):
             raise ProposalError(f"{where}: a polygon is a list of x, y, x, y, ... of three points or more")
     return coco.decode(coco.merge(coco.frPyObjects(polygons, *size))).astype(bool)
 
@@ -286,7 +291,9 @@ class TorchvisionProposer:
                 model.load_state_dict(state)
             except RuntimeError as error:
                 name = "maskrcnn_resnet50_fpn_v2"
-                raise ProposalError(f"{weights}: not the weights of torchvision's {name}: {_short(str(error))}") from None
+                raise ProposalError(
+                    f"{weights}: not the weights of torchvision's {name}: {_short(str(error))}"
+                ) from None
         self.model = model.eval().requires_grad_(False).to(device)
         self.top, self.threshold, self.device = top, threshold, torch.device(device)
 
@@ -355,6 +362,7 @@ def _coco_weights() -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except OSError as error:
         raise ProposalError(
-            f"Mask R-CNN's COCO weights are not here and cannot be downloaded ({error}). Put {url} at {wanted}, or name a "
-            "local copy with --detector-weights FILE, or bring another detector's masks with --proposals FILE.json"
+            f"Mask R-CNN's COCO weights are not here and cannot be downloaded ({error}). Put {url} at {wanted}, "
+            "or name a local copy with --detector-weights FILE, "
+            "or bring another detector's masks with --proposals FILE.json"
         ) from None

@@ -16,9 +16,10 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -94,7 +95,9 @@ def segment(
     if checkpoint and checkpoint["started"]:
         segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=weights, device=device)
     else:
-        segmenter = _make_segmenter(preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision)
+        segmenter = _make_segmenter(
+            preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision
+        )
     folder.begin(frames.stems, checkpoint)
     run = _Run(frames, given, propose, segmenter, folder, checkpoint)
     run.forward(progress, save_every)
@@ -137,7 +140,9 @@ class _Run:
                     self._save()
                     saved = time.monotonic()
                 if stop():
-                    raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there")
+                    raise Interrupted(
+                        f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there"
+                    )
         if not self.started:
             raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
         self._save()
@@ -333,8 +338,9 @@ class RunFolder:
             return None
         checkpoint = json.loads(self._progress.read_text())
         if not resume:
-            raise RunError(f"{self.path}: holds an unfinished run ({checkpoint['next']} of {len(stems)} frames); --resume "
-                           "goes on with it, --overwrite starts again")  # fmt: skip
+            done = f"{checkpoint['next']} of {len(stems)} frames"
+            advice = "--resume goes on with it, --overwrite starts again"
+            raise RunError(f"{self.path}: holds an unfinished run ({done}); {advice}")
         self._check_settings(json.loads(self._settings.read_text()), "unfinished")
         return checkpoint
 
@@ -352,8 +358,9 @@ class RunFolder:
     def _check_settings(self, before: dict[str, Any], kind: str) -> None:
         for name, value in self.settings.items():
             if before.get(name) != value:
-                raise RunError(f"{self.path}: the {kind} run there has {name} = {before.get(name)!r}, this one {value!r}; "
-                               "resume with the same settings, or --overwrite")  # fmt: skip
+                differ = f"has {name} = {before.get(name)!r}, this one {value!r}"
+                advice = "resume with the same settings, or --overwrite"
+                raise RunError(f"{self.path}: the {kind} run there {differ}; {advice}")
 
     def _clear(self, stems: list[str]) -> None:
         """Remove what runs wrote, the report first: no moment shows a folder that looks finished with masks missing."""
@@ -395,8 +402,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came. The frame at hand is finished; a second Ctrl-C is not
-    waited for."""
+    """Yields a function that tells whether Ctrl-C or SIGTERM came. The frame at hand is finished; a second Ctrl-C stops
+    at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

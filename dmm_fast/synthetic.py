@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 from scipy import ndimage
@@ -53,7 +53,9 @@ class Clip:
     proposals: list[tuple[np.ndarray, np.ndarray]]
 
 
-def synthetic_clip(seed: int = 0, frames: int = 40, size: tuple[int, int] = (240, 432), objects: int = 4, **config) -> Clip:
+def synthetic_clip(
+    seed: int = 0, frames: int = 40, size: tuple[int, int] = (240, 432), objects: int = 4, **config
+) -> Clip:
     """The first ``frames`` frames of the scene with this seed; config: further fields of SceneConfig."""
     scene = Scene(seed, SceneConfig(size=size, objects=objects, **config))
     rendered = [scene.render(time) for time in range(frames)]
@@ -129,7 +131,7 @@ class Scene:
             rows = np.arange(height) * zoom + sign * 0.9 * time
             columns = np.arange(width) * zoom + 0.7 * time
             total = total + _sample_grid(noise[..., None], rows, columns)[..., 0]
-        return 0.94 + 0.34 * np.exp(-((total - 1) * 9) ** 2)
+        return 0.94 + 0.34 * np.exp(-(((total - 1) * 9) ** 2))
 
     # ------------------------------------------------------------------------------------------------------ proposals
 
@@ -180,7 +182,9 @@ class Scene:
         )
         part = mask[window]
         distance = ndimage.distance_transform_edt(part) - ndimage.distance_transform_edt(~part)
-        wobble = ndimage.zoom(rng.normal(size=(5, 7)), np.array(part.shape) / (5, 7), order=1, grid_mode=True, mode="nearest")
+        wobble = ndimage.zoom(
+            rng.normal(size=(5, 7)), np.array(part.shape) / (5, 7), order=1, grid_mode=True, mode="nearest"
+        )
         out = np.zeros_like(mask)
         out[window] = distance + (wobble + rng.normal() * 0.5) * self.config.jitter * strength * self._unit / 240 > 0
         return out
@@ -261,7 +265,11 @@ class _Fish:
     def _half_width(self, along: np.ndarray) -> np.ndarray:
         """Half the body's width: a rounded head, a long taper, and a tail fin that opens behind -0.3."""
         back = np.clip(0.5 - along, 0, 1)  # 0 at the snout
-        body = self.width * np.sqrt(np.clip(back / 0.28, 0, 1)) * np.clip(1.06 - 0.98 * np.clip(back - 0.2, 0, 1) / 0.62, 0, 1)
+        body = (
+            self.width
+            * np.sqrt(np.clip(back / 0.28, 0, 1))
+            * np.clip(1.06 - 0.98 * np.clip(back - 0.2, 0, 1) / 0.62, 0, 1)
+        )
         tail = 0.115 * np.clip((back - 0.74) / 0.26, 0, 1) ** 0.8
         half = np.maximum(np.maximum(body, np.where(back > 0.7, 0.016, 0)), tail)
         return np.where(np.abs(along) < 0.5, half, -0.02).astype(np.float32)
@@ -288,7 +296,7 @@ class _Fish:
         fin = (along < -0.26) | (edge < 0)  # tail and side fins: lighter, with rays
         rays = 0.86 + 0.12 * np.cos(np.where(edge < 0, along * 260, body * 26))
         colour[fin] = (0.45 * colour[fin] + 0.55 * (np.float32(self.base) * 0.5 + 120)) * rays[fin][:, None]
-        shade = 0.52 + 0.5 * np.sqrt(np.clip(1 - body**2, 0, 1)) + 0.16 * np.exp(-((body + 0.25) / 0.2) ** 2)
+        shade = 0.52 + 0.5 * np.sqrt(np.clip(1 - body**2, 0, 1)) + 0.16 * np.exp(-(((body + 0.25) / 0.2) ** 2))
         colour *= np.where(fin, 0.92, shade)[..., None]
         eyes = np.hypot(along - 0.41, np.abs(across) - 0.62 * self.width) < 0.017
         colour[eyes] = (18, 18, 22)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Iterable, Iterator, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,7 +75,7 @@ class ImageFrames:
 
 
 class VideoFrames:
-    """A video file, decoded as a stream; frames are named 00000, 00001, ... A damaged file may hold fewer than it says."""
+    """A video file, decoded as a stream; frames are named 00000, 00001, ... A damaged file may end early."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -121,7 +122,9 @@ def _open_video(path: Path):
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
-        raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})") from None
+        raise FramesError(
+            f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})"
+        ) from None
     if not container.streams.video:
         container.close()
         raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
@@ -140,7 +143,9 @@ def _image_size(file: Path) -> tuple[int, int]:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sorts "frame2" before "frame10"."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part] + [(1, name)]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part] + [
+        (1, name)
+    ]
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:

@@ -109,7 +109,9 @@ def test_from_a_video_with_an_overlay(clip, tmp_path, capsys):
     assert len(drawn) == LENGTH and drawn.size == SIZE and drawn.fps == 10
     assert len(list((tmp_path / "out").glob("0*.png"))) == LENGTH
     shown = capsys.readouterr().out
-    assert f"{LENGTH} frames, 4 objects" in shown and "overlay.mp4" in shown and "note: matching on mask overlap" in shown
+    assert (
+        f"{LENGTH} frames, 4 objects" in shown and "overlay.mp4" in shown and "note: matching on mask overlap" in shown
+    )
 
 
 @pytest.mark.parametrize("matcher", ["greedy", "hungarian"])
@@ -157,7 +159,10 @@ def test_frames_without_proposals_keep_the_last_masks(clip, tmp_path):
     assert not all(entry["lost"] for entry in rows["00006"])
 
 
-@pytest.mark.parametrize("name, folder, protocol, least", [("schoolgirls", "Annotations", "davis", 0.25), ("surf", "Annotations_union", "davis", 0.7)])
+@pytest.mark.parametrize(
+    "name, folder, protocol, least",
+    [("schoolgirls", "Annotations", "davis", 0.25), ("surf", "Annotations_union", "davis", 0.7)],
+)
 def test_real_clips(data, tmp_path, capsys, name, folder, protocol, least):
     """The first frames of real clips, from files as they come: segmented, then scored by the same command line."""
     clips = data / "clips"
@@ -168,8 +173,8 @@ def test_real_clips(data, tmp_path, capsys, name, folder, protocol, least):
     masks, proposals = clips / folder / name / "00000.png", clips / "proposals" / f"{name}.json"
     assert main(["segment", str(tmp_path / "frames"), "--masks", str(masks), "--proposals", str(proposals),
                  "--out", str(tmp_path / "out"), "--quiet"]) == 0  # fmt: skip
-    arguments = ["evaluate", "--gt", tmp_path / "gt", "--pred", tmp_path / "out", "--protocol", protocol, "--workers", 1,
-                 "--json", tmp_path / "scores.json", "--csv", tmp_path / "scores.csv"]  # fmt: skip
+    arguments = ["evaluate", "--gt", tmp_path / "gt", "--pred", tmp_path / "out", "--protocol", protocol,
+                 "--workers", 1, "--json", tmp_path / "scores.json", "--csv", tmp_path / "scores.csv"]  # fmt: skip
     arguments += ["--foreground"] if folder == "Annotations_union" else []
     assert main([str(argument) for argument in arguments]) == 0
     assert "mean" in capsys.readouterr().out
@@ -185,7 +190,10 @@ def test_real_clip_with_a_late_object(data, tmp_path):
     for file in sorted((clips / "JPEGImages/puma-caps").iterdir())[30:36]:
         shutil.copy(file, tmp_path / "frames")
     report = segment(
-        tmp_path / "frames", clips / "Annotations/puma-caps", tmp_path / "out", proposals=clips / "proposals/puma-caps.json"
+        tmp_path / "frames",
+        clips / "Annotations/puma-caps",
+        tmp_path / "out",
+        proposals=clips / "proposals/puma-caps.json",
     )
     assert report["size"] == [853, 480]
     assert {row["given"] for row in report["objects"].values()} == {"frame_000033"}
@@ -225,7 +233,7 @@ KILLED = """
     import dmm_fast.segment as s
     from pathlib import Path
     where, number, frames, masks, proposals, out = sys.argv[1:]
-    owner, name = (s.RunFolder, "save") if where == "save" else (s.ContactSheet, "save") if where == "draw" else (s, where)
+    owner, name = {"save": (s.RunFolder, "save"), "draw": (s.ContactSheet, "save")}.get(where, (s, where))
     original, calls = getattr(owner, name), []
     def dies(*arguments, **options):
         calls.append(1)
@@ -245,8 +253,19 @@ def test_kill_9_at_bad_moments_and_resume(clip, finished, tmp_path):
     asked = options(clip, tmp_path)
     moments = {"write_mask": 6, "save": 4, "draw": 1}
     runs = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), where, str(number), str(asked["frames"]),
-                          str(asked["masks"]), str(asked["proposals"]), str(tmp_path / where)])  # fmt: skip
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(KILLED),
+                where,
+                str(number),
+                str(asked["frames"]),
+                str(asked["masks"]),
+                str(asked["proposals"]),
+                str(tmp_path / where),
+            ]
+        )  # fmt: skip
         for where, number in moments.items()
     ]
     assert [run.wait(120) for run in runs] == [-signal.SIGKILL] * 3
@@ -323,7 +342,10 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
         ({"masks": tmp_path / "none"}, "none: no mask"),
         ({"proposals": tmp_path / "nowhere.json"}, "nowhere.json: no such proposals file"),
         ({"proposals": tmp_path / "torn.json"}, "torn.json: not valid JSON"),
-        ({"proposals": tmp_path / "other.json"}, "image_id must be a frame's name such as '00000', the file holds 'zebra'"),
+        (
+            {"proposals": tmp_path / "other.json"},
+            "image_id must be a frame's name such as '00000', the file holds 'zebra'",
+        ),
     ]:
         fails(capsys, changed(good, **changes), *messages)
     fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: a video's name must end in .mp4")
@@ -380,7 +402,10 @@ def test_proposals_command(clip, tmp_path, monkeypatch, capsys):
     assert Detector.made == LENGTH + 1
     assert "going on" in capsys.readouterr().out
     results = json.loads(out.read_text())
-    assert [(r["image_id"], r["score"]) for r in results[:2]] == [("00000", pytest.approx(0.9)), ("00000", pytest.approx(0.4))]
+    assert [(r["image_id"], r["score"]) for r in results[:2]] == [
+        ("00000", pytest.approx(0.9)),
+        ("00000", pytest.approx(0.4)),
+    ]
     assert len(results) == 2 * LENGTH
     fails(capsys, ["proposals", frames(clip), "--out", out], "is there already; --overwrite replaces it")
     assert main(changed(command(clip, tmp_path / "out"), proposals=out)) == 0
@@ -391,7 +416,11 @@ def test_evaluate_command_says_what_is_wrong(clip, finished, tmp_path, capsys):
     assert main(["evaluate", "--gt", str(truth), "--pred", str(finished), "--workers", "1"]) == 0
     assert "koi" in capsys.readouterr().out
     fails(capsys, ["evaluate", "--gt", truth, "--pred", tmp_path / "nowhere"], "no such directory")
-    fails(capsys, ["evaluate", "--gt", truth, "--pred", finished, "--json", tmp_path / "no/s.json"], "there is no directory")
+    fails(
+        capsys,
+        ["evaluate", "--gt", truth, "--pred", finished, "--json", tmp_path / "no/s.json"],
+        "there is no directory",
+    )
 
 
 def test_demo(tmp_path, capsys):

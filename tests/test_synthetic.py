@@ -102,7 +102,9 @@ def test_overlay_tints_objects_and_leaves_the_rest():
         overlay(frame, ids[1:])
 
 
-@pytest.mark.parametrize("length, size, expected", [(1, SMALL, 1), (5, SMALL, 5), (100, SMALL, 12), (30, (160, 90), 12)])
+@pytest.mark.parametrize(
+    "length, size, expected", [(1, SMALL, 1), (5, SMALL, 5), (100, SMALL, 12), (30, (160, 90), 12)]
+)
 def test_contact_sheet(tmp_path, length, size, expected):
     sheet = ContactSheet(length, size, "clip")
     assert len(sheet.wanted) == expected and {0, length - 1} <= sheet.wanted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,7 +50,7 @@ def test_turned_photographs_are_read_upright(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "0.png", exif=exif)
     frames = open_frames(tmp_path)
-    (_, frame), = frames.read()
+    ((_, frame),) = frames.read()
     assert frames.size == frame.shape[:2] == (8, 6)
     assert (frame == np.rot90(np.array(image), -1)).all()
 
@@ -97,6 +99,20 @@ def test_other_containers_know_their_length(tmp_path, name):
     frames = open_frames(tmp_path / name)
     assert len(frames) == len(list(frames.read())) == 12
     assert [(index, stem) for index, stem, _ in frames.pick({7, 2})] == [(2, "00002"), (7, "00007")]
+
+
+def test_telephone_videos_are_read_upright(tmp_path):
+    """A file whose display matrix says: turn a quarter clockwise."""
+    write_video(tmp_path / "clip.mp4", count=2)
+    (_, lying), *_ = open_frames(tmp_path / "clip.mp4").read()
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    frames = open_frames(tmp_path / "turned.mp4")
+    (_, upright), *_ = frames.read()
+    assert frames.size == upright.shape[:2] == (64, 48)
+    assert (upright == np.rot90(lying, -1)).all()
 
 
 def test_odd_sizes_are_padded_not_cropped(tmp_path):
