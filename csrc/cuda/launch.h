@@ -1,30 +1,27 @@
-// Where a CUDA op runs: the tensor's device and torch's current stream on it.
+// How a kernel of this library is launched: pointers, sizes and a stream.
 #pragma once
-
-#include "../check.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 namespace dmm {
 
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
+inline void check_cuda(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+}
 
-  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-};
-
-// Reports what the launches since the last check came to.
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  DMM_CHECK(error == cudaSuccess, op, ": CUDA: ", cudaGetErrorString(error));
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,169 +1,23 @@
-// Mask IoU on CUDA: one kernel, every byte read once (up to 32 x 64 masks; more are cut into such tiles).
-//
-// A block takes 1024 pixels of all masks of a tile, packs them into bits in shared memory, counts every pair there and adds
-// its counts to the tile's in global memory (integers: the order does not matter). The block that comes last divides.
+// dmm::mask_iou on CUDA tensors: the current stream, one launch (and one memset), no wait for the device.
 #include "../mask_iou.h"
-#include "launch.h"
+#include "current_stream.h"
+#include "mask_iou.cuh"
 
 namespace dmm {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTileA = 32, kTileB = 64;    // masks of a and b that one block sees
-constexpr int kSegment = 512;              // pixels that one warp packs at a time: 16 bytes per lane
-constexpr int kSegments = 2;               // per block and mask
-constexpr int kPixels = kSegments * kSegment;
-constexpr int kWords = kPixels / 32;
-constexpr int kStride = kWords + 1;        // odd: masks of neighbouring lanes lie in different banks
-constexpr int kInFlight = 8;               // loads that a lane starts before it uses the first
-constexpr int kRowsAtOnce = 4;             // masks of a that a thread counts against one mask of b
-
-// What the blocks of one tile add up; starts at 0.
-struct TileCounts {
-  int both[kTileA * kTileB], area[kTileA + kTileB], blocks_done;
-};
-
-struct Problem {
-  const uint8_t* a;  // [B, N, pixels]
-  const uint8_t* b;  // [B, M, pixels]
-  float* iou;        // [B, N, M]
-  TileCounts* tiles; // [B, tiles_a, tiles_b]
-  int64_t N, M, pixels;
-  int tiles_a, tiles_b, chunks;
-};
-
-// Bit k is set where byte k is not 0.
-__device__ __forceinline__ uint32_t nonzero_bytes(uint32_t four) {
-  const uint32_t high = (((four & 0x7f7f7f7fu) + 0x7f7f7f7fu) | four) & 0x80808080u;
-  return ((high >> 7) * 0x01020408u) >> 24;
-}
-
-__device__ __forceinline__ uint32_t nonzero_bytes(uint4 v) {
-  return nonzero_bytes(v.x) | nonzero_bytes(v.y) << 4 | nonzero_bytes(v.z) << 8 | nonzero_bytes(v.w) << 12;
-}
-
-// kVector: every mask starts on 16 bytes and its size is a multiple of 16.
-template <bool kVector>
-__global__ void __launch_bounds__(kThreads) mask_iou_kernel(const Problem p) {
-  __shared__ uint32_t bits[(kTileA + kTileB) * kStride];
-  __shared__ int area[kTileA + kTileB];
-  __shared__ bool last;
-
-  int index = blockIdx.x;
-  const int chunk = index % p.chunks;
-  TileCounts& tile = p.tiles[index / p.chunks];
-  index /= p.chunks;
-  const int64_t first_b = static_cast<int64_t>(index % p.tiles_b) * kTileB;
-  index /= p.tiles_b;
-  const int64_t first_a = static_cast<int64_t>(index % p.tiles_a) * kTileA;
-  const int64_t batch = index / p.tiles_a;
-  const int count_a = static_cast<int>(min(p.N - first_a, static_cast<int64_t>(kTileA)));
-  const int count_b = static_cast<int>(min(p.M - first_b, static_cast<int64_t>(kTileB)));
-  const uint8_t* a = p.a + (batch * p.N + first_a) * p.pixels;
-  const uint8_t* b = p.b + (batch * p.M + first_b) * p.pixels;
-
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < kTileA + kTileB) area[threadIdx.x] = 0;
-  __syncthreads();
-
-  // Pack: a warp takes one segment of one mask at a time. Rows of `bits`: the masks of a, then those of b.
-  const int items = (count_a + count_b) * kSegments;
-  auto bytes_of = [&](int row) { return row < count_a ? a + row * p.pixels : b + (row - count_a) * p.pixels; };
-  auto add_area = [&](int row, uint32_t set) {
-    const int sum = __reduce_add_sync(0xffffffffu, __popc(set));
-    if (lane == 0) atomicAdd(&area[row], sum);
-  };
-  if constexpr (kVector) {
-    for (int item = warp; item < items; item += kWarps * kInFlight) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const int at = item + k * kWarps, row = at / kSegments;
-        const int64_t pixel = static_cast<int64_t>(chunk) * kPixels + at % kSegments * kSegment + 16 * lane;
-        loaded[k] = make_uint4(0, 0, 0, 0);
-        if (at < items && pixel < p.pixels) loaded[k] = __ldg(reinterpret_cast<const uint4*>(bytes_of(row) + pixel));
-      }
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const int at = item + k * kWarps, row = at / kSegments;
-        if (at >= items) break;
-        const uint32_t set = nonzero_bytes(loaded[k]);
-        reinterpret_cast<uint16_t*>(bits + row * kStride)[at % kSegments * 32 + lane] = static_cast<uint16_t>(set);
-        add_area(row, set);
-      }
-    }
-  } else {
-    for (int item = warp; item < items; item += kWarps) {
-      const int row = item / kSegments, segment = item % kSegments;
-      const int64_t first = static_cast<int64_t>(chunk) * kPixels + segment * kSegment;
-      uint32_t set = 0;
-#pragma unroll
-      for (int word = 0; word < 16; ++word) {
-        const int64_t pixel = first + 32 * word + lane;
-        const uint32_t votes = __ballot_sync(0xffffffffu, pixel < p.pixels && bytes_of(row)[pixel] != 0);
-        if (lane == word) set = votes;
-      }
-      if (lane < 16) bits[row * kStride + segment * 16 + lane] = set;
-      add_area(row, set);
-    }
-  }
-  __syncthreads();
-
-  // Count: neighbouring threads take neighbouring masks of b against the same few masks of a.
-  const int groups = (count_a + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (int item = threadIdx.x; item < groups * count_b; item += kThreads) {
-    const int i = item / count_b * kRowsAtOnce, j = item % count_b;
-    const uint32_t* bits_b = bits + (count_a + j) * kStride;
-    const uint32_t* bits_a[kRowsAtOnce];
-    int both[kRowsAtOnce] = {};
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) bits_a[r] = bits + min(i + r, count_a - 1) * kStride;
-#pragma unroll 8
-    for (int word = 0; word < kWords; ++word) {
-      const uint32_t other = bits_b[word];
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) both[r] += __popc(bits_a[r][word] & other);
-    }
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r)
-      if (i + r < count_a && both[r]) atomicAdd(&tile.both[(i + r) * kTileB + j], both[r]);
-  }
-  for (int row = threadIdx.x; row < count_a + count_b; row += kThreads)
-    if (area[row]) atomicAdd(&tile.area[row], area[row]);
-
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(&tile.blocks_done, 1) == p.chunks - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int pair = threadIdx.x; pair < count_a * count_b; pair += kThreads) {
-    const int i = pair / count_b, j = pair % count_b;
-    const int both = __ldcg(&tile.both[i * kTileB + j]);
-    // Areas may add up to more than an int holds.
-    const int64_t either = static_cast<int64_t>(__ldcg(&tile.area[i])) + __ldcg(&tile.area[count_a + j]) - both;
-    p.iou[(batch * p.N + first_a + i) * p.M + first_b + j] =
-        either ? static_cast<float>(static_cast<double>(both) / static_cast<double>(either)) : 0.0f;
-  }
-}
-
 Tensor mask_iou(const Tensor& a, const Tensor& b) {
+  constexpr const char* op = "dmm::mask_iou";
   const MaskIouInputs in = check_mask_iou(a, b);
-  Tensor iou = in.new_result();
-  if (iou.numel() == 0) return iou;
-  const Launch launch(a);
-  const int64_t tiles_a = ceil_div(in.N, kTileA), tiles_b = ceil_div(in.M, kTileB);
-  const int64_t chunks = in.pixels ? ceil_div(in.pixels, kPixels) : 1;
-  const int64_t tiles = in.B * tiles_a * tiles_b, blocks = tiles * chunks;
-  DMM_CHECK(blocks < (int64_t{1} << 31), "dmm::mask_iou: too many masks for one call, got ", shape_of(a), " and ", shape_of(b));
-  Tensor scratch = torch::stable::new_empty(iou, {tiles * static_cast<int64_t>(sizeof(TileCounts) / sizeof(int))}, ScalarType::Int);
-  const Problem p{in.a_of(0), in.b_of(0), static_cast<float*>(iou.data_ptr()), static_cast<TileCounts*>(scratch.data_ptr()),
-                  in.N, in.M, in.pixels, static_cast<int>(tiles_a), static_cast<int>(tiles_b), static_cast<int>(chunks)};
-  cudaMemsetAsync(p.tiles, 0, tiles * sizeof(TileCounts), launch.stream);
-  const bool vector = in.pixels % 16 == 0 && reinterpret_cast<uintptr_t>(p.a) % 16 == 0 && reinterpret_cast<uintptr_t>(p.b) % 16 == 0;
-  (vector ? mask_iou_kernel<true> : mask_iou_kernel<false>)<<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(p);
-  check_launch("dmm::mask_iou");
-  return iou;
+  const CurrentStream current(a);
+  Tensor result = in.new_result();
+  if (result.numel() == 0) return result;
+  iou::Problem p{in.a_of(0), in.b_of(0), static_cast<float*>(result.data_ptr()), nullptr, in.B, in.N, in.M, in.pixels};
+  DMM_CHECK(p.blocks() < (int64_t{1} << 31), op, ": too many masks for one call, got ", shape_of(a), " and ", shape_of(b));
+  const Tensor scratch = torch::stable::new_empty(a, {p.tile_count() * static_cast<int64_t>(sizeof(iou::TileCounts))}, ScalarType::Byte);
+  p.tiles = static_cast<iou::TileCounts*>(scratch.data_ptr());
+  iou::mask_iou(op, p, current.stream);
+  return result;
 }
 
 }  // namespace
