@@ -411,6 +411,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, stack: Any) -> None:
         asked.set()
+        os.write(2, b"\nfinishing this frame, then saving; once more stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -46,7 +46,9 @@ class ImageFrames:
         images = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
         self.files = sorted(images, key=lambda file: natural_key(file.stem))
         if not self.files:
-            raise FramesError(f"{path}: no images ({', '.join(suffix[1:] for suffix in SUFFIXES)}) in this directory")
+            inner = next((entry.name for entry in sorted(path.iterdir()) if entry.is_dir()), None)
+            hint = f"; did you mean {path / inner}?" if inner else ""
+            raise FramesError(f"{path}: no images ({', '.join(suffix[1:] for suffix in SUFFIXES)}) here{hint}")
         self.stems = [file.stem for file in self.files]
         for file, other in zip(self.files, self.files[1:]):
             if file.stem == other.stem:

@@ -138,6 +138,12 @@ def test_files_that_are_no_video(tmp_path, content, message):
         open_frames(tmp_path / "clip.mp4")
 
 
+def test_a_folder_of_folders_is_answered_with_a_hint(tmp_path):
+    (tmp_path / "JPEGImages/clip").mkdir(parents=True)
+    with pytest.raises(FramesError, match="no images .* did you mean .*JPEGImages/clip"):
+        open_frames(tmp_path / "JPEGImages")
+
+
 def test_missing_path(tmp_path):
     with pytest.raises(FramesError, match="no such directory or video file"):
         open_frames(tmp_path / "nowhere")
