@@ -143,12 +143,10 @@ class Segmenter:
 
         table = np.array([0, *self._slot_ids], np.uint8)
         ids = table[output.labels.cpu().numpy()]
-        rows = zip(
-            self._slot_ids, output.proposal.tolist(), output.score.tolist(), output.runner_up.tolist(), output.lost.tolist()
-        )
+        columns = (output.proposal, output.score, output.runner_up, output.lost)
         objects = [
             ObjectResult(i, None if lost else kept[proposal], score, runner_up, lost)
-            for i, proposal, score, runner_up, lost in rows
+            for i, proposal, score, runner_up, lost in zip(self._slot_ids, *(column.tolist() for column in columns))
             if i
         ]
         self._state, self._frame, self._ids = state, tensor, ids
@@ -193,7 +191,7 @@ class Segmenter:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a safetensors file, whole or not at all. The network's weights are not in it."""
         state = self._started("save")
-        tensors = {f"state.{name}": getattr(state, name) for name in State._fields if name != "hidden"}
+        tensors = {f"state.{name}": tensor for name, tensor in zip(State._fields[:4], state)}
         tensors |= {f"state.hidden.{k}": tensor for k, tensor in enumerate(state.hidden)}
         tensors |= {"frame": self._frame, "ids": torch.from_numpy(self._ids)}
         session = {
@@ -207,7 +205,8 @@ class Segmenter:
         }
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}  # unshared
+        # Cloned, as templates and masks share memory until the first step, which the format does not allow.
+        whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(whole, partial, {"dmm_fast": json.dumps(session)})
         os.replace(partial, path)
 
@@ -220,7 +219,7 @@ class Segmenter:
         device: str | torch.device = "cpu",
         proposer: Proposer | None = None,
     ) -> Segmenter:
-        """Go on from a file written by `save`, with the same `weights`; further results are the same as without the break."""
+        """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
         segmenter = cls(
             Config.from_dict(session["config"]), weights=weights, device=device, proposer=proposer,
@@ -274,7 +273,7 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
     if weights == "imagenet":
         if config.refine != "none":
             raise ValueError(
-                f"Segmenter: refine {config.refine!r} needs a weights file of this project; ImageNet's are the backbone's only"
+                f"Segmenter: refine {config.refine!r} needs a weights file of this project, not ImageNet's alone"
             )
         return DMMNet(config, pretrained=True)
     net = DMMNet(config)
@@ -304,7 +303,7 @@ def _frame(frame: Frame, size: tuple[int, int] | None) -> Tensor:
     # torch.tensor copies: a frame buffer may be read-only, or filled again by its owner.
     tensor = torch.tensor(frame).permute(2, 0, 1) if channels else frame.clone()
     if size is not None and tuple(tensor.shape[1:]) != size:
-        raise ValueError(f"Segmenter: the video's frames are {size[0]}x{size[1]}, got {tensor.shape[1]}x{tensor.shape[2]}")
+        raise ValueError(f"Segmenter: frames must have the first one's size {size}, got {tuple(tensor.shape[1:])}")
     return tensor
 
 
@@ -319,7 +318,8 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
     else:
         tensor = masks if isinstance(masks, Tensor) else torch.tensor(masks)
         if tuple(tensor.shape[-2:]) != size or tensor.ndim not in (2, 3):
-            raise ValueError(f"Segmenter: masks must be [H, W] or [N, H, W] with the frame's size {size}, got {list(tensor.shape)}")
+            got = list(tensor.shape)
+            raise ValueError(f"Segmenter: masks must be [H, W] or [N, H, W] with the frame's size {size}, got {got}")
         if tensor.ndim == 2:
             if tensor.dtype != torch.uint8:
                 raise ValueError(f"Segmenter: an id map must be uint8, got {tensor.dtype}")
@@ -338,7 +338,9 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
     return ids, stack
 
 
-def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: torch.device) -> tuple[Proposals, list[int]]:
+def _proposals(
+    proposals: Proposals, size: tuple[int, int], top: int, device: torch.device
+) -> tuple[Proposals, list[int]]:
     """Checked proposals on the device, the `top` best by score; and their indices among those given."""
     boxes, scores, masks = (torch.as_tensor(part) for part in proposals)
     count = scores.numel()
@@ -351,10 +353,11 @@ def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: to
         raise ValueError("Segmenter: proposals must have finite boxes and scores")
     if masks.dtype == torch.bool:
         if tuple(masks.shape[1:]) != size:
-            raise ValueError(f"Segmenter: bool proposal masks must have the frame's size {size}, got {list(masks.shape)}")
+            got = tuple(masks.shape[1:])
+            raise ValueError(f"Segmenter: bool proposal masks must have the frame's size {size}, got {got}")
     elif not masks.is_floating_point() or masks.size(1) != masks.size(2):
         raise ValueError(
-            "Segmenter: proposal masks must be bool [M, H, W] of the frame's size, or float [M, S, S] inside their boxes, "
+            "Segmenter: proposal masks must be bool [M, H, W] of the frame's size, or float [M, S, S] in their boxes, "
             f"got {masks.dtype} {list(masks.shape)}"
         )
     kept = torch.arange(count)
@@ -389,9 +392,9 @@ def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State, 
     if session.get("format") != FORMAT:
         raise ValueError(f"Segmenter.load: {path} is not a session of format {FORMAT}, but {session.get('format')}")
     layers = sum(name.startswith("state.hidden.") for name in tensors)
-    names = [f"state.{name}" for name in State._fields if name != "hidden"] + [f"state.hidden.{k}" for k in range(layers)]
+    names = [f"state.{name}" for name in State._fields[:4]] + [f"state.hidden.{k}" for k in range(layers)]
     missing = [name for name in [*names, "frame", "ids"] if name not in tensors]
     if missing or len(session["slot_ids"]) != tensors["state.valid"].numel():
-        raise ValueError(f"Segmenter.load: {path} is damaged: missing {missing}, or slots that are not those of the state")
+        raise ValueError(f"Segmenter.load: {path} is damaged: missing {missing}, or slots unlike the state's")
     parts = [tensors[name] for name in names]
     return session, State(*parts[:4], parts[4:]), tensors["frame"], tensors["ids"]

@@ -43,7 +43,8 @@ class Config:
 
         if self.input_size is not None:
             object.__setattr__(self, "input_size", tuple(self.input_size))  # JSON has lists only
-            require(len(self.input_size) == 2 and min(self.input_size) >= 32, "input_size", "(height, width), each >= 32")
+            pair = len(self.input_size) == 2
+            require(pair and min(self.input_size) >= 32, "input_size", "(height, width), each >= 32")
         require(self.short_side is None or self.short_side >= 32, "short_side", "None or at least 32")
         require(self.input_size is None or self.short_side is None, "short_side", "None when input_size is given")
         require(0.0 <= self.iou_weight <= 1.0, "iou_weight", "in [0, 1]")

@@ -1,7 +1,5 @@
 """RoI features: RoIAlign averaged over space, as two small matrix products per level."""
 
-from typing import List
-
 import torch
 from torch import Tensor
 
@@ -10,8 +8,8 @@ def roi_weights(low: Tensor, high: Tensor, size: int, samples: int = 28) -> Tens
     """How much each of `size` cells along one axis adds to the mean over RoIs [low, high), both [R], in cells.
 
     RoIAlign's samples lie on a grid (14 bins of 2 an axis) and bilinear weights factor, so the mean over samples is a
-    product of one such matrix per axis. Returns [R, size]. Same rules as torchvision's `roi_align(aligned=False)`: an RoI is at least one
-    cell wide, samples more than one cell outside count as 0, others are clamped to the border.
+    product of one such matrix per axis. Returns [R, size]. Same rules as torchvision's `roi_align(aligned=False)`: an
+    RoI is at least one cell wide, samples more than one cell outside count as 0, others are clamped to the border.
     """
     steps = (torch.arange(samples, dtype=low.dtype, device=low.device) + 0.5) / samples  # [S]
     at = low[:, None] + (high - low).clamp(min=1.0)[:, None] * steps  # [R, S]
@@ -21,14 +19,14 @@ def roi_weights(low: Tensor, high: Tensor, size: int, samples: int = 28) -> Tens
     return (tent.clamp(min=0.0) * inside[:, :, None].to(low.dtype)).mean(1)
 
 
-def roi_means(levels: List[Tensor], strides: List[int], boxes: Tensor) -> Tensor:
+def roi_means(levels: list[Tensor], strides: list[int], boxes: Tensor) -> Tensor:
     """Mean RoIAlign features of `boxes`, the levels side by side.
 
     levels: each [1, C_l, h_l, w_l]; strides: pixels per cell; boxes: [R, 4] x0 y0 x1 y1 in pixels. Returns
     [R, sum C_l], equal to `roi_align(level, boxes, 14, 1 / stride, sampling_ratio=2).mean((2, 3))` per level:
     f[r, c] = sum_y sum_x wy[r, y] F[c, y, x] wx[r, x].
     """
-    means: List[Tensor] = []
+    means: list[Tensor] = []
     for level, stride in zip(levels, strides):
         scaled = boxes * (1.0 / stride)
         wy = roi_weights(scaled[:, 1], scaled[:, 3], level.size(2)).to(level.dtype)  # [R, h]

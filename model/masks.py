@@ -26,6 +26,7 @@ def label_map(masks: Tensor, rank: Tensor) -> Tensor:
     if masks.dtype == torch.bool:
         masks = masks.to(torch.uint8)
     highest = masks.amax(0)  # [H, W]
-    winner = ((masks == highest).to(torch.uint8) * (rank + 1).to(torch.uint8)[:, None, None]).amax(0)  # [H, W], rank + 1
-    slots = F.pad(torch.argsort(rank) + 1, [1, 0]).to(torch.uint8)  # by rank + 1
+    place = (rank + 1).to(torch.uint8)[:, None, None]
+    winner = ((masks == highest).to(torch.uint8) * place).amax(0)  # [H, W], the winner's rank + 1
+    slots = F.pad(torch.argsort(rank) + 1, [1, 0]).to(torch.uint8)  # [N + 1], by rank + 1
     return slots.index_select(0, winner.flatten().to(torch.int32)).view_as(winner) * (highest > 0.5)

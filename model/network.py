@@ -1,13 +1,10 @@
 """DMM-Net: match proposals with templates, then refine the matched masks. Tensors in, tensors out."""
 
-from typing import List, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dmm_fast.ops  # noqa: F401  (registers torch.ops.dmm.match)
-import dmm_fast.vision  # noqa: F401  (registers torch.ops.dmm.mask_iou and paste_combine)
+from dmm_fast import ops, vision  # noqa: F401  they register torch.ops.dmm.*
 
 from .config import Config
 from .features import roi_means
@@ -16,7 +13,7 @@ from .refinement import LightRefinement
 from .state import Affinity, Output, Proposals, State, empty_like, merge
 
 
-def make_backbone(name: str, pretrained: bool) -> Tuple[nn.Module, List[int], List[int], List[float], List[float]]:
+def make_backbone(name: str, pretrained: bool) -> tuple[nn.Module, list[int], list[int], list[float], list[float]]:
     """A timm backbone with its four coarsest levels (conv2-5): module, channels, strides, input mean, input std."""
     import timm  # slow to import, and not needed without a backbone
 
@@ -26,9 +23,9 @@ def make_backbone(name: str, pretrained: bool) -> Tuple[nn.Module, List[int], Li
         net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
     except OSError as error:
         raise RuntimeError(
-            f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be downloaded. "
-            f"Connect once, give a weights file of this project, or match on overlap alone (backbone 'none'). "
-            f"Cause: {error}"
+            f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be "
+            f"downloaded. Connect once, give a weights file of this project, or match on overlap alone (backbone "
+            f"'none'). Cause: {error}"
         ) from error
     settings = timm.data.resolve_model_data_config(net)
     return net, net.feature_info.channels(), net.feature_info.reduction(), settings["mean"], settings["std"]
@@ -41,12 +38,12 @@ class DMMNet(nn.Module):
     take the place of `match` (see `dmm_fast.Segmenter`). Frames are [3, H, W] RGB, uint8 or float in [0, 1].
     """
 
-    strides: List[int]  # pixels per cell of each level
+    strides: list[int]  # pixels per cell of each level
 
     def __init__(self, config: Config, pretrained: bool = False) -> None:
         super().__init__()
         self.config = config
-        channels: List[int] = []
+        channels: list[int] = []
         self.strides = []
         mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
         self.backbone = None
@@ -59,10 +56,11 @@ class DMMNet(nn.Module):
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
         self.short_side = config.short_side or 0
         self.iou_weight = config.iou_weight
-        self.n_grad, self.n_proj, self.lr, self.carry = config.n_grad, config.n_proj, config.lr, config.dykstra == "carry"
+        self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, config.lr
+        self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
 
-    def resized(self, height: int, width: int) -> Tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width at which a frame of this size enters the backbone."""
         if self.input_size[0] > 0:
             return self.input_size
@@ -72,20 +70,21 @@ class DMMNet(nn.Module):
         return height, width
 
     @torch.jit.export
-    def encode(self, frames: Tensor) -> List[Tensor]:
+    def encode(self, frames: Tensor) -> list[Tensor]:
         """Features conv2 .. conv5 of frames [B, 3, H, W], each [B, C_l, h_l, w_l]; none without a backbone."""
-        levels: List[Tensor] = []
+        levels: list[Tensor] = []
         if self.backbone is not None:
             image = frames.to(self.mean.dtype)
             if not frames.is_floating_point():
                 image = image / 255.0
             size = self.resized(frames.size(2), frames.size(3))
-            if self.input_size[0] > 0 or self.short_side > 0:  # asks nothing of the frame's size, which export keeps open
+            # Not asked: whether the frame has that size already. Export would then fix the answer.
+            if self.input_size[0] > 0 or self.short_side > 0:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 
-    def describe(self, features: List[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
+    def describe(self, features: list[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
         """RoI features [R, C] of boxes [R, 4] in pixels of the frame."""
         resized = self.resized(height, width)
         scale = torch.tensor([resized[1] / width, resized[0] / height], dtype=boxes.dtype, device=boxes.device)
@@ -96,7 +95,7 @@ class DMMNet(nn.Module):
         """The state after a frame with objects `masks` [N, H, W] bool in the slots `valid` [N]."""
         features = self.encode(frame[None])
         height, width = masks.size(1), masks.size(2)
-        hidden: List[Tensor] = []
+        hidden: list[Tensor] = []
         if self.refinement is not None:
             hidden = self.refinement.start(features, masks.size(0))
         masks = masks & valid[:, None, None]
@@ -113,7 +112,7 @@ class DMMNet(nn.Module):
         return merge(gone, state, empty_like(state))
 
     @torch.jit.export
-    def compare(self, features: List[Tensor], proposals: Proposals, state: State) -> Affinity:
+    def compare(self, features: list[Tensor], proposals: Proposals, state: State) -> Affinity:
         """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
         height, width = state.masks.size(1), state.masks.size(2)
         full = proposals.masks
@@ -149,8 +148,8 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def decide(
-        self, features: List[Tensor], proposals: Proposals, affinity: Affinity, assignment: Tensor, state: State
-    ) -> Tuple[Output, State]:
+        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, assignment: Tensor, state: State
+    ) -> tuple[Output, State]:
         """From an assignment X [N, >= M] (columns beyond M: empty proposals) to masks and the next state.
 
         X * 1[X = row max] (Section 4.1) leaves a row's largest entry; among equal ones (duplicate proposals) the
@@ -172,8 +171,8 @@ class DMMNet(nn.Module):
         found = believed[:, 0] & state.valid  # [N]
 
         matched, binary, found = self.combine(proposals, column, weight, found, state.masks)
-        # Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a larger one: an occluder's
-        # mask is whole and what it hides is cut already, unless a proposal spans both.
+        # Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a larger one: a
+        # proposal that spans two objects then leaves the smaller one visible.
         area = matched.flatten(1).sum(1)  # [N]
         rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
@@ -193,8 +192,8 @@ class DMMNet(nn.Module):
 
     def combine(
         self, proposals: Proposals, column: Tensor, weight: Tensor, found: Tensor, last: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor]:
-        """Eq. 8 with one proposal, `column` [N, 1], left per row: P^ [N, H, W], P^ > 0.5, and what is still `found` [N].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 8 with one proposal, `column` [N, 1], left per row: P^ [N, H, W], P^ > 0.5, and what is `found` [N].
 
         An empty mask is no match. Where nothing is found, the mask is the last one.
         """
@@ -216,7 +215,7 @@ class DMMNet(nn.Module):
         return matched, matched > 0.5, found
 
     @torch.jit.export
-    def step(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:
+    def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         """One frame. With M = 0 proposals every object is lost."""
         if proposals.scores.numel() == 0:
             proposals = absent(state.masks)
@@ -225,7 +224,7 @@ class DMMNet(nn.Module):
         assignment = self.match(self.cost(affinity), proposals.scores, state.valid)
         return self.decide(features, proposals, affinity, assignment, state)
 
-    def forward(self, frame: Tensor, proposals: Proposals, state: State) -> Tuple[Output, State]:
+    def forward(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         return self.step(frame, proposals, state)
 
 
@@ -233,4 +232,5 @@ def absent(masks: Tensor) -> Proposals:
     """One padding proposal for frames of the size of `masks` [N, H, W]: stands for no proposal at all."""
     boxes = torch.zeros((1, 4), dtype=torch.float32, device=masks.device)
     scores = torch.full((1,), float("-inf"), dtype=torch.float32, device=masks.device)
-    return Proposals(boxes, scores, torch.zeros((1, masks.size(1), masks.size(2)), dtype=torch.bool, device=masks.device))
+    mask = torch.zeros((1, masks.size(1), masks.size(2)), dtype=torch.bool, device=masks.device)
+    return Proposals(boxes, scores, mask)

@@ -1,7 +1,5 @@
 """Refinement of matched masks. An implementation maps (features, matched, templates, hidden) -> (masks, hidden)."""
 
-from typing import List, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ class ConvLSTM(nn.Module):
         self.shared = nn.Conv2d(shared, 4 * hidden, 3, padding=1)
         self.own = nn.Conv2d(own + hidden, 4 * hidden, 3, padding=1, bias=False)
 
-    def forward(self, shared: Tensor, own: Tensor, h: Tensor, c: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, shared: Tensor, own: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """shared [1, C, y, x], own [N, K, y, x], hidden and cell state [N, D, y, x] -> the next h and c."""
         gates = self.shared(shared) + self.own(torch.cat([own, h], 1))  # [N, 4D, y, x]
         i, f, o, g = gates.chunk(4, 1)
@@ -35,12 +33,12 @@ class LightRefinement(nn.Module):
     refinement returns the matched mask, and fine detail of a proposal survives the coarse grid of conv2.
     """
 
-    def __init__(self, channels: List[int], hidden: int) -> None:
+    def __init__(self, channels: list[int], hidden: int) -> None:
         super().__init__()
         widths = [hidden, hidden // 2, hidden // 4, hidden // 8]  # conv5 .. conv2
         self.widths = widths
-        squeezes: List[nn.Module] = []
-        layers: List[nn.Module] = []
+        squeezes: list[nn.Module] = []
+        layers: list[nn.Module] = []
         above = 0  # beside it, a layer sees two masks: matched and template
         for level, width in zip(reversed(channels), widths):
             squeezes.append(nn.Sequential(nn.Conv2d(level, width, 1), nn.GroupNorm(1, width)))
@@ -52,9 +50,9 @@ class LightRefinement(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.gain = nn.Parameter(torch.tensor(4.0))  # logit of a matched pixel
 
-    def start(self, features: List[Tensor], objects: int) -> List[Tensor]:
+    def start(self, features: list[Tensor], objects: int) -> list[Tensor]:
         """Zero state: h and c of each layer, coarse to fine, each [N, D, h_l, w_l]."""
-        hidden: List[Tensor] = []
+        hidden: list[Tensor] = []
         for k, width in enumerate(self.widths):
             level = features[len(features) - 1 - k]
             zeros = level.new_zeros((objects, width, level.size(2), level.size(3)))
@@ -63,12 +61,12 @@ class LightRefinement(nn.Module):
         return hidden
 
     def forward(
-        self, features: List[Tensor], matched: Tensor, templates: Tensor, hidden: List[Tensor]
-    ) -> Tuple[Tensor, List[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; matched and templates [N, H, W] float -> masks [N, H, W]."""
+        self, features: list[Tensor], matched: Tensor, templates: Tensor, hidden: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """features: each [1, C_l, h_l, w_l], fine to coarse; matched, templates [N, H, W] float -> masks [N, H, W]."""
         masks = torch.stack([matched, templates], 1)  # [N, 2, H, W]
-        above: List[Tensor] = []
-        following: List[Tensor] = []
+        above: list[Tensor] = []
+        following: list[Tensor] = []
         for k, (squeeze, layer) in enumerate(zip(self.squeezes, self.layers)):
             level = features[len(features) - 1 - k]
             size = [level.size(2), level.size(3)]

@@ -1,6 +1,6 @@
 """What goes in and out of a step: tuples of tensors only, so that a step can be scripted, exported and captured."""
 
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class State(NamedTuple):
     features: Tensor  # [N, C] float, RoI features of the templates (C = 0 without a backbone)
     templates: Tensor  # [N, H, W] bool, masks of the frame in which each object was given
     masks: Tensor  # [N, H, W] bool, last matched masks
-    hidden: List[Tensor]  # refinement's temporal state, each [N, ...]; empty when refine = none
+    hidden: list[Tensor]  # refinement's temporal state, each [N, ...]; empty when refine = none
 
 
 class Affinity(NamedTuple):
@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 def merge(new: Tensor, state: State, other: State) -> State:
     """`other` in the slots where `new` [N] is set, `state` elsewhere."""
-    hidden: List[Tensor] = []
+    hidden: list[Tensor] = []
     for mine, theirs in zip(state.hidden, other.hidden):
         hidden.append(torch.where(new[:, None, None, None], theirs, mine))
     return State(

@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dmm_fast.model import (
+    PRESETS,
+    Affinity,
+    Config,
+    DMMNet,
+    Proposals,
+    State,
+    digest,
+    load_weights,
+    read_weights,
+    save_weights,
+)
+from dmm_fast.model.features import roi_means
+from dmm_fast.model.masks import label_map, mask_boxes
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from dmm_fast import reference
-from dmm_fast.model import (
-    PRESETS, Affinity, Config, DMMNet, Proposals, State, digest, load_weights, read_weights, save_weights,
-)
-from dmm_fast.model.features import roi_means
-from dmm_fast.model.masks import label_map, mask_boxes
 
 SIZE = (60, 90)
 SMALL = {"backbone": "test_resnet", "input_size": (64, 96), "iou_weight": 0.3}
@@ -52,7 +61,8 @@ def scene():
     frame = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
     first = rectangles((10, 10, 40, 40), (50, 20, 80, 50), (0, 0, 5, 5))
     found = rectangles(
-        (12, 11, 42, 41), (52, 20, 82, 50), (52, 20, 82, 50), (0, 50, 20, 60), (30, 5, 60, 30), (85, 0, 90, 9), (0, 0, 90, 60)
+        *((12, 11, 42, 41), (52, 20, 82, 50), (52, 20, 82, 50)),
+        *((0, 50, 20, 60), (30, 5, 60, 30), (85, 0, 90, 9), (0, 0, 90, 60)),
     )
     return frame, first, torch.tensor([True, True, False]), full(found)
 
@@ -72,15 +82,20 @@ def equal(a, b) -> bool:
 # ---- features ----
 
 
+def by_roi_align(levels: list[Tensor], strides: list[int], boxes: Tensor) -> Tensor:
+    pooled = [roi_align(f, [boxes], 14, 1 / s, sampling_ratio=2) for f, s in zip(levels, strides)]
+    return torch.cat([p.mean((2, 3)) for p in pooled], 1)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_roi_means_equal_torchvision(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
-    levels = [torch.randn((1, c, h, w), generator=generator, dtype=dtype) for c, h, w in ((5, 32, 56), (7, 16, 28), (3, 8, 14))]
+    sizes = ((5, 32, 56), (7, 16, 28), (3, 8, 14))
+    levels = [torch.randn((1, *size), generator=generator, dtype=dtype) for size in sizes]
     corner = torch.rand((200, 2), generator=generator, dtype=dtype) * 280 - 40  # many leave the 224 x 128 image
     boxes = torch.cat([corner, corner + torch.rand((200, 2), generator=generator, dtype=dtype) * 200], 1)
     boxes[:3] = torch.tensor([[0, 0, 224, 128], [10, 10, 10, 10], [-500, -500, -400, -400]], dtype=dtype)
-    expected = [roi_align(f, [boxes], 14, 1 / s, sampling_ratio=2).mean((2, 3)) for f, s in zip(levels, (4, 8, 16))]
-    assert (roi_means(levels, [4, 8, 16], boxes) - torch.cat(expected, 1)).abs().max() < tolerance
+    assert (roi_means(levels, [4, 8, 16], boxes) - by_roi_align(levels, [4, 8, 16], boxes)).abs().max() < tolerance
 
 
 def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
@@ -90,8 +105,8 @@ def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
     assert [f.shape[1:] for f in features] == [(32, 16, 24), (48, 8, 12), (192, 4, 6), (96, 2, 3)]
     boxes = mask_boxes(first)
     stretched = boxes * torch.tensor([96 / 90, 64 / 60, 96 / 90, 64 / 60])
-    expected = [roi_align(f, [stretched], 14, 1 / s, sampling_ratio=2).mean((2, 3)) for f, s in zip(features, net.strides)]
-    torch.testing.assert_close(net.describe(features, boxes, *SIZE), torch.cat(expected, 1), atol=1e-5, rtol=1e-5)
+    expected = by_roi_align(features, net.strides, stretched)
+    torch.testing.assert_close(net.describe(features, boxes, *SIZE), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("iou", (60, 90))])
@@ -161,7 +176,8 @@ def decide(net: DMMNet, state: State, proposals: Proposals, assignment: list[lis
 
 def test_decide_by_hand():
     net = make("iou")
-    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), rectangles((10, 10, 40, 40), (50, 20, 80, 50)), torch.ones(2).bool())
+    first = rectangles((10, 10, 40, 40), (50, 20, 80, 50))
+    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), first, torch.ones(2).bool())
     proposals = full(rectangles((10, 10, 40, 25), (10, 10, 40, 40), (50, 20, 80, 50), (0, 55, 5, 60)))
 
     output, following = decide(net, state, proposals, [[0.4, 0.4, 0.2, 0], [0.1, 0.1, 0.4, 0.3]])
@@ -188,7 +204,7 @@ def test_labels_smaller_above_larger_and_lost_below():
     start = rectangles((0, 0, 60, 60), (10, 10, 20, 20), (50, 0, 60, 10))
     state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), start, torch.ones(3).bool())
     output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    assert output.labels[5, 5] == 1 and output.labels[15, 15] == 2 and output.labels[5, 55] == 3 and output.labels[5, 70] == 0
+    assert output.labels[[5, 15, 5, 5], [5, 15, 55, 70]].tolist() == [1, 2, 3, 0]
     output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
     assert output.lost.tolist() == [False, False, True] and output.labels[5, 55] == 1
 
@@ -283,7 +299,9 @@ def test_refined_objects_do_not_depend_on_each_other(scene):
 # ---- script and export ----
 
 
-@pytest.mark.parametrize("name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft")])
+@pytest.mark.parametrize(
+    "name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft")]
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning")
 def test_torchscript(scene, name, kind, tmp_path):
     frame, first, valid, proposals = scene
@@ -389,7 +407,7 @@ def test_weights_are_strict(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
     with pytest.raises(ValueError, match="my file does not fit the model:\n  unexpected refinement.gain"):
-        load_weights(DMMNet(CONFIGS["features"]), {"refinement.gain": torch.ones(())} | DMMNet(CONFIGS["features"]).state_dict(), "my file")
+        load_weights(make("features"), make("features").state_dict() | {"refinement.gain": torch.ones(())}, "my file")
     with pytest.raises(ValueError, match="missing refinement.gain"):
         load_weights(other, {k: v for k, v in net.state_dict().items() if k != "refinement.gain"})
     with pytest.raises(ValueError, match=r"shape of refinement.head.bias: \(2,\) in the file, \(1,\) in the model"):
