@@ -169,21 +169,15 @@ struct LaneMemory {
 template <int N, int kLanes, int K>
 struct Place {
   using Shape = Layout<N, kLanes, K>;
-  int64_t offset;     // of the problem in [B, N, M]
-  int lane;           // within the problem
-  int rows, columns;  // of [N, M]
-  int n, m;           // of the problem; 0, 0 where there is nothing to solve
+  const Problem& p;
+  int lane;  // within the problem
+  int n, m;  // of the problem; 0, 0 where there is nothing to solve
   int64_t b;
   bool exists, out_of_range;
   float lr;
 
-  __device__ __forceinline__ Place(const Problem& p, int64_t group) {
-    lane = threadIdx.x % kLanes;
-    b = group * Shape::kProblems + threadIdx.x / kLanes;
-    exists = b < p.B;
-    rows = static_cast<int>(p.N);
-    columns = static_cast<int>(p.M);
-    offset = exists ? b * p.N * p.M : 0;
+  __device__ __forceinline__ Place(const Problem& problem, int64_t group)
+      : p(problem), lane(threadIdx.x % kLanes), b(group * Shape::kProblems + threadIdx.x / kLanes), exists(b < p.B) {
     const int64_t want_n = exists ? (p.num_templates ? p.num_templates[b] : p.N) : 0;
     const int64_t want_m = exists ? (p.num_proposals ? p.num_proposals[b] : p.M) : 0;
     out_of_range = want_n < 0 || want_n > p.N || want_m < 0 || want_m > p.M;
@@ -199,11 +193,11 @@ struct Place {
   __device__ __forceinline__ int column_of(int k) const { return k * kLanes + lane; }
   __device__ __forceinline__ bool present(int slot, int k) const { return row_of(slot) < n && column_of(k) < m; }
   __device__ __forceinline__ int64_t index(int slot, int k) const {
-    return offset + static_cast<int64_t>(row_of(slot)) * columns + column_of(k);
+    return (b * p.N + row_of(slot)) * p.M + column_of(k);
   }
 
   // Copies the problem between a tensor and memory of the lane, `stage`, element (slot, k) at slot * K + k. Loops stay
-  // rolled: what follows the element type is kept small, and a batch of loads is in flight at a time.
+  // rolled: what follows the element type is kept small, and a batch of loads is in flight at a time. No tensor: zeros.
   __device__ __forceinline__ void read(const void* tensor, Element element, LaneMemory<float> stage) const {
     constexpr int kRowsAtATime = K >= 8 ? 1 : 8 / K;
     with_element(element, [&](auto tag) {
@@ -215,7 +209,7 @@ struct Place {
         for (int r = 0; r < kRowsAtATime; ++r)
 #pragma unroll
           for (int k = 0; k < K; ++k)
-            value[r][k] = present(first + r, k) ? static_cast<float>(typed[index(first + r, k)]) : 0.f;
+            value[r][k] = tensor && present(first + r, k) ? static_cast<float>(typed[index(first + r, k)]) : 0.f;
 #pragma unroll
         for (int r = 0; r < kRowsAtATime; ++r)
 #pragma unroll
@@ -234,8 +228,7 @@ struct Place {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const float value = present(r, k) || out_of_range ? stage[r * K + k] + poison : 0.f;
-          if (exists && row_of(r) < rows && column_of(k) < columns)
-            typed[index(r, k)] = static_cast<decltype(tag)>(value);
+          if (exists && row_of(r) < p.N && column_of(k) < p.M) typed[index(r, k)] = static_cast<decltype(tag)>(value);
         }
     });
   }
@@ -265,6 +258,13 @@ struct Grid<N, K, false> {
   __device__ __forceinline__ float& operator()(int r, int k = 0) const { return value[r * K + k]; }
 };
 
+// Before row r: where registers are short, no more than four rows are read ahead from shared memory, or the compiler
+// spills.
+template <bool kRoomy>
+__device__ __forceinline__ void pace(int r) {
+  if (!kRoomy && r % 4 == 0) __syncwarp();
+}
+
 // The forward iteration. `update_duals` and `sweep` alternate, n_proj times per outer step.
 template <int N, int kLanes, int K, bool kRecord>
 struct Solver {
@@ -281,7 +281,7 @@ struct Solver {
 
   const Place<N, kLanes, K>& at;
   const bool carry;
-  float y0[N][K], v[K], rows[N], columns[K];  // rows: lane-local sums; columns: (sum z - absent rows * v) / n
+  float y0[N][K], v[K], rows[N], columns[K];  // sums of x over a row; (sum z - absent rows * v) / n over a column
   float inv_m, inv_n[K], base;                // base + sum of rows / m = 1 + sum of d
   float next_base, absent_rows, dropped_rows;
   float poison;            // 0, or NaN where anything in the problem is not finite
@@ -326,14 +326,14 @@ struct Solver {
   // x = init - lr * C, where init may be anything. each(r, k, init) sees every element of the start.
   template <typename Each>
   __device__ __forceinline__ void begin(const Problem& p, const Each& each) {
-    if (p.init) at.read(p.init, p.element, stage.value);
+    at.read(p.init, p.element, stage.value);
     ColumnSums<N, K> by_column;
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       RowSum<kLanes, K> by_row;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const float start = p.init ? stage(r, k) : 0.f;
+        const float start = stage(r, k);
         each(r, k, start);
         y0[r][k] = start - step(r, k);
         const float x = at.present(r, k) ? y0[r][k] : 0.f;
@@ -343,6 +343,7 @@ struct Solver {
       rows[r] = by_row.lane_total();
       u(r) = 0.f;
     }
+    sum_lanes<kLanes, Shape::kQuadRows>(rows);
 #pragma unroll
     for (int k = 0; k < K; ++k) columns[k] = __fmul_rn(by_column.total[k], inv_n[k]);
     base = fmaf(-static_cast<float>(at.n), inv_m, 1.f);
@@ -350,7 +351,6 @@ struct Solver {
 
   // Steps 1 and 2 of a round: u += (row sum - 1) / m;  v = max(0, (column sum - sum of d + n v - 1) / n).
   __device__ __forceinline__ void update_duals() {
-    sum_lanes<kLanes, Shape::kQuadRows>(rows);
     const float excess = fmaf(sum_rows(rows), inv_m, base);
 #pragma unroll
     for (int r = 0; r < N; ++r) u(r) = fmaf(rows[r] - 1.f, inv_m, u(r));
@@ -372,6 +372,7 @@ struct Solver {
     for (int r = 0; r < N; ++r) {
       RowSum<kLanes, K> by_row;
       const float u_r = u(r);
+      if constexpr (kOuter) pace<Shape::kRoomy>(r);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const float t = y0[r][k] - u_r;
@@ -387,6 +388,7 @@ struct Solver {
       }
       rows[r] = by_row.lane_total();
     }
+    sum_lanes<kLanes, Shape::kQuadRows>(rows);  // what follows runs in the shadow of the shuffles
     if constexpr (kRecord) {
 #pragma unroll
       for (int k = 0; k < K; ++k) push(bits, N * K + k, 0.f - v[k]);
@@ -501,11 +503,8 @@ struct Adjoint {
 
   // One round. kNewest is the first to be undone in an outer step: there the gradient `grad` of the iterate joins in.
   template <bool kNewest, typename Solve>
-  __device__ __forceinline__ void round(const Solve& solve, LaneMemory<typename Shape::Word> masks,
+  __device__ __forceinline__ void round(const Solve& solve, const unsigned (&bits)[Shape::kWords],
                                         const Grid<N, K, false>& grad, float weight) {
-    unsigned bits[Shape::kWords];
-#pragma unroll
-    for (int w = 0; w < Shape::kWords; ++w) bits[w] = masks[w];
     const auto bit = [&](int i) { return (bits[Shape::word_of(i)] >> Shape::shift_of(i) & 1u) != 0; };
 
     ColumnSums<N, K> by_column;
@@ -513,6 +512,7 @@ struct Adjoint {
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       RowSum<kLanes, K> by_row;
+      if constexpr (kNewest) pace<Shape::kRoomy>(r);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         float dy = dx[r][k], h = row[r] + ds[k];
@@ -547,13 +547,15 @@ struct Adjoint {
   template <typename Solve>
   __device__ __forceinline__ void gradient_step(const Solve& solve) {
 #pragma unroll
-    for (int r = 0; r < N; ++r)
+    for (int r = 0; r < N; ++r) {
+      pace<Shape::kRoomy>(r);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const float dz = row[r] + ds[k] + dx[r][k];
         dz_sum(r, k) += dz;
         if (!solve.carry) dx[r][k] = dz;
       }
+    }
     if (!solve.carry) {
 #pragma unroll
       for (int r = 0; r < N; ++r) du(r) = 0.f;
@@ -594,7 +596,10 @@ __global__ void __launch_bounds__(kWarp, 1)
   const LaneMemory<Word> masks{reinterpret_cast<Word*>(shared_memory) + threadIdx.x};
   const int n_grad = static_cast<int>(p.options.n_grad), n_proj = static_cast<int>(p.options.n_proj);
   const int newest = segments.count - 1;
-  constexpr int kRoundWords = Shape::kWords * kWarp;
+  const auto load_words = [](const LaneMemory<Word>& masks, int round, unsigned (&words)[Shape::kWords]) {
+#pragma unroll
+    for (int w = 0; w < Shape::kWords; ++w) words[w] = masks[round * Shape::kWords + w];
+  };
   float* const scratch =
       segments.scratch + blockIdx.x * (newest * Shape::kSnapshot + Shape::kPending) * kWarp + threadIdx.x;
   const LaneMemory<float> pending{scratch + newest * Shape::kSnapshot * kWarp};
@@ -631,13 +636,22 @@ __global__ void __launch_bounds__(kWarp, 1)
       Arena rest = arena;
       Undo adjoint(rest);
       if (segment < newest) adjoint.pending([&](int i, float& value) { value = pending[i]; });
-      LaneMemory<Word> trail{masks.base + (steps * n_proj - 1) * kRoundWords};
+      int last_round = steps * n_proj - 1;
+      unsigned bits[Shape::kWords];
+      load_words(masks, last_round, bits);
+      const auto undo = [&](auto newest_round,
+                            float weight) {  // the words of the round before are on their way meanwhile
+        unsigned before[Shape::kWords];
+        last_round = max(last_round - 1, 0);
+        load_words(masks, last_round, before);
+        adjoint.template round<newest_round.value>(solve, bits, grad, weight);
+#pragma unroll
+        for (int w = 0; w < Shape::kWords; ++w) bits[w] = before[w];
+      };
       for (int step = steps - 1; step >= 0; --step) {
         const bool counts = !p.options.last || (segment == newest && step == steps - 1);
-        adjoint.template round<true>(solve, trail, grad, counts ? 1.f : 0.f);
-        trail.base -= kRoundWords;
-        for (int round = 1; round < n_proj; ++round, trail.base -= kRoundWords)
-          adjoint.template round<false>(solve, trail, grad, 0.f);
+        undo(std::true_type{}, counts ? 1.f : 0.f);
+        for (int round = 1; round < n_proj; ++round) undo(std::false_type{}, 0.f);
         adjoint.gradient_step(solve);
       }
       if (segment-- > 0) {

@@ -131,6 +131,8 @@ inline uint32_t __ballot_sync(unsigned, bool set) {
   return word;
 }
 
+inline void __syncwarp() { emulated::wait(emulated::block.warps[emulated::block.current / emulated::kWarp]); }
+
 inline void __syncthreads() { emulated::wait(emulated::block.all); }
 
 inline int __syncthreads_or(bool set) {
