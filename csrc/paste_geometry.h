@@ -2,7 +2,8 @@
 //
 // A mask of S x S cells is stretched over its box; pixel p has its centre at p + 0.5 and sees the mask coordinate
 //     u = (p + 0.5 - low) * S / (high - low) - 0.5,
-// interpolated between the cells floor(u) and floor(u) + 1, with 0 outside the mask: so pixels with -1 < u < S are touched.
+// interpolated between the cells floor(u) and floor(u) + 1, with 0 outside the mask: so pixels with -1 < u < S are
+// touched.
 #pragma once
 
 #include <cmath>
@@ -27,7 +28,8 @@ struct Tap {
 template <typename T>
 struct PasteAxis {
   T low, scale;
-  int begin, end;  // the pixels that may be touched, clipped to the image: none if the box has no positive, finite extent
+  int begin,
+      end;  // the pixels that may be touched, clipped to the image: none if the box has no positive, finite extent
 
   DMM_HOST_DEVICE bool empty() const { return begin >= end; }
 
@@ -44,7 +46,8 @@ struct PasteAxis {
     if (!(u > T(-1) && u < static_cast<T>(S))) return {0, 0, T(0), T(0)};
     const T floor = std::floor(u), fraction = u - floor;
     const int cell = static_cast<int>(floor);
-    return {cell < 0 ? 0 : cell, cell + 1 < S ? cell + 1 : cell, cell < 0 ? T(0) : T(1) - fraction, cell + 1 < S ? fraction : T(0)};
+    return {cell < 0 ? 0 : cell, cell + 1 < S ? cell + 1 : cell, cell < 0 ? T(0) : T(1) - fraction,
+            cell + 1 < S ? fraction : T(0)};
   }
 };
 

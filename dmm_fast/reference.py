@@ -258,7 +258,7 @@ def feasibility(assignment: Tensor) -> dict[str, Tensor]:
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of every pair of masks ``a [..., N, H, W]`` and ``b [..., M, H, W]``, bool: ``[..., N, M]`` float32; 0 for an empty union."""
+    """IoU of every pair of masks, bool: ``a [..., N, H, W], b [..., M, H, W] -> [..., N, M]`` float32; 0 if both are empty."""
     a, b = a.flatten(-2).double(), b.flatten(-2).double()  # [..., N, HW], [..., M, HW]
     both = a @ b.mT  # [..., N, M]
     either = a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :] - both
@@ -266,14 +266,15 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def paste_weights(low: Tensor, high: Tensor, samples: int, size: int) -> Tensor:
-    """Bilinear weights ``[M, size, samples]`` that stretch ``samples`` mask cells over the pixels of ``[low, high)``, both ``[M]``.
+    """Bilinear weights ``[M, size, samples]`` that stretch ``samples`` mask cells over ``[low, high)``, both ``[M]`` in pixels.
 
     A box without a positive, finite extent gets no weight anywhere.
     """
     extent = high - low
     valid = (extent > 0) & extent.isfinite()
     pixels = torch.arange(size, dtype=low.dtype, device=low.device) + 0.5
-    at = (pixels - torch.where(valid, low, 0)[:, None]) / torch.where(valid, extent, 1)[:, None] * samples - 0.5  # [M, size]
+    low, extent = torch.where(valid, low, 0), torch.where(valid, extent, 1)
+    at = (pixels - low[:, None]) / extent[:, None] * samples - 0.5  # [M, size]
     cells = torch.arange(samples, dtype=low.dtype, device=low.device)
     tent = (1 - (at[:, :, None] - cells).abs()).clamp(min=0)  # [M, size, samples]
     return tent * valid[:, None, None]

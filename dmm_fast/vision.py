@@ -1,7 +1,7 @@
 """The steps around the matching layer: mask IoU for its cost (Eq. 1) and pasted, weighted proposals after it (Eq. 8).
 
-``torch.ops.dmm.mask_iou`` and ``torch.ops.dmm.paste_combine`` (scriptable, exportable) are the ops below; the native libraries
-hold their kernels, this file teaches torch the rest: shapes without data (fake kernels) and the gradient.
+``torch.ops.dmm.mask_iou`` and ``torch.ops.dmm.paste_combine`` (scriptable, exportable) are the ops below; the native
+libraries hold their kernels, this file teaches torch the rest: shapes without data (fake kernels) and the gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def mask_iou(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         backend: as in ``dmm_fast.match``.
 
     Returns:
-        ``[N, M]`` or ``[B, N, M]`` float32 in [0, 1], exact counts rounded once; 0 where the union is empty. No gradient.
+        ``[N, M]`` or ``[B, N, M]`` float32 in [0, 1], exact counts rounded once; 0 where the union is empty. No
+        gradient.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit. ValueError: an unknown backend.
@@ -43,16 +44,16 @@ def mask_iou(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
 def paste_combine(
     assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int], *, backend: str = "auto"
 ) -> Tensor:
-    """Eq. 8 straight from boxes and small masks: ``out_i = sum_j X_ij paste(mask_j, box_j)``, without M full-size masks.
+    """Eq. 8 from boxes and small masks: ``out_i = sum_j X_ij paste(mask_j, box_j)``, without M full-size masks.
 
-    Pasting is detectron2's continuous paste (bilinear, pixel centres at + 0.5, 0 outside). Zero assignments are skipped, so
-    after ``mask_confident`` the time follows the area of one box per template.
+    Pasting is detectron2's continuous paste (bilinear, pixel centres at + 0.5, 0 outside). Zero assignments are
+    skipped, so after ``mask_confident`` the time follows the area of one box per template.
 
     Args:
         assignment: X, ``[N, M]`` (N templates, M proposals), float32, float64, float16 or bfloat16.
         masks: ``[M, S, S]``, logits or probabilities, the dtype of assignment. Any S.
-        boxes: ``[M, 4]`` x0 y0 x1 y1 in pixels, float32 (float64 with a float64 assignment). A box may leave the image. One
-            without a positive, finite width and height (x1 <= x0, NaN, infinite) pastes nothing.
+        boxes: ``[M, 4]`` x0 y0 x1 y1 in pixels, float32 (float64 with a float64 assignment). A box may leave the image.
+            One without a positive, finite width and height (x1 <= x0, NaN, infinite) pastes nothing.
         size: (H, W) of the result.
         backend: as in ``dmm_fast.match``.
 
@@ -82,7 +83,9 @@ def _pick(name: str, backend: str, tensor: Tensor) -> str:
         if backend == "auto":
             return "triton"
         if backend == "native":
-            raise RuntimeError(f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}")
+            raise RuntimeError(
+                f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}"
+            )
     return "native" if backend == "auto" else backend
 
 
@@ -97,7 +100,9 @@ def _(a, b):
 
 @torch.library.register_fake("dmm::paste_combine")
 def _(assignment, masks, boxes, height, width):
-    torch._check(assignment.dim() == 2, lambda: f"dmm::paste_combine: assignment must have shape [N, M], got {assignment.shape}")
+    torch._check(
+        assignment.dim() == 2, lambda: f"dmm::paste_combine: assignment must have shape [N, M], got {assignment.shape}"
+    )
     return assignment.new_empty(assignment.shape[0], height, width)
 
 
@@ -120,8 +125,8 @@ torch.library.register_autograd("dmm::paste_combine", _gradient, setup_context=_
 
 def _no_double_backward(ctx, *grads):
     raise RuntimeError(
-        "dmm::paste_combine_backward: paste_combine is differentiable once; a gradient of its gradient (create_graph=True) is "
-        "not available. Use dmm_fast.paste_combine(..., backend='reference') for that."
+        "dmm::paste_combine_backward: paste_combine is differentiable once; a gradient of its gradient "
+        "(create_graph=True) is not available. Use dmm_fast.paste_combine(..., backend='reference') for that."
     )
 
 

@@ -13,9 +13,10 @@ _BLOCK_N, _BLOCK_M, _BLOCK_PIXELS, _BLOCKS_PER_PROGRAM = 16, 64, 128, 8
 
 @triton.jit
 def _count_kernel(
-    a, b, counts, N, M, pixels, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCKS: tl.constexpr
+    a, b, counts, N, M, pixels,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to counts [B, N + 1, M + 1] for some pixels of a tile of pairs: overlaps; the last column and row hold the areas."""
+    """Adds some pixels of a tile of pairs to counts [B, N + 1, M + 1]: overlaps; areas in the last column and row."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile_n, tile_m = tl.program_id(1) // tiles_m, tl.program_id(1) % tiles_m
     batch = tl.program_id(2).to(tl.int64)
@@ -43,7 +44,9 @@ def _count_kernel(
         tl.atomic_add(counts + N * (M + 1) + m, area_b, mask=m < M)
 
 
-_launchable = wrap_triton if isinstance(_count_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
+_launchable = (
+    wrap_triton if isinstance(_count_kernel, triton.JITFunction) else lambda kernel: kernel
+)  # or the interpreter
 
 
 @triton_op("dmm::mask_iou_triton", mutates_args={})

@@ -1,7 +1,7 @@
 """``paste_combine`` (Eq. 8) in Triton, forward and backward, cut up as in ``csrc/cuda/paste_combine.cu``.
 
-Forward: a program takes a tile of one template's image and visits the proposals that the template uses and that reach the
-tile. Backward: a program takes one row of cells of one mask. No atomics.
+Forward: a program takes a tile of one template's image and visits the proposals that the template uses and that reach
+the tile. Backward: a program takes one row of cells of one mask. No atomics.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def _axis(low, high, S, size, COMPUTE: tl.constexpr):
     begin = tl.floor(tl.where(valid, low, 0) - 0.5 / scale - 0.5)
     end = tl.ceil(tl.where(valid, high, 0) + 0.5 / scale - 0.5) + 1
     limit = tl.where(valid, size, 0).to(COMPUTE)
-    return scale, tl.minimum(tl.maximum(begin, 0), limit).to(tl.int32), tl.minimum(tl.maximum(end, 0), limit).to(tl.int32)
+    return (
+        scale,
+        tl.minimum(tl.maximum(begin, 0), limit).to(tl.int32),
+        tl.minimum(tl.maximum(end, 0), limit).to(tl.int32),
+    )
 
 
 @triton.jit
@@ -77,8 +81,10 @@ def _forward_kernel(
             if (x_begin < left + TILE_W) & (x_end > left) & (y_begin < top + TILE_H) & (y_end > top):
                 cx0, cx1, wx0, wx1 = _tap(_position(x, x0, x_scale)[None, :], S)
                 cy0, cy1, wy0, wy1 = _tap(_position(y, y0, y_scale)[:, None], S)
-                row0 = wx0 * tl.load(mask + cy0 * S + cx0).to(COMPUTE) + wx1 * tl.load(mask + cy0 * S + cx1).to(COMPUTE)
-                row1 = wx0 * tl.load(mask + cy1 * S + cx0).to(COMPUTE) + wx1 * tl.load(mask + cy1 * S + cx1).to(COMPUTE)
+                at00, at01 = tl.load(mask + cy0 * S + cx0), tl.load(mask + cy0 * S + cx1)
+                at10, at11 = tl.load(mask + cy1 * S + cx0), tl.load(mask + cy1 * S + cx1)
+                row0 = wx0 * at00.to(COMPUTE) + wx1 * at01.to(COMPUTE)
+                row1 = wx0 * at10.to(COMPUTE) + wx1 * at11.to(COMPUTE)
                 image += weight * (wy0 * row0 + wy1 * row1)
         mask += S * S
     inside = (y < H)[:, None] & (x < W)[None, :]
@@ -90,7 +96,7 @@ def _backward_kernel(
     grad, assignment, masks, boxes, parts, grad_masks, N, M, S, H, W,
     BLOCK_X: tl.constexpr, CELLS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """parts [M, S, N]: what each row of cells adds to grad_assignment; grad_masks [M, S, S]. CELLS >= S, a power of 2."""
+    """parts [M, S, N]: what a row of cells adds to grad_assignment; grad_masks [M, S, S]. CELLS: S or the next 2^k."""
     j, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x0, y0 = tl.load(boxes + 4 * j), tl.load(boxes + 4 * j + 1)
     x_scale, x_begin, x_end = _axis(x0, tl.load(boxes + 4 * j + 2), S, W, COMPUTE)
@@ -115,7 +121,9 @@ def _backward_kernel(
                 gathered += _tent(_position(y, y0, y_scale), s) * row
             u = _position(x, x0, x_scale)
             cell0, cell1, weight0, weight1 = _tap(u, S)
-            part += gathered * (weight0 * tl.load(mask_row + cell0).to(COMPUTE) + weight1 * tl.load(mask_row + cell1).to(COMPUTE))
+            part += gathered * (
+                weight0 * tl.load(mask_row + cell0).to(COMPUTE) + weight1 * tl.load(mask_row + cell1).to(COMPUTE)
+            )
             if weight != 0:
                 cells += tl.sum(_tent(u[None, :], cell[:, None]) * (weight * gathered)[None, :], 1)
         tl.store(parts + (j * S + s) * N + i, tl.sum(part, 0))
@@ -123,7 +131,9 @@ def _backward_kernel(
     tl.store(grad_masks + (j * S + s) * S + cell, cells.to(grad_masks.dtype.element_ty), mask=cell < S)
 
 
-_launchable = wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
+_launchable = (
+    wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel
+)  # or the interpreter
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""mask_iou and paste_combine against their plain references: values, gradients, and everything torch can do with an op."""
+"""mask_iou and paste_combine against their plain references: values, gradients, and what torch can do with an op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import dmm_fast
 from dmm_fast import reference, vision
 
 CPU = torch.device("cpu")
-DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    CPU,
+    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -81,7 +84,9 @@ def test_mask_iou_of_views(device):
 
 def test_mask_iou_counts_any_nonzero_byte():
     bytes_ = torch.randint(0, 4, (3, 20, 31), dtype=torch.uint8) * 85
-    assert torch.equal(dmm_fast.mask_iou(bytes_.view(torch.bool), bytes_ > 0), reference.mask_iou(bytes_ > 0, bytes_ > 0))
+    assert torch.equal(
+        dmm_fast.mask_iou(bytes_.view(torch.bool), bytes_ > 0), reference.mask_iou(bytes_ > 0, bytes_ > 0)
+    )
 
 
 def test_mask_iou_of_real_proposals(data):
@@ -100,17 +105,23 @@ def test_mask_iou_of_real_proposals(data):
 @pytest.mark.parametrize(
     "a, b, message",
     [
-        (torch.ones(2, 3).bool(), torch.ones(2, 3, 4).bool(), "dmm::mask_iou: a must have shape [N, H, W] or [B, N, H, W], got [2, 3]"),
-        (torch.ones(2, 3, 4).bool(), torch.ones(2, 3, 5).bool(), "b must have the shape of a [2, 3, 4] except for the number of masks, got [2, 3, 5]"),
-        (torch.ones(1, 2, 3, 4).bool(), torch.ones(2, 2, 3, 4).bool(), "b must have the shape of a"),
-        (torch.ones(2, 3, 4), torch.ones(2, 3, 4).bool(), "a must be Bool, got Float"),
-        (torch.ones(2, 3, 4).bool(), torch.ones(2, 3, 4).byte(), "b must be Bool, got Byte"),
+        ((2, 3), (2, 3, 4), "dmm::mask_iou: a must have shape [N, H, W] or [B, N, H, W], got [2, 3]"),
+        ((2, 3, 4), (2, 3, 5), "b must have the shape of a [2, 3, 4] except for the number of masks, got [2, 3, 5]"),
+        ((1, 2, 3, 4), (2, 2, 3, 4), "b must have the shape of a [1, 2, 3, 4] except for the number of masks"),
     ],
 )  # fmt: skip
 def test_mask_iou_refuses(a, b, message):
     with pytest.raises(RuntimeError) as error:
-        dmm_fast.mask_iou(a, b)
+        dmm_fast.mask_iou(torch.ones(a).bool(), torch.ones(b).bool())
     assert message in str(error.value)
+
+
+def test_mask_iou_takes_bool_only():
+    masks = torch.ones(2, 3, 4)
+    with pytest.raises(RuntimeError, match="dmm::mask_iou: a must be Bool, got Float"):
+        dmm_fast.mask_iou(masks, masks.bool())
+    with pytest.raises(RuntimeError, match="dmm::mask_iou: b must be Bool, got Byte"):
+        dmm_fast.mask_iou(masks.bool(), masks.byte())
 
 
 # ---- paste_combine ----
@@ -172,7 +183,9 @@ def reference_of(assignment: Tensor, masks: Tensor, boxes: Tensor, size):
     """The reference in float64 on the values that the op sees: result and gradients for a fixed, strided gradient."""
     assignment, masks = (x.detach().double().requires_grad_() for x in (assignment, masks))
     out = reference.paste_combine(assignment, masks, boxes.double(), size)
-    grad = torch.sin(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view(out.mT.shape).mT  # any strides
+    grad = (
+        torch.sin(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view(out.mT.shape).mT
+    )  # any strides
     return out, grad, torch.autograd.grad(out, (assignment, masks), grad)
 
 
@@ -234,7 +247,9 @@ def test_ties_share_the_gradient():
 
 def test_gradient_of_the_gradient_is_refused():
     assignment, masks, boxes, size = inputs_like("one cell", torch.float64, CPU)
-    (grad,) = torch.autograd.grad(dmm_fast.paste_combine(assignment, masks, boxes, size).sum(), masks, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        dmm_fast.paste_combine(assignment, masks, boxes, size).sum(), masks, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="dmm::paste_combine_backward: .* differentiable once"):
         grad.sum().backward()
 
@@ -248,7 +263,7 @@ def test_gradient_of_the_gradient_is_refused():
         (dict(masks=torch.ones(4, 5, 5).double()), "masks must be Float, got Double"),
         (dict(boxes=torch.ones(4, 5)), "boxes must have shape [M, 4] with M = 4, got [4, 5]"),
         (dict(boxes=torch.ones(4, 4).half()), "boxes must be Float, got Half"),
-        (dict(assignment=torch.ones(2, 4).long()), "assignment must be float32, float64, float16 or bfloat16, got Long"),
+        (dict(assignment=torch.ones(2, 4).long()), "must be float32, float64, float16 or bfloat16, got Long"),
         (dict(size=(-1, 5)), "height and width must be in [0, 2^24), got -1 and 5"),
     ],
 )  # fmt: skip
@@ -294,7 +309,9 @@ def test_opcheck(device):
     assignment, masks, boxes, size = inputs_like("video", torch.float32, device)
     torch.library.opcheck(torch.ops.dmm.paste_combine.default, (assignment, masks, boxes, *size))
     grad = torch.rand(assignment.shape[0], *size, device=device)
-    torch.library.opcheck(torch.ops.dmm.paste_combine_backward.default, (grad, assignment.detach(), masks.detach(), boxes))
+    torch.library.opcheck(
+        torch.ops.dmm.paste_combine_backward.default, (grad, assignment.detach(), masks.detach(), boxes)
+    )
 
 
 def test_script():

@@ -1,7 +1,7 @@
-"""The CUDA kernels of mask_iou and paste_combine without a GPU: compiled for the host, threads as fibers (tests/emulated_cuda).
+"""The CUDA kernels of mask_iou and paste_combine without a GPU: compiled for the host, threads as fibers.
 
-What this can show: arithmetic, indexing, reads of memory that nothing wrote (scratch, shared memory and results start as NaN).
-What it cannot: timing, and races between a barrier and the next.
+What this can show: arithmetic, indexing, reads of memory that nothing wrote (scratch, shared memory and results start
+as NaN). What it cannot: timing, and races between a barrier and the next.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def test_mask_iou(device, B, N, M, pixels, offset):
 
 
 BOXES = [
-    [2, 1, 14, 17], [-5, -6, 4, 3], [14, 30, 20, 40], [2.5, 2.5, 3.5, 3.5], [-1e6, -1e6, 1e6, 1e6], [3, 3, 3.0001, 3.0001],
-    [0, 0, 0, 5], [5, 5, 1, 1], [1e3, 1e3, 2e3, 2e3], [NAN, 0, 5, 5], [0, 0, INF, 5], [-INF, 0, INF, 5], [-1e30, -1e30, 1e30, 1e30],
+    [2, 1, 14, 17], [-5, -6, 4, 3], [14, 30, 20, 40], [2.5, 2.5, 3.5, 3.5], [3, 3, 3.0001, 3.0001],
+    [-1e6, -1e6, 1e6, 1e6], [-1e30, -1e30, 1e30, 1e30], [0, 0, 0, 5], [5, 5, 1, 1], [1e3, 1e3, 2e3, 2e3],
+    [NAN, 0, 5, 5], [0, 0, INF, 5], [-INF, 0, INF, 5],
 ]  # fmt: skip
 
 

@@ -54,7 +54,17 @@ BOXES = [
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
-@pytest.mark.parametrize("N, M, S, size", [(2, 11, 7, (19, 17)), (3, 2, 1, (5, 70)), (0, 3, 4, (5, 6)), (2, 0, 4, (5, 6)), (2, 3, 0, (5, 6)), (2, 3, 4, (0, 6))])  # fmt: skip
+@pytest.mark.parametrize(
+    "N, M, S, size",
+    [
+        (2, 11, 7, (19, 17)),
+        (3, 2, 1, (5, 70)),
+        (0, 3, 4, (5, 6)),
+        (2, 0, 4, (5, 6)),
+        (2, 3, 0, (5, 6)),
+        (2, 3, 4, (0, 6)),
+    ],
+)
 def test_paste_combine(N, M, S, size, dtype):
     generator = torch.Generator().manual_seed(1)
     assignment = torch.rand(N, M, generator=generator, dtype=torch.float64)
@@ -68,7 +78,9 @@ def test_paste_combine(N, M, S, size, dtype):
     out = paste_combine(assignment, values, boxes, *size)
     expected = reference.paste_combine(*double, boxes.double(), size)
     grad = torch.rand(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    pairs = zip(torch.autograd.grad(out, (assignment, values), grad), torch.autograd.grad(expected, double, grad.double()))
+    pairs = zip(
+        torch.autograd.grad(out, (assignment, values), grad), torch.autograd.grad(expected, double, grad.double())
+    )
     for value, want in [(out, expected), *pairs]:
         assert value.dtype == dtype and value.shape == want.shape
         torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])

@@ -1,7 +1,7 @@
 // Mask IoU on the CPU: one pass over the bytes.
 //
-// The image is cut into chunks. A chunk of every mask is packed into bits that stay in cache, then every pair of masks is
-// counted there. Threads take different chunks and add up counts of their own.
+// The image is cut into chunks. A chunk of every mask is packed into bits that stay in cache, then every pair of masks
+// is counted there. Threads take different chunks and add up counts of their own.
 #include "../mask_iou.h"
 
 #include <algorithm>
@@ -23,7 +23,8 @@ struct Kernels {
   int64_t (*pack)(const uint8_t* bytes, int64_t words, uint64_t* bits);
   // counts[j] += popcount(a & b[j]) for M packed masks b, kWords apart, `words` of which are in use; b[j] is
   // empty where b_area[j] is 0.
-  void (*overlap)(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area, int64_t* counts);
+  void (*overlap)(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area,
+                  int64_t* counts);
 };
 
 inline __attribute__((always_inline)) void overlap_words(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M,
@@ -53,7 +54,8 @@ int64_t pack_portable(const uint8_t* bytes, int64_t words, uint64_t* bits) {
   return area;
 }
 
-void overlap_portable(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area, int64_t* counts) {
+void overlap_portable(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area,
+                      int64_t* counts) {
   overlap_words(a, b, words, M, b_area, counts);
 }
 
@@ -95,8 +97,10 @@ DMM_AVX512 void overlap_avx512(const uint64_t* a, const uint64_t* b, int64_t wor
     if (b_area[j] == 0) continue;
     __m512i even = _mm512_setzero_si512(), odd = even;
     for (int64_t k = 0; k < words; k += 16) {  // the words past `words` are 0 up to a multiple of 16
-      even = _mm512_add_epi64(even, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k), _mm512_loadu_si512(b + k))));
-      odd = _mm512_add_epi64(odd, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k + 8), _mm512_loadu_si512(b + k + 8))));
+      even = _mm512_add_epi64(
+          even, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k), _mm512_loadu_si512(b + k))));
+      odd = _mm512_add_epi64(
+          odd, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k + 8), _mm512_loadu_si512(b + k + 8))));
     }
     alignas(64) int64_t lanes[8];
     _mm512_store_si512(lanes, _mm512_add_epi64(even, odd));
@@ -108,7 +112,8 @@ DMM_AVX512 void overlap_avx512(const uint64_t* a, const uint64_t* b, int64_t wor
 
 Kernels pick_kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) return {pack_avx512, overlap_avx512};
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq"))
+    return {pack_avx512, overlap_avx512};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) return {pack_avx2, overlap_avx2};
 #endif
   return {pack_portable, overlap_portable};
@@ -124,8 +129,8 @@ struct Tally {
       : both(N * M), a_area(N), b_area(M), a_bits(N * kWords), b_bits(M * kWords), a_here(N), b_here(M) {}
 };
 
-void pack_chunk(const Kernels& kernels, const uint8_t* masks, int64_t count, int64_t pixels, int64_t first, uint64_t* bits,
-                int64_t* here, int64_t* area) {
+void pack_chunk(const Kernels& kernels, const uint8_t* masks, int64_t count, int64_t pixels, int64_t first,
+                uint64_t* bits, int64_t* here, int64_t* area) {
   const int64_t length = std::min(kChunk, pixels - first);
   const int64_t whole = length / 64, rest = length % 64;
   for (int64_t i = 0; i < count; ++i, bits += kWords) {
@@ -152,8 +157,10 @@ void count_image(const Kernels& kernels, const MaskIouInputs& in, int64_t batch,
       for (int64_t chunk = chunks * task / tasks; chunk < chunks * (task + 1) / tasks; ++chunk) {
         const int64_t first = chunk * kChunk;
         const int64_t words = (std::min(kChunk, in.pixels - first) + 63) / 64;
-        pack_chunk(kernels, in.a_of(batch), N, in.pixels, first, tally.a_bits.data(), tally.a_here.data(), tally.a_area.data());
-        pack_chunk(kernels, in.b_of(batch), M, in.pixels, first, tally.b_bits.data(), tally.b_here.data(), tally.b_area.data());
+        pack_chunk(kernels, in.a_of(batch), N, in.pixels, first, tally.a_bits.data(), tally.a_here.data(),
+                   tally.a_area.data());
+        pack_chunk(kernels, in.b_of(batch), M, in.pixels, first, tally.b_bits.data(), tally.b_here.data(),
+                   tally.b_area.data());
         for (int64_t i = 0; i < N; ++i)
           if (tally.a_here[i])
             kernels.overlap(tally.a_bits.data() + i * kWords, tally.b_bits.data(), words, M, tally.b_here.data(),

@@ -14,8 +14,8 @@ inline void check_cuda(const char* op, cudaError_t error) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
+void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, Arguments... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -24,6 +24,8 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, int
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace dmm

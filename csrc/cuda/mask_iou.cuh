@@ -1,7 +1,8 @@
 // Mask IoU on CUDA: one kernel, every byte read once (up to 32 x 64 masks; more are cut into such tiles).
 //
-// A block takes 1024 pixels of all masks of a tile, packs them into bits in shared memory, counts every pair there and adds
-// its counts to the tile's in global memory (integers: the order does not matter). The block that comes last divides.
+// A block takes 1024 pixels of all masks of a tile, packs them into bits in shared memory, counts every pair there and
+// adds its counts to the tile's in global memory (integers: the order does not matter). The block that comes last
+// divides.
 #pragma once
 
 #include "launch.h"
@@ -16,9 +17,9 @@ constexpr int kSegment = 512;            // pixels that one warp packs at a time
 constexpr int kSegments = 2;             // per block and mask
 constexpr int kPixels = kSegments * kSegment;
 constexpr int kWords = kPixels / 32;
-constexpr int kStride = kWords + 1;      // odd: masks of neighbouring lanes lie in different banks
-constexpr int kInFlight = 8;             // loads that a lane starts before it uses the first
-constexpr int kRowsAtOnce = 4;           // masks of a that a thread counts against one mask of b
+constexpr int kStride = kWords + 1;  // odd: masks of neighbouring lanes lie in different banks
+constexpr int kInFlight = 8;         // loads that a lane starts before it uses the first
+constexpr int kRowsAtOnce = 4;       // masks of a that a thread counts against one mask of b
 
 // What the blocks of one tile add up; starts at 0.
 struct TileCounts {
@@ -157,8 +158,8 @@ inline void mask_iou(const char* op, const Problem& p, cudaStream_t stream) {
   const auto on_16_bytes = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const bool vector = p.pixels % 16 == 0 && on_16_bytes(p.a) && on_16_bytes(p.b);
   check_cuda(op, cudaMemsetAsync(p.tiles, 0, p.tile_count() * sizeof(TileCounts), stream));
-  launch_kernel(op, vector ? mask_iou_kernel<true> : mask_iou_kernel<false>, dim3(static_cast<unsigned>(p.blocks())), kThreads, 0,
-                stream, p);
+  launch_kernel(op, vector ? mask_iou_kernel<true> : mask_iou_kernel<false>, dim3(static_cast<unsigned>(p.blocks())),
+                kThreads, 0, stream, p);
 }
 
 }  // namespace dmm::iou

@@ -1,12 +1,13 @@
 // Eq. 8 on CUDA, forward and backward. No atomics: the same bits on every run.
 //
-// Forward: a block takes a tile of the image for a group of templates. It lists the proposals that reach the tile and that a
-// template of the group uses, in order, and evaluates each once per pixel for the whole group: so the work follows the boxes'
-// areas, and every output is written once, coalesced.
+// Forward: a block takes a tile of the image for a group of templates. It lists the proposals that reach the tile and
+// that a template of the group uses, in order, and evaluates each once per pixel for the whole group: so the work
+// follows the boxes' areas, and every output is written once, coalesced.
 //
-// Backward: a block takes one row of cells of one mask. Along y it gathers what the image rows near these cells received,
-// v_i[x] = sum_y wy[y] dOut_i[y, x]; along x that is either contracted with the stretched mask (its part of dX_i) or, weighted
-// by X_i and summed over i, with the tents of the cells (dMask). A second, tiny kernel adds up the parts of dX.
+// Backward: a block takes one row of cells of one mask. Along y it gathers what the image rows near these cells
+// received, v_i[x] = sum_y wy[y] dOut_i[y, x]; along x that is either contracted with the stretched mask (its part of
+// dX_i) or, weighted by X_i and summed over i, with the tents of the cells (dMask). A second, tiny kernel adds up the
+// parts of dX.
 #pragma once
 
 #include "../paste_geometry.h"
@@ -117,8 +118,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem<T, C> p
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int i = 0; i < kGroup; ++i)
-      if (i < templates && y + r < p.H)
-        out[((first_template + i) * p.H + y + r) * p.W + x] = static_cast<T>(sum[r][i]);
+      if (i < templates && y + r < p.H) out[((first_template + i) * p.H + y + r) * p.W + x] = static_cast<T>(sum[r][i]);
 }
 
 // ---- backward ----
@@ -141,10 +141,11 @@ __device__ __forceinline__ C warp_sum(C value) {
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(const Problem<T, C> p, const T* __restrict__ grad, C* __restrict__ parts, T* __restrict__ grad_masks) {
-  C* cells = reinterpret_cast<C*>(shared_memory);  // [S]: this block's row of dMask; cell t belongs to thread t % kThreads
-  __shared__ C combined[kThreads];                 // sum_i X_i v_i[x] for the pixels of one step
+__global__ void __launch_bounds__(kThreads) backward_kernel(const Problem<T, C> p, const T* __restrict__ grad,
+                                                            C* __restrict__ parts, T* __restrict__ grad_masks) {
+  C* cells =
+      reinterpret_cast<C*>(shared_memory);  // [S]: this block's row of dMask; cell t belongs to thread t % kThreads
+  __shared__ C combined[kThreads];          // sum_i X_i v_i[x] for the pixels of one step
   __shared__ C warp_parts[kWarps][kGradGroup];
 
   const int64_t j = blockIdx.x / p.S;
@@ -190,7 +191,8 @@ __global__ void __launch_bounds__(kThreads)
         int begin, end;
         pixels_of_cell(ax, t, begin, end);
         C cell = cells[t];
-        for (int at = max(begin, step); at < min(end, step + kThreads); ++at) cell += ax.tent(at, t) * combined[at - step];
+        for (int at = max(begin, step); at < min(end, step + kThreads); ++at)
+          cell += ax.tent(at, t) * combined[at - step];
         cells[t] = cell;
       }
       __syncthreads();
@@ -215,8 +217,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_assignment[i, j] = sum_s parts[j, s, i]
 template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(const C* __restrict__ parts, T* __restrict__ grad_assignment, int64_t N,
-                                                             int64_t M, int S) {
+__global__ void __launch_bounds__(kThreads)
+    add_parts_kernel(const C* __restrict__ parts, T* __restrict__ grad_assignment, int64_t N, int64_t M, int S) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // of [M, N]
   if (index >= N * M) return;
   const int64_t j = index / N, i = index % N;
@@ -248,11 +250,11 @@ template <typename T, typename C>
 void backward(const char* op, const Problem<T, C>& p, const T* grad, C* parts, T* grad_assignment, T* grad_masks,
               cudaStream_t stream) {
   if (p.M * p.S > 0)
-    launch_kernel(op, backward_kernel<T, C>, dim3(static_cast<unsigned>(p.M * p.S)), kThreads, p.S * sizeof(C), stream, p, grad, parts,
-                  grad_masks);
+    launch_kernel(op, backward_kernel<T, C>, dim3(static_cast<unsigned>(p.M * p.S)), kThreads, p.S * sizeof(C), stream,
+                  p, grad, parts, grad_masks);
   if (p.N * p.M > 0)
-    launch_kernel(op, add_parts_kernel<T, C>, dim3(static_cast<unsigned>(ceil_div(p.N * p.M, kThreads))), kThreads, 0, stream, parts,
-                  grad_assignment, p.N, p.M, p.S);
+    launch_kernel(op, add_parts_kernel<T, C>, dim3(static_cast<unsigned>(ceil_div(p.N * p.M, kThreads))), kThreads, 0,
+                  stream, parts, grad_assignment, p.N, p.M, p.S);
 }
 
 }  // namespace dmm::paste
