@@ -1,7 +1,7 @@
 """The CUDA kernels of the matching layer without a GPU: compiled for the host, threads as fibers (tests/emulated_cuda).
 
 What this can show: arithmetic, indexing, which kernel serves which shape, reads of memory that nothing wrote (scratch,
-shared memory and results start as NaN). What it cannot: timing, and races between one barrier and the next.
+shared memory and results start as NaN), a missing barrier where the order of threads shows it. What it cannot: timing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Device:
         self.library = library
         self.resize()
 
-    def resize(self, processors: int = 3, shared_bytes: int = 99 << 10):
-        self.library.set_device(processors, shared_bytes)
+    def resize(self, processors: int = 3, shared_bytes: int = 99 << 10, last_thread_first: bool = False):
+        self.library.set_device(processors, shared_bytes, int(last_thread_first))
 
     def _problem(self, cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals):
         accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
@@ -217,6 +217,20 @@ def test_layouts_agree_to_the_bit(device, shape):
     for few, many in zip(results[:2], results[2:]):
         for a, b in zip(few, many):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape, shared_bytes", [((2, 17, 40), 99 << 10), ((2, 3, 140), 1 << 10)], ids=str)
+def test_the_order_of_threads_does_not_matter(device, shape, shared_bytes, mode):
+    cost, grad = random(*shape), random(*shape, seed=1) - 0.5
+    results = []
+    for last_thread_first in (False, True):
+        device.resize(shared_bytes=shared_bytes, last_thread_first=last_thread_first)
+        options = dict(n_grad=2, n_proj=3, **mode)
+        results.append((device.match(cost, **options), *device.backward(grad, cost, **options)))
+    device.resize()
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

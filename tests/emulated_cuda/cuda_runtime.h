@@ -52,9 +52,10 @@ struct Block {
 };
 
 inline Block block;
-inline struct {
-  int processors = 3, shared_bytes = 99 << 10;
-} device;  // a small device: blocks must take turns
+inline struct Device {
+  int processors = 3, shared_bytes = 99 << 10;  // a small device: blocks must take turns
+  bool last_thread_first = false;               // the order in which threads run to their next barrier
+} device;
 
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
@@ -87,7 +88,8 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   }
   for (unsigned left = threads; left > 0;) {
     left = 0;
-    for (unsigned t = 0; t < threads; ++t) {
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned t = device.last_thread_first ? threads - 1 - i : i;
       if (block.done[t]) continue;
       block.current = t;
       swapcontext(&block.scheduler, &block.fibers[t]);

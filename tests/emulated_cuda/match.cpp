@@ -34,7 +34,9 @@ dmm::cuda::Problem problem(const void* cost, const void* init, const int64_t* nu
 
 extern "C" {
 
-void set_device(int processors, int shared_bytes) { emulated::device = {processors, shared_bytes}; }
+void set_device(int processors, int shared_bytes, int last_thread_first) {
+  emulated::device = {processors, shared_bytes, last_thread_first != 0};
+}
 
 // sizes: B, N, M, n_grad, n_proj
 void match(const void* cost, const void* init, const int64_t* num_templates, const int64_t* num_proposals,
