@@ -24,8 +24,7 @@ Problem problem_on_device(const MatchInputs& in) {
   return {problem_of<void>(in), element_of(in.cost), output_scale(in.options)};
 }
 
-// Scratch from torch's caching allocator: it stays valid for work queued on the current stream after the tensor is
-// gone.
+// Scratch from torch's caching allocator: valid for work queued on the current stream even after the tensor is gone.
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}

@@ -40,33 +40,35 @@ struct Register {
     launch(register_forward_kernel<N, kLanes, K>, groups(p), kWarp, 0, 0, stream, p, out);
   }
 
+  static int64_t step_bytes(const Problem& p) {  // masks of an outer step
+    return p.options.n_proj * Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)};
+  }
+  static int64_t shared_bytes_for_masks() {
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+           kBackwardSharedFloats<N, kLanes, K> * int64_t{sizeof(float)};
+  }
+  static bool masks_fit(const Problem& p) { return step_bytes(p) <= shared_bytes_for_masks(); }
+
   // `allocate(bytes)` returns scratch that lives until the kernel has run.
   template <typename Allocate>
   static void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-    const int64_t fixed = kBackwardSharedFloats<N, kLanes, K> * int64_t{sizeof(float)};
-    const int64_t step_bytes = p.options.n_proj * Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)};
-    const int64_t available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
+    const int64_t own_bytes = kBackwardSharedFloats<N, kLanes, K> * int64_t{sizeof(float)};
+    const int64_t step_bytes = Register::step_bytes(p), available = shared_bytes_for_masks();
     int64_t steps = p.options.n_grad, blocks = groups(p);
     Segments segments{static_cast<int>(steps), 1, nullptr};
     if (steps * step_bytes > available) {
-      // Four blocks per multiprocessor of the largest kind, one per scheduler; a step that is longer takes what there
-      // is.
+      // Four blocks on a multiprocessor of the largest kind, one per scheduler; a longer step takes what there is.
       steps = std::max<int64_t>(1, std::min<int64_t>(available, 48 << 10) / step_bytes);
       const int64_t count = ceil_div(p.options.n_grad, steps);
       const int64_t per_processor = std::clamp<int64_t>(
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (steps * step_bytes + fixed + 1024), 1, 16);
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (steps * step_bytes + own_bytes + 1024), 1, 16);
       blocks = std::min(blocks, attribute(cudaDevAttrMultiProcessorCount) * per_processor);
       const int64_t floats = blocks * ((count - 1) * Shape::kSnapshot + Shape::kPending) * kWarp;
       segments = {static_cast<int>(steps), static_cast<int>(count),
                   static_cast<float*>(allocate(floats * int64_t{sizeof(float)}))};
     }
-    launch(register_backward_kernel<N, kLanes, K>, blocks, kWarp, fixed, steps * step_bytes, stream, p, out, segments,
-           groups(p));
-  }
-
-  // Bits of one outer step must fit into any device's shared memory.
-  static bool masks_fit(const Problem& p) {
-    return p.options.n_proj * Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)} <= 64 << 10;
+    launch(register_backward_kernel<N, kLanes, K>, blocks, kWarp, own_bytes, steps * step_bytes, stream, p, out,
+           segments, groups(p));
   }
 };
 
