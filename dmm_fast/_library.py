@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -55,6 +57,21 @@ def load_cuda() -> str | None:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+def let_triton_serve(*ops: str) -> None:
+    """Where the CUDA library is absent, ``torch.ops.dmm.<op>`` on CUDA tensors goes to its Triton twin, ``dmm::<op>_triton``,
+    so that models, scripts and exports need not know. ``ops[0]`` names the module of ``dmm_fast.kernels``.
+    """
+    if CUDA_MISSING is None or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return
+    for op in ops:
+
+        def serve(*args, op=op):
+            importlib.import_module(f"dmm_fast.kernels.{ops[0]}")
+            return getattr(torch.ops.dmm, f"{op}_triton")(*args)
+
+        torch.library.impl(f"dmm::{op}", "cuda", serve)
 
 
 load_cpu()

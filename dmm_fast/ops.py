@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import _library, reference
 
+_library.let_triton_serve("match", "match_backward")
+
 _match = torch.ops.dmm.match.default
 _match_backward = torch.ops.dmm.match_backward.default
 
@@ -78,16 +80,13 @@ def match(
     lr_tensor = lr if isinstance(lr, Tensor) else None
     rate = 0.0 if lr_tensor is not None else lr
     args = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, dykstra == "carry", output == "last")
-    if backend == "auto":
-        if cost.is_cuda and _library.CUDA_MISSING is not None:
-            backend = "triton"
-    elif backend not in BACKENDS:
-        raise ValueError(f"match: backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "triton":
+    if backend != "auto" and backend != "native":
+        if backend != "triton":
+            raise ValueError(f"match: backend must be one of {BACKENDS}, got {backend!r}")
         from .kernels.match import match as match_triton
 
         return match_triton(*args)
-    if cost.is_cuda and _library.CUDA_MISSING is not None:
+    if backend == "native" and cost.is_cuda and _library.CUDA_MISSING is not None:
         raise RuntimeError(f"match: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}")
     if _is_compiling() or _in_autocast("cpu") or _in_autocast("cuda"):
         return _match(*args)

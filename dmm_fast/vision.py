@@ -13,6 +13,9 @@ from . import _library, reference
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
+_library.let_triton_serve("mask_iou")
+_library.let_triton_serve("paste_combine", "paste_combine_backward")
+
 _paste_backward = torch.ops.dmm.paste_combine_backward.default
 
 
@@ -79,14 +82,9 @@ def paste_combine(
 def _pick(name: str, backend: str, tensor: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
-    if tensor.is_cuda and _library.CUDA_MISSING is not None:
-        if backend == "auto":
-            return "triton"
-        if backend == "native":
-            raise RuntimeError(
-                f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}"
-            )
-    return "native" if backend == "auto" else backend
+    if backend == "native" and tensor.is_cuda and _library.CUDA_MISSING is not None:
+        raise RuntimeError(f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}")
+    return backend
 
 
 # ---- what torch needs to know ----

@@ -305,7 +305,7 @@ def _match(
     return out
 
 
-@triton_op("dmm::match_triton_backward", mutates_args={})
+@triton_op("dmm::match_backward_triton", mutates_args={})
 def _match_backward(
     grad: Tensor,
     cost: Tensor,
