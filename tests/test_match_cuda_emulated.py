@@ -37,6 +37,21 @@ def address(tensor: Tensor | None):
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
+class Result:
+    """A tensor to be written, all NaN, between two stretches of memory that must stay as they are."""
+
+    GUARD = 64
+
+    def __init__(self, shape, dtype):
+        numel = torch.Size(shape).numel()
+        self.memory = torch.full((numel + 2 * self.GUARD,), torch.nan, dtype=dtype)
+        self.tensor = self.memory[self.GUARD : self.GUARD + numel].view(shape)
+
+    def take(self) -> Tensor:
+        assert self.memory[: self.GUARD].isnan().all() and self.memory[-self.GUARD :].isnan().all()
+        return self.tensor
+
+
 class Device:
     """dmm::match and dmm::match_backward on the emulated device."""
 
@@ -80,10 +95,10 @@ class Device:
         num_templates=None,
         num_proposals=None,
     ):
-        out = torch.full_like(cost, torch.nan)
+        out = Result(cost.shape, cost.dtype)
         problem = self._problem(cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals)
-        self.library.match(*problem, address(out))
-        return out
+        self.library.match(*problem, address(out.tensor))
+        return out.take()
 
     def backward(
         self,
@@ -100,11 +115,10 @@ class Device:
         num_proposals=None,
     ):
         accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        results = torch.full_like(cost, torch.nan), torch.full_like(cost, torch.nan)
-        grad_lr = torch.full((cost.shape[0],), torch.nan, dtype=accumulate)
+        results = [Result(cost.shape, cost.dtype), Result(cost.shape, cost.dtype), Result(cost.shape[:1], accumulate)]
         problem = self._problem(cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals)
-        self.library.match_backward(*problem, address(grad), *map(address, results), address(grad_lr))
-        return *results, grad_lr
+        self.library.match_backward(*problem, address(grad), *(address(result.tensor) for result in results))
+        return tuple(result.take() for result in results)
 
 
 def expected(cost, init, grad, *, lr=0.1, carry=False, last=False, **options):
