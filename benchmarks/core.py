@@ -173,7 +173,7 @@ def microseconds(seconds: float | None) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, aligned so that a terminal shows it well too."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    widths = [max(3, *(len(line[i]) for line in [header, *rows])) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
         return (
