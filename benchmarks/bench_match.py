@@ -192,12 +192,12 @@ def cpu_limit(case: Case) -> float | None:
 
 def gpu_limit(case: Case) -> float:
     properties, clock = torch.cuda.get_device_properties(), core.sm_clock()
-    # forward: y0 - u, max with v, two sums. backward: that again, two to record; h (two), mask, dY, two sums.
-    instructions = 4 + (6 + 6 if case.backward else 0)
+    # forward: y0 - u, max with v, two sums. backward: that again, two to record; h, its mask, dY, two sums.
+    instructions = 4 + (6 + 5 if case.backward else 0)
     lanes = properties.multi_processor_count * 128
     throughput = case.batch * case.n * case.m * case.rounds * instructions / lanes / clock
-    # one problem in one warp: five exchange-and-add steps of 27 cycles and about 40 cycles of dependent arithmetic
-    latency = case.rounds * (5 * 27 + 40) * (3 if case.backward else 1) / clock
+    # one problem in one warp: five exchange-and-add steps of 27 cycles, 25 for the duals, 15 for y0 - u, max and sums
+    latency = case.rounds * (5 * 27 + 25 + 15) * (3 if case.backward else 1) / clock
     return max(throughput, latency)
 
 
