@@ -12,6 +12,7 @@ import importlib
 
 from .ops import match
 from .reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
+from .vision import mask_iou, paste_combine
 
 __version__ = "0.1.0"
 
@@ -20,11 +21,11 @@ _LAZY = {
     "Segmenter": "segmenter",
     "build_info": "info",
     "evaluate": "evaluation",
-    "mask_iou": "vision",
-    "paste_combine": "vision",
 }
 
-__all__ = ["assign", "feasibility", "greedy", "hungarian", "mask_confident", "match", "sinkhorn", *_LAZY]
+__all__ = [
+    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "paste_combine", "sinkhorn", *_LAZY,
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -1,10 +1,15 @@
 """Fixtures that every test may use."""
+
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on CPU tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
