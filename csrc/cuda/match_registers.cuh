@@ -19,15 +19,6 @@ namespace dmm::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <bool kShort>
-struct WordOf {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<true> {
-  using type = uint16_t;
-};
-
 // use(T{}) with the type behind `element`: the branch is taken once per array, not once per element. These kernels
 // compute in float and are never given f64.
 template <typename Use>
@@ -44,8 +35,7 @@ template <int N, int kLanes, int K>
 struct Layout {
   static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16 || kLanes == 32);
   static constexpr int kProblems = kWarp / kLanes;  // per warp
-  static constexpr int kClasses =
-      kWarp / kLanes;  // accumulators of a row sum: columns that are equal modulo 32 share one
+  static constexpr int kClasses = kWarp / kLanes;   // accumulators of a row sum: columns equal modulo 32 share one
   static constexpr int kElements = N * K;
 
   // Four rows are reduced together at the price of about one, but with two steps more to wait for. A whole warp per
@@ -63,7 +53,7 @@ struct Layout {
     const int in_word = word_of(bit) + 1 < kWords ? 32 : kBits - (kWords - 1) * 32;
     return in_word - 1 - bit % 32;
   }
-  using Word = typename WordOf<(kBits <= 16)>::type;
+  using Word = std::conditional_t<kBits <= 16, uint16_t, uint32_t>;
 
   // Floats per lane of a snapshot of the forward, and of the backward's state between two segments.
   static constexpr int64_t kSnapshot = kElements + 2 * N + K;
@@ -117,7 +107,6 @@ struct RowSum {
   }
 };
 
-template <int kLanes>
 __device__ __forceinline__ float from_lane(float value, int distance) {
   return __shfl_xor_sync(kAllLanes, value, distance);
 }
@@ -126,7 +115,7 @@ __device__ __forceinline__ float from_lane(float value, int distance) {
 template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float value) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += from_lane<kLanes>(value, distance);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += from_lane(value, distance);
   return value;
 }
 
@@ -137,24 +126,24 @@ template <int kLanes, int kQuadRows, int kCount>
 __device__ __forceinline__ void sum_lanes(float (&value)[kCount]) {
 #pragma unroll
   for (int j = 0; j < kQuadRows; j += 4) {
-    value[j] += from_lane<kLanes>(value[j + 2], kLanes / 2);
-    value[j + 1] += from_lane<kLanes>(value[j + 3], kLanes / 2);
-    value[j] += from_lane<kLanes>(value[j + 1], kLanes / 4);
+    value[j] += from_lane(value[j + 2], kLanes / 2);
+    value[j + 1] += from_lane(value[j + 3], kLanes / 2);
+    value[j] += from_lane(value[j + 1], kLanes / 4);
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
     for (int j = 0; j < kQuadRows; j += 4)
-      if (distance < kLanes / 4) value[j] += from_lane<kLanes>(value[j], distance);
+      if (distance < kLanes / 4) value[j] += from_lane(value[j], distance);
 #pragma unroll
-    for (int j = kQuadRows; j < kCount; ++j) value[j] += from_lane<kLanes>(value[j], distance);
+    for (int j = kQuadRows; j < kCount; ++j) value[j] += from_lane(value[j], distance);
   }
 #pragma unroll
-  for (int j = 0; j < kQuadRows; j += 4) value[j + 1] = from_lane<kLanes>(value[j], kLanes / 4);
+  for (int j = 0; j < kQuadRows; j += 4) value[j + 1] = from_lane(value[j], kLanes / 4);
 #pragma unroll
   for (int j = 0; j < kQuadRows; j += 4) {
-    value[j + 2] = from_lane<kLanes>(value[j], kLanes / 2);
-    value[j + 3] = from_lane<kLanes>(value[j + 1], kLanes / 2);
+    value[j + 2] = from_lane(value[j], kLanes / 2);
+    value[j + 3] = from_lane(value[j + 1], kLanes / 2);
   }
 }
 
@@ -198,9 +187,9 @@ struct Place {
 
   // Copies the problem between a tensor and memory of the lane, `stage`, element (slot, k) at slot * K + k. Loops stay
   // rolled: what follows the element type is kept small, and a batch of loads is in flight at a time. No tensor: zeros.
-  __device__ __forceinline__ void read(const void* tensor, Element element, LaneMemory<float> stage) const {
+  __device__ __forceinline__ void read(const void* tensor, LaneMemory<float> stage) const {
     constexpr int kRowsAtATime = K >= 8 ? 1 : 8 / K;
-    with_element(element, [&](auto tag) {
+    with_element(p.element, [&](auto tag) {
       const auto* typed = static_cast<const decltype(tag)*>(tensor);
 #pragma unroll 1
       for (int first = 0; first < N; first += kRowsAtATime) {
@@ -220,8 +209,8 @@ struct Place {
   }
 
   // 0 around the problem, and `poison` added within it.
-  __device__ __forceinline__ void write(void* tensor, Element element, LaneMemory<float> stage, float poison) const {
-    with_element(element, [&](auto tag) {
+  __device__ __forceinline__ void write(void* tensor, LaneMemory<float> stage, float poison) const {
+    with_element(p.element, [&](auto tag) {
       auto* typed = static_cast<decltype(tag)*>(tensor);
 #pragma unroll 1
       for (int r = 0; r < N; ++r)
@@ -300,15 +289,15 @@ struct Solver {
     for (int k = 0; k < K; ++k) inv_n[k] = at.column_of(k) < at.m ? 1.f / static_cast<float>(at.n) : 0.f;
 
     poison = at.out_of_range ? NAN : 0.f * at.lr;
-    at.read(p.cost, p.element, stage.value);
+    at.read(p.cost, stage.value);
     ColumnSums<N, K> by_column;
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       RowSum<kLanes, K> by_row;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const float cost = stage(r, k), value = __fmul_rn(at.lr, cost);
-        poison += 0.f * cost;
+        const float value = __fmul_rn(at.lr, stage(r, k));
+        poison += 0.f * value;
         by_row.add(k, value);
         by_column.add(r, k, value);
         step(r, k) = at.present(r, k) ? value : INFINITY;
@@ -326,7 +315,7 @@ struct Solver {
   // x = init - lr * C, where init may be anything. each(r, k, init) sees every element of the start.
   template <typename Each>
   __device__ __forceinline__ void begin(const Problem& p, const Each& each) {
-    at.read(p.init, p.element, stage.value);
+    at.read(p.init, stage.value);
     ColumnSums<N, K> by_column;
 #pragma unroll
     for (int r = 0; r < N; ++r) {
@@ -468,7 +457,7 @@ __global__ void __launch_bounds__(kWarp, 1) register_forward_kernel(Problem p, v
   for (int r = 0; r < N; ++r)
 #pragma unroll
     for (int k = 0; k < K; ++k) solve.stage(r, k) = total(r, k) * scale;
-  at.write(out, p.element, solve.stage.value, sum_lanes<kLanes>(poison));
+  at.write(out, solve.stage.value, sum_lanes<kLanes>(poison));
 }
 
 // Where a backward keeps what it cannot keep in registers.
@@ -614,7 +603,7 @@ __global__ void __launch_bounds__(kWarp, 1)
     const Grad grad(arena);
     float poison = solve.poison;
     const float scale = static_cast<float>(p.scale);
-    at.read(out.grad, p.element, grad.value);
+    at.read(out.grad, grad.value);
 #pragma unroll 1
     for (int i = 0; i < N * K; ++i) grad.value[i] *= scale;
 
@@ -639,8 +628,8 @@ __global__ void __launch_bounds__(kWarp, 1)
       int last_round = steps * n_proj - 1;
       unsigned bits[Shape::kWords];
       load_words(masks, last_round, bits);
-      const auto undo = [&](auto newest_round,
-                            float weight) {  // the words of the round before are on their way meanwhile
+      // Undoes a round; the words of the one before it are on their way meanwhile.
+      const auto undo = [&](auto newest_round, float weight) {
         unsigned before[Shape::kWords];
         last_round = max(last_round - 1, 0);
         load_words(masks, last_round, before);
@@ -668,13 +657,13 @@ __global__ void __launch_bounds__(kWarp, 1)
           const float dx = p.options.carry ? adjoint.row[r] + adjoint.ds[k] + adjoint.dx[r][k] : adjoint.dx[r][k];
           solve.stage(r, k) = counts ? dx + grad(r, k) : dx;
         }
-      at.write(out.init, p.element, solve.stage.value, poison);
+      at.write(out.init, solve.stage.value, poison);
 #pragma unroll
       for (int r = 0; r < N; ++r)
 #pragma unroll
         for (int k = 0; k < K; ++k) solve.stage(r, k) = -at.lr * adjoint.dz_sum(r, k);
-      at.write(out.cost, p.element, solve.stage.value, poison);
-      at.read(p.cost, p.element, solve.stage.value);
+      at.write(out.cost, solve.stage.value, poison);
+      at.read(p.cost, solve.stage.value);
       ColumnSums<N, K> by_column;
       RowSum<kLanes, K> by_row;
 #pragma unroll
