@@ -64,8 +64,8 @@ def read_gpu(path: Path) -> dict:
 def draw(data: dict, path: Path) -> None:
     rows, machine = data["rows"], data["machine"]
     sizes = {row["batch"] for row in rows if (row["n"], row["m"]) != (5, 50)}
-    batch = max(sizes & {256, 4096}, default=max(sizes))
-    figure, (by_batch, by_size, ratios) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    batch = max(sizes & {256, 4096} or sizes or {1})
+    figure, (by_batch, by_size, ratios) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
 
     def line(axes, rows, x, y, name, backward):
         points = sorted((x(row), y(row)) for row in rows if y(row))
@@ -99,9 +99,12 @@ def draw(data: dict, path: Path) -> None:
         axes.set(title=title, xscale="log", yscale="log", xlabel="batch", ylabel="us")
         axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
     by_size.set_xlabel("n x m")
     ratios.set_ylabel("ratio")
+    handles = {
+        label: handle for axes in (by_batch, by_size) for handle, label in zip(*axes.get_legend_handles_labels())
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.suptitle(
         f"{machine.get('GPU', machine.get('CPU'))}, torch {machine['torch']}, dmm_fast at {machine['commit']}",
         fontsize=9,
@@ -114,12 +117,18 @@ def draw(data: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument("results", type=Path, nargs="?", help="results.jsonl of gpu_report.py (gpu)")
+    parser.add_argument(
+        "results", type=Path, nargs="?", help="gpu: results.jsonl of gpu_report.py; cpu: draw this JSON again"
+    )
     args = parser.parse_args()
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dmm_fast", "font.size": 9})
     if args.device == "gpu" and args.results is None:
         parser.error("gpu needs the results.jsonl that gpu_report.py wrote")
-    draw(measure_cpu() if args.device == "cpu" else read_gpu(args.results), FOLDER / f"{args.device}.svg")
+    if args.device == "gpu":
+        data = read_gpu(args.results)
+    else:
+        data = json.loads(args.results.read_text()) if args.results else measure_cpu()
+    draw(data, FOLDER / f"{args.device}.svg")
 
 
 if __name__ == "__main__":
