@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,3 +135,28 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(dmm_fast.match(cost, n_grad=2, backend="triton").sum(), cost, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
+
+
+COMPILE = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dmm_fast.kernels import match
+
+flags = dict.fromkeys(("HAS_INIT", "RAGGED_N", "RAGGED_M", "CARRY"), True)
+constants = dict(flags, LAST=False, DTYPE=tl.float32, BLOCK_N=8, BLOCK_M=64)
+pointers = dict.fromkeys(("cost", "init", "out", "grad", "grad_cost", "grad_init"), "*bf16")
+pointers |= dict.fromkeys(("lr", "grad_lr", "scratch"), "*fp32") | dict.fromkeys(("num_templates", "num_proposals"), "*i64")
+for kernel in (match._forward_kernel, match._backward_kernel):
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=1))
+"""
+
+
+def test_kernels_compile_without_a_gpu():
+    """What the interpreter forgives, the compiler may not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
