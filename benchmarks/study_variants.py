@@ -155,19 +155,23 @@ def carried(
     ``omega`` multiplies both dual steps, ``momentum`` repeats that share of the previous one, ``newton`` divides by the
     entries in use instead of by m and n.
     """
-    u, v = (-lr * cost).amax(-1, keepdim=True) - 1, torch.zeros_like(cost[..., :1, :])  # [B, N, 1], [B, 1, M]
-    du, dv = torch.zeros_like(u), torch.zeros_like(v)
-    for k in range(1, n_grad + 1):
+    x = y0 = torch.zeros_like(cost)
+    u, v = torch.zeros_like(cost[..., :1]), torch.zeros_like(cost[..., :1, :])  # [B, N, 1], [B, 1, M]
+    du, dv, used = torch.zeros_like(u), torch.zeros_like(v), torch.ones_like(x)
+    for _ in range(n_grad):
+        y0 = y0 - lr * cost
+        x = (
+            x - lr * used * cost
+        )  # as carry does: not clipped before the first row step, which takes out what rows share
         for _ in range(n_proj):
-            x = (-k * lr * cost - u - v).relu()
-            used = (x > 0).to(cost.dtype) if newton else torch.ones_like(x)
             d = (x.sum(-1, keepdim=True) - 1) / used.sum(-1, keepdim=True).clamp(min=1)
             s = (x - used * d).sum(-2, keepdim=True)
             du = omega * d + momentum * du
-            dv = omega * (s - 1) / used.sum(-2, keepdim=True).clamp(min=1) + momentum * dv
-            u, after = u + du, (v + dv).relu()
-            v, dv = after, after - v
-    return (-n_grad * lr * cost - u - v).relu()
+            after = (v + omega * (s - 1) / used.sum(-2, keepdim=True).clamp(min=1) + momentum * dv).relu()
+            u, v, dv = u + du, after, after - v
+            x = (y0 - u - v).relu()
+            used = (x > 0).to(cost.dtype) if newton else used
+    return x
 
 
 def sharpness(n_grad: int, lr: float, power: float = 3.0) -> list[float]:
