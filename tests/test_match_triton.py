@@ -148,7 +148,8 @@ from dmm_fast.kernels import match
 flags = dict.fromkeys(("HAS_INIT", "RAGGED_N", "RAGGED_M", "CARRY"), True)
 constants = dict(flags, LAST=False, DTYPE=tl.float32, BLOCK_N=8, BLOCK_M=64)
 pointers = dict.fromkeys(("cost", "init", "out", "grad", "grad_cost", "grad_init"), "*bf16")
-pointers |= dict.fromkeys(("lr", "grad_lr", "scratch"), "*fp32") | dict.fromkeys(("num_templates", "num_proposals"), "*i64")
+pointers |= dict.fromkeys(("lr", "grad_lr", "scratch"), "*fp32")
+pointers |= dict.fromkeys(("num_templates", "num_proposals"), "*i64")
 for kernel in (match._forward_kernel, match._backward_kernel):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=1))

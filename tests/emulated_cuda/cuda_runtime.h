@@ -8,6 +8,8 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -48,6 +50,7 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<uint64_t> slots;  // what a thread holds out to its warp
   unsigned any = 0;
+  unsigned steps = 0;  // arrivals at barriers and ends of threads
   std::function<void()> body;
 };
 
@@ -59,6 +62,7 @@ inline struct Device {
 
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
+  ++block.steps;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -69,6 +73,7 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
   block.body();
   block.done[block.current] = 1;
+  ++block.steps;
 }
 
 inline void run_block(unsigned threads, const std::function<void()>& body) {
@@ -88,12 +93,17 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   }
   for (unsigned left = threads; left > 0;) {
     left = 0;
+    const unsigned steps = block.steps;
     for (unsigned i = 0; i < threads; ++i) {
       const unsigned t = device.last_thread_first ? threads - 1 - i : i;
       if (block.done[t]) continue;
       block.current = t;
       swapcontext(&block.scheduler, &block.fibers[t]);
       left += !block.done[t];
+    }
+    if (left > 0 && block.steps == steps) {
+      std::fputs("emulated CUDA: threads wait at different barriers\n", stderr);
+      std::abort();
     }
   }
 }
