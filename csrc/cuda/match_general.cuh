@@ -271,9 +271,7 @@ __global__ void general_backward_kernel(Problem p, GeneralSizes sizes, unsigned 
     };
 
     for (int64_t step = n_grad - 1; step >= 0; --step) {
-      __syncthreads();
       copy_state(step, [](T& saved, T& live) { live = saved; });
-      __syncthreads();
       if (!carry) solve.forget();
       __syncthreads();
       for (int64_t round = 0; round < n_proj; ++round) {
