@@ -64,7 +64,8 @@ class CMakeBuild(build_ext):
             ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        (build / "build.log").write_text(log.stdout)
+        with open(build / "build.log", "a") as file:  # an incremental build says nothing of what it kept
+            file.write(log.stdout)
         if log.returncode:
             raise SystemExit(f"{log.stdout[-8000:]}\ndmm_fast: the native build failed; the whole log is {build}/build.log")
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
