@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 
-from .ops import match
+from .ops import match, match_prices
 from .reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
 from .vision import mask_iou, paste_combine
 

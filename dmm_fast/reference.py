@@ -97,8 +97,22 @@ def match(
     """
     if dykstra not in DYKSTRA or output not in OUTPUT:
         raise ValueError(f"match: dykstra must be one of {DYKSTRA} and output one of {OUTPUT}, got {dykstra!r}, {output!r}")
+    start = init if init is None or init.dim() == 3 else init[None]  # [B, N, M]
+
+    def solve(b: int, c: Tensor, step) -> Tensor:
+        if start is not None:
+            x0 = start[b, : c.shape[0], : c.shape[1]]
+        else:
+            x0 = released_init(c) if dykstra == "released" else torch.zeros_like(c)
+        x = _match_dense(c, x0, n_grad, n_proj, step, dykstra, output)
+        return x + 0 * (c.sum() + x0.sum() + step)  # NaN anywhere in the problem if anything in it is not finite
+
+    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
+
+
+def _stack_problems(cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
+    """``solve(b, cost [n, m], lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0 elsewhere, differentiable."""
     batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
-    start = None if init is None else init.reshape(batched.shape)
     B, N, M = batched.shape
     steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
     rows = [N] * B if num_templates is None else num_templates.tolist()
@@ -108,15 +122,50 @@ def match(
         c = batched[b, : rows[b], : columns[b]]
         if c.numel() == 0:
             results.append(torch.zeros_like(batched[b]) + c.sum())  # 0, still attached to the graph
-            continue
-        if start is not None:
-            x0 = start[b, : rows[b], : columns[b]]
         else:
-            x0 = released_init(c) if dykstra == "released" else torch.zeros_like(c)
-        x = _match_dense(c, x0, n_grad, n_proj, steps[b], dykstra, output)
-        x = x + 0 * (c.sum() + x0.sum() + steps[b])  # NaN anywhere in the problem if anything in it is not finite
-        results.append(torch.nn.functional.pad(x, (0, M - columns[b], 0, N - rows[b])))
+            x = solve(b, c, steps[b])
+            results.append(torch.nn.functional.pad(x, (0, M - columns[b], 0, N - rows[b])))
     return torch.stack(results).reshape(cost.shape) if B else batched.clone().reshape(cost.shape)
+
+
+def match_prices(
+    cost: Tensor,
+    *,
+    n_grad: int = 40,
+    n_proj: int = 1,
+    lr: float | Tensor = 10.0,
+    output: str = "last",
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Newton prices (docs/variants.md): x_k = t_k relu(-C - a - b), one Newton step per round for the row prices a and the
+    column prices b >= 0, while the sharpness t_k = n_grad lr (k / n_grad)^3 grows. Differentiable by plain autograd.
+
+    Ragged batches as in ``match``. A problem with a non-finite cost, or an lr that is not positive and finite, is NaN
+    throughout and leaves the others alone.
+    """
+    if output not in OUTPUT:
+        raise ValueError(f"match_prices: output must be one of {OUTPUT}, got {output!r}")
+
+    def solve(b: int, c: Tensor, step) -> Tensor:
+        total = torch.zeros_like(c)
+        row_price = c.neg().amax(-1, keepdim=True).detach() - n_grad**2 / step  # [n, 1]; the first step forgets it
+        column_price = torch.zeros_like(c[:1])  # [1, m]
+        for k in range(1, n_grad + 1):
+            t = n_grad * step * (k / n_grad) ** 3
+            for _ in range(n_proj):
+                p = (-c - row_price - column_price).relu()
+                pos = (p > 0).to(c.dtype)
+                d = (p.sum(-1, keepdim=True) - 1 / t) / pos.sum(-1, keepdim=True).clamp(min=1)
+                s = (p - pos * d).sum(-2, keepdim=True)  # column sums after the row step
+                w = column_price + (s - 1 / t) / pos.sum(-2, keepdim=True).clamp(min=1)
+                row_price, column_price = row_price + d, w.relu()
+            if output == "average" or k == n_grad:
+                total = total + t * (-c - row_price - column_price).relu()
+        poison = 0 * (c.sum() + step) if step > 0 else torch.nan
+        return (total if output == "last" else total / n_grad) + poison
+
+    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
 
 
 def match_batched(cost: Tensor, *, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1) -> Tensor:

@@ -44,6 +44,10 @@ def exercise() -> None:
                     options = (n_grad, n_proj, 0.1, carry, last)
                     torch.ops.dmm.match(cost, init, *counts, lr, *options)
                     torch.ops.dmm.match_backward(torch.rand_like(cost), cost, init, *counts, lr, *options)
+                for n_grad, n_proj, last in ((3, 2, False), (40, 1, True)):
+                    options = (n_grad, n_proj, 10.0, last)
+                    torch.ops.dmm.match_prices(cost, *counts, lr, *options)
+                    torch.ops.dmm.match_prices_backward(torch.rand_like(cost), cost, *counts, lr, *options)
     cost = torch.rand(2, 20, 200)
     torch.ops.dmm.match_backward(cost, cost, None, None, None, None, 60, 20, 0.1, True, False)  # segments
     for N, M, H, W in ((1, 1, 1, 1), (3, 5, 61, 67), (7, 50, 240, 427), (0, 4, 9, 9), (2, 0, 9, 9)):

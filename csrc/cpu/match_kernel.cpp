@@ -1,79 +1,29 @@
 // The matching layer in dual form on vector lanes. docs/matching.md derives what is computed here; its names are kept:
 // y0 the point being projected, u [N] and v [M] the duals, x = relu(y0 - u - v), one pass over N * M per Dykstra round.
-//
-// One solver, two meanings of a lane:
-//   columns   one problem at a time, lanes run across its columns (short latency for a small batch);
-//   problems  as many problems at a time as there are lanes (no reduction across lanes, no padding waste: a large batch).
-// Vector (k, r) is row r of column group k (columns) or of column k (problems). They differ only in how a row is summed.
+// Lanes run across a problem's columns or across problems (match_group.h).
 //
 // Absent rows and columns (ragged batches, the last column group) carry an infinite dual. Then x = relu(0 - u - v) = 0 for
 // ever, every sum sees 0, and nothing else needs a mask.
 #include "match_kernel.h"
 
-#include "simd.h"
-
-#include <cstdlib>
-#include <limits>
-#include <new>
+#include "match_group.h"
 
 namespace dmm::DMM_ISA {
 namespace {
 
-enum class Lanes { columns, problems };
-
-// Rows handled together, their duals and sums in registers.
-constexpr int kRowBlock = kVectorBytes == 64 ? 8 : 6;
-
-// f(integral_constant<rows>, first row) for every block of rows.
-template <typename F>
-inline void for_row_blocks(int64_t N, const F& f) {
-  int64_t r = 0;
-  for (; r + kRowBlock <= N; r += kRowBlock)
-    f(std::integral_constant<int, kRowBlock>{}, r);
-  switch (N - r) {
-    case 1: return f(std::integral_constant<int, 1>{}, r);
-    case 2: return f(std::integral_constant<int, 2>{}, r);
-    case 3: return f(std::integral_constant<int, 3>{}, r);
-    case 4: return f(std::integral_constant<int, 4>{}, r);
-    case 5: return f(std::integral_constant<int, 5>{}, r);
-    case 6: return f(std::integral_constant<int, 6>{}, r);
-    case 7: return f(std::integral_constant<int, 7>{}, r);
-    default: return;
-  }
-}
-
-// Aligned scratch for one thread's share of a call.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* get() const { return memory_; }
-
- private:
-  void* memory_;
-};
-
 template <typename T, Lanes lanes>
-class Solver {
-  using V = Vec<T>;
-  static constexpr int W = kLanes<T>;
-  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+class Solver : Group<T, lanes> {
+  using Base = Group<T, lanes>;
+  using V = typename Base::V;
+  using Base::W, Base::p_, Base::N_, Base::K_, Base::n_, Base::m_, Base::lr_, Base::poison_;
+  using Base::enter, Base::gather, Base::store, Base::store_grad_lr, Base::sum_row;
 
  public:
   // Mask bits of a backward are kept for as many outer steps as fit here (half of a common L2 cache); longer runs are cut
   // into segments that start from snapshots.
   static constexpr size_t kMaskBytes = 512 << 10;
 
-  explicit Solver(const MatchProblem<T>& problem)
-      : p_(problem), N_(problem.N), K_(lanes == Lanes::columns ? (problem.M + W - 1) / W : problem.M) {}
-
-  static int64_t groups(const MatchProblem<T>& problem) {
-    return lanes == Lanes::columns ? problem.B : (problem.B + W - 1) / W;
-  }
+  explicit Solver(const MatchProblem<T>& problem) : Base(problem) {}
 
   void forward(T* out, int64_t first, int64_t last) {
     Scratch scratch(sizeof(V) * forward_vectors());
@@ -147,88 +97,15 @@ class Solver {
     return cursor;
   }
 
-  // ---- between the batch in memory and the vectors of a group ----
-  int64_t rows_of(int64_t b) const { return p_.num_templates ? p_.num_templates[b] : p_.N; }
-  int64_t columns_of(int64_t b) const { return p_.num_proposals ? p_.num_proposals[b] : p_.M; }
-  T lr_of(int64_t b) const { return p_.lr ? p_.lr[b * p_.lr_stride] : static_cast<T>(p_.options.lr); }
-
-  // Copies the valid part of `source` into the vectors; 0 elsewhere.
-  void gather(const T* source, V* vectors) const {
-    std::memset(static_cast<void*>(vectors), 0, K_ * N_ * sizeof(V));
-    T* const lane = reinterpret_cast<T*>(vectors);
-    if constexpr (lanes == Lanes::columns) {
-      const T* problem = source + b_ * p_.N * p_.M;
-      for (int64_t r = 0; r < n_[0]; ++r)
-        for (int64_t c = 0; c < m_[0]; c += W)
-          copy_lanes(lane + (c / W * N_ + r) * W, problem + r * p_.M + c, m_[0] - c);
-    } else {
-      for (int l = 0; l < W; ++l) {
-        const T* problem = source + (b_ + l) * p_.N * p_.M;
-        for (int64_t r = 0; r < n_[l]; ++r)
-          for (int64_t c = 0; c < m_[l]; ++c)
-            lane[(c * N_ + r) * W + l] = problem[r * p_.M + c];
-      }
-    }
-  }
-
-  // Writes the vectors to `target`, plus the group's poison; 0 outside the valid part.
-  void store(const V* vectors, T* target) const {
-    const T* const lane = reinterpret_cast<const T*>(vectors);
-    for (int l = 0; l < problems_; ++l) {
-      T* problem = target + (b_ + l) * p_.N * p_.M;
-      for (int64_t r = 0; r < p_.N; ++r) {
-        const int64_t valid = r < n_[l] ? m_[l] : 0;
-        T* row = problem + r * p_.M;
-        if constexpr (lanes == Lanes::columns) {
-          for (int64_t c = 0; c < valid; c += W) {
-            const V value = vectors[c / W * N_ + r] + poison_;
-            copy_lanes(row + c, reinterpret_cast<const T*>(&value), valid - c);
-          }
-        } else {
-          for (int64_t c = 0; c < valid; ++c)
-            row[c] = lane[(c * N_ + r) * W + l] + poison_[l];
-        }
-        std::memset(row + valid, 0, (p_.M - valid) * sizeof(T));
-      }
-    }
-  }
-
-  static void copy_lanes(T* target, const T* source, int64_t count) {
-    if (count >= W)
-      std::memcpy(target, source, sizeof(V));
-    else
-      for (int64_t i = 0; i < count; ++i)
-        target[i] = source[i];
-  }
-
   // Loads a group: cost_ = lr * C, init_, the absent rows and columns, and the poison: 0, or NaN where anything in the
   // problem is not finite.
   void load(int64_t group) {
-    b_ = lanes == Lanes::columns ? group : group * W;
-    const int64_t left = p_.B - b_;
-    problems_ = lanes == Lanes::columns ? 1 : static_cast<int>(left < W ? left : W);
-    lr_ = inv_n_ = V{};
-    V iv_m = V{};
+    enter(group, u_start_, v_start_);
     for (int l = 0; l < W; ++l) {
-      const int64_t b = b_ + (lanes == Lanes::columns ? 0 : l);
-      const bool present = lanes == Lanes::columns || l < problems_;
-      const bool any = present && rows_of(b) > 0 && columns_of(b) > 0;
-      n_[l] = any ? rows_of(b) : 0;
-      m_[l] = any ? columns_of(b) : 0;
-      lr_[l] = any ? lr_of(b) : 0;
-      inv_n_[l] = any ? T(1) / static_cast<T>(n_[l]) : 0;
-      iv_m[l] = any ? T(1) / static_cast<T>(m_[l]) : 0;
+      inv_n_[l] = n_[l] ? T(1) / static_cast<T>(n_[l]) : 0;
+      for (int64_t r = 0; r < N_; ++r)
+        inv_m_[r][l] = r < n_[l] ? T(1) / static_cast<T>(m_[l]) : 0;
     }
-    for (int64_t r = 0; r < N_; ++r)
-      for (int l = 0; l < W; ++l) {
-        const bool present = r < n_[l];
-        u_start_[r][l] = present ? 0 : kInfinity;
-        inv_m_[r][l] = present ? iv_m[l] : 0;
-      }
-    for (int64_t k = 0; k < K_; ++k)
-      for (int l = 0; l < W; ++l)
-        v_start_[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
-
     gather(p_.cost, cost_);
     if (p_.init)
       gather(p_.init, init_);
@@ -237,8 +114,7 @@ class Solver {
     poison_ = V{};
     for (int64_t i = 0; i < K_ * N_; ++i)
       poison_ += cost_[i] * 0 + init_[i] * 0, cost_[i] *= lr_;
-    if constexpr (lanes == Lanes::columns) poison_ = lane_sum<T>(poison_);
-    poison_ += lr_ * 0;
+    poison_ = sum_row(poison_) + lr_ * 0;
     begin();
   }
 
@@ -260,13 +136,6 @@ class Solver {
       }
     }
     for (int64_t r = 0; r < N_; ++r) row_sum_[r] = sum_row(row_sum_[r]);
-  }
-
-  static V sum_row(V partial) {
-    if constexpr (lanes == Lanes::columns)
-      return lane_sum<T>(partial);
-    else
-      return partial;
   }
 
   // ---- forward ----
@@ -531,45 +400,17 @@ class Solver {
       dlr -= dz_sum_[i] * cost_[i];
       dz_sum_[i] *= -lr_;
     }
-    dlr = sum_row(dlr) + poison_;
-    for (int l = 0; l < problems_; ++l)
-      grad_lr[b_ + l] = n_[l] ? dlr[l] : 0;
+    store_grad_lr(sum_row(dlr), grad_lr);
     store(dz_sum_, grad_cost);
   }
 
-  const MatchProblem<T>& p_;
-  const int64_t N_, K_;
-
-  // the group at hand
-  int64_t b_ = 0;
-  int problems_ = 0;
-  int64_t n_[W], m_[W];  // valid rows and columns per lane
-  V lr_, inv_n_, poison_;
-
+  V inv_n_;
   V *y0_, *s_, *row_sum_, *u_, *v_, *cost_, *init_, *total_, *v_start_, *u_start_, *inv_m_;
   V *grad_, *dx_, *dy_, *dz_sum_, *ds_, *dv_, *du_, *drow_;
 };
 
-template <typename T>
-void forward(const MatchProblem<T>& problem, T* out, bool across_problems, int64_t first, int64_t last) {
-  if (across_problems)
-    Solver<T, Lanes::problems>(problem).forward(out, first, last);
-  else
-    Solver<T, Lanes::columns>(problem).forward(out, first, last);
-}
-
-template <typename T>
-void backward(const MatchProblem<T>& problem, const T* grad, T* grad_cost, T* grad_init, T* grad_lr, bool across_problems,
-              int64_t first, int64_t last) {
-  if (across_problems)
-    Solver<T, Lanes::problems>(problem).backward(grad, grad_cost, grad_init, grad_lr, first, last);
-  else
-    Solver<T, Lanes::columns>(problem).backward(grad, grad_cost, grad_init, grad_lr, first, last);
-}
-
 }  // namespace
 
-extern const MatchKernels<float> kernels_float{kLanes<float>, forward<float>, backward<float>};
-extern const MatchKernels<double> kernels_double{kLanes<double>, forward<double>, backward<double>};
+extern const MatchKernels match_kernels = kernels_of<Solver>();
 
 }  // namespace dmm::DMM_ISA

@@ -1,12 +1,14 @@
-// The CPU kernels of the matching layer, one set per instruction set; match.cpp picks at run time.
+// The CPU kernels of the matching layers, one set per instruction set; match_cpu.h picks at run time.
 #pragma once
 
 #include "../match_problem.h"
 
+#include <type_traits>
+
 namespace dmm {
 
 template <typename T>
-struct MatchKernels {
+struct MatchKernelsOf {
   int lanes;  // problems that one group works on when lanes run across problems
 
   // Groups [first, last) of the batch; a group is one problem, or `lanes` neighbouring ones if `across_problems`.
@@ -15,10 +17,23 @@ struct MatchKernels {
                    int64_t first, int64_t last);
 };
 
-#define DMM_DECLARE_KERNELS(isa)                    \
-  namespace isa {                                   \
-  extern const MatchKernels<float> kernels_float;   \
-  extern const MatchKernels<double> kernels_double; \
+struct MatchKernels {
+  MatchKernelsOf<float> in_float;
+  MatchKernelsOf<double> in_double;
+
+  template <typename T>
+  const MatchKernelsOf<T>& in() const {
+    if constexpr (std::is_same_v<T, float>)
+      return in_float;
+    else
+      return in_double;
+  }
+};
+
+// prices_kernels: dmm::match_prices, which has no start (grad_init is null).
+#define DMM_DECLARE_KERNELS(isa)                             \
+  namespace isa {                                            \
+  extern const MatchKernels match_kernels, prices_kernels;   \
   }
 DMM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)
