@@ -134,8 +134,19 @@ def _decode(segmentation: Any, size: tuple[int, int] | None, where: str) -> np.n
     # Run lengths must add up: pycocotools leaves memory it never wrote in the mask when they fall short.
     if runs is None or (runs < 0).any() or runs.sum() != shape[0] * shape[1]:
         raise ProposalError(f"{where}: the run lengths do not fill a {shape[1]}x{shape[0]} mask; the file is damaged")
-    ones = np.arange(len(runs)) % 2 == 1
-    return np.ascontiguousarray(np.repeat(ones, runs).reshape(shape[1], shape[0]).T)  # [H, W], RLE runs down columns
+    return _fill_runs(runs, *shape)
+
+
+def _fill_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Run lengths down columns, of 0 and 1 in turn -> bool [H, W]; only the columns that hold a 1 are touched."""
+    mask = np.zeros((height, width), bool)
+    ends = runs.cumsum()[1::2]  # of the runs of 1
+    if len(ends):
+        first, last = int(runs[0]) // height, -(-int(ends[-1]) // height)  # columns
+        inner = np.append(runs[: 2 * len(ends)], last * height - ends[-1])
+        inner[0] -= first * height
+        mask[:, first:last] = np.repeat(np.arange(len(inner)) % 2 == 1, inner).reshape(-1, height).T
+    return mask
 
 
 def _uncompress(counts: bytes) -> np.ndarray | None:
