@@ -1,10 +1,11 @@
-"""The ``dmm-fast`` command. Every subcommand imports only what it needs, so that help is instant."""
+"""The ``dmm-fast`` command. Help needs nothing beyond torch and the layer; a subcommand imports what it needs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND ...", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, _add_doctor):
         add(commands)
     return parser
@@ -223,7 +224,10 @@ def _add_demo(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", default="demo", metavar="DIR", help="(default: demo)")
     parser.add_argument("--seed", type=int, default=7, help="which clip (default: 7)")
-    parser.add_argument("--frames", type=_count, default=60, metavar="N", help="its length (default: 60)")
+    parser.add_argument(
+        "--frames", type=partial(_count, least=3), default=60, metavar="N",
+        help="its length (default: 60; at least 3, as the first and the last frame are not scored)",
+    )  # fmt: skip
     _add_model_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -236,11 +240,21 @@ def _add_doctor(commands: Any) -> None:
     )  # fmt: skip
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _count(text: str, least: int = 1) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def _check_device(name: str) -> None:
+    """Tell in words, and before anything is read, that torch cannot use a device here."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({cause}); dmm-fast doctor tells more") from None
 
 
 # ------------------------------------------------------------------------------------------------------ what is done
@@ -249,6 +263,7 @@ def _count(text: str) -> int:
 def _segment(a: argparse.Namespace) -> int:
     from dmm_fast.segment import SHEET, Interrupted, segment
 
+    _check_device(a.device)
     try:
         report = segment(
             a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
@@ -291,6 +306,7 @@ def _proposals(a: argparse.Namespace) -> int:
     from dmm_fast.proposals import CocoWriter, ProposalError, TorchvisionProposer
     from dmm_fast.video import open_frames, prefetch
 
+    _check_device(a.device)
     frames = open_frames(a.frames)
     if Path(a.out).exists() and not a.overwrite:
         raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
@@ -332,6 +348,7 @@ def _demo(a: argparse.Namespace) -> int:
     from dmm_fast.demo import run_demo
     from dmm_fast.segment import SHEET
 
+    _check_device(a.device)
     demo = run_demo(Path(a.out), seed=a.seed, frames=a.frames, progress=not a.quiet, **_model_options(a))
     files = {"masks": demo.folder / "*.png", "sheet": demo.folder / SHEET, "report": demo.folder / "report.json"}
     _summarise(demo.report, files)

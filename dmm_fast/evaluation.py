@@ -329,8 +329,9 @@ def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], pro
 def _check_ids(sequence: _Sequence, scores: list[dict[int, FrameScore]]) -> None:
     for frame, found in zip(sequence.frames, scores):
         if wrong := [number for number, score in found.items() if score.in_pred and number > sequence.largest_id]:
+            hint = _HINT if VOID in wrong else "where objects come later than the first frame, score with protocol vos"
             raise EvaluationError(f"{frame.pred}: id {max(wrong)} is above the largest id of the ground truth of "
-                                  f"{sequence.name}, {sequence.largest_id}" + f"; {_HINT}" * (VOID in wrong))
+                                  f"{sequence.name}, {sequence.largest_id}; {hint}")
 
 
 def _frame_means(scores: list[dict[int, FrameScore]], objects: list[int]) -> np.ndarray:

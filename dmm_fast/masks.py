@@ -203,7 +203,7 @@ def _object_ids(path: str | os.PathLike, size: tuple[int, int] | None,
     values = np.unique(pixels)
     objects = values[(values != 0) & (values != VOID)].tolist()
     if VOID in values and not objects:
-        return (pixels == VOID).astype(np.uint8), ["0/255 mask: 255 read as object 1"]
+        return (pixels == VOID).astype(np.uint8), ["0/255 mask: 255 read as the object"]
     if VOID in values and objects != list(range(1, len(objects) + 1)):
         raise MaskError(f"{path}: grey values {_listed([*objects, VOID])} may be object ids with void or several grey "
                         f"levels of one mask; save the mask as an indexed PNG with ids 1, 2, ...")

@@ -77,7 +77,7 @@ def segment(
     frames, out = open_frames(frames), Path(out)
     given = GivenMasks(Path(masks), frames)
     if video is not None:
-        check_video_name(video)
+        check_video_name(video, coming=out)
     settings = {
         "frames": str(frames.path.resolve()),
         "masks": str(given.path.resolve()),
@@ -89,7 +89,10 @@ def segment(
     _check_out(out, frames, given)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
-        return folder.report()
+        report = folder.report()
+        if video is not None and not Path(video).exists():
+            _draw(frames, folder, report, video)
+        return report
     checkpoint = folder.find(frames.stems, resume, overwrite)
     propose = _proposal_source(proposals, detector_weights, frames, device)
     if checkpoint and checkpoint["started"]:
@@ -203,26 +206,29 @@ class _Run:
             "objects": _by_object(rows),
             "frames": rows,
         }
-        self._draw(rows, video, report)
+        _draw(self.frames, self.folder, report, video)
         self.folder.finish(report)
         return report
 
-    def _draw(self, rows: list[dict], video: str | os.PathLike | None, report: dict) -> None:
-        """The contact sheet and the overlay video, from the masks on disk: so a resumed run has all frames too."""
-        count = len(report["objects"])
-        title = f"{self.frames.path.name}: {len(rows)} frames, {count} object{'s' * (count != 1)}"
-        sheet = ContactSheet(len(rows), self.frames.size, title)
-        if video is None:
-            for index, stem, frame in self.frames.pick(sheet.wanted):
-                sheet.add(frame, read_mask(self.folder.mask(stem)), stem, _remark(rows[index]))
-        else:
-            with VideoWriter(video, self.frames.size, self.frames.fps or 24) as writer:
-                for index, (stem, frame) in enumerate(prefetch(self.frames.read())):
-                    ids = read_mask(self.folder.mask(stem))
-                    writer.write(overlay(frame, ids))
-                    if index in sheet.wanted:
-                        sheet.add(frame, ids, stem, _remark(rows[index]))
-        sheet.save(self.folder.path / SHEET)
+
+def _draw(
+    frames: ImageFrames | VideoFrames, folder: RunFolder, report: dict[str, Any], video: str | os.PathLike | None
+) -> None:
+    """The contact sheet and the overlay video, from the masks on disk: so a resumed run has all frames too."""
+    rows, count = report["frames"], len(report["objects"])
+    title = f"{frames.path.name}: {len(rows)} frames, {count} object{'s' * (count != 1)}"
+    sheet = ContactSheet(len(rows), frames.size, title)
+    if video is None:
+        for index, stem, frame in frames.pick(sheet.wanted):
+            sheet.add(frame, read_mask(folder.mask(stem)), stem, _remark(rows[index]))
+    else:
+        with VideoWriter(video, frames.size, frames.fps or 24) as writer:
+            for index, (stem, frame) in enumerate(prefetch(frames.read())):
+                ids = read_mask(folder.mask(stem))
+                writer.write(overlay(frame, ids))
+                if index in sheet.wanted:
+                    sheet.add(frame, ids, stem, _remark(rows[index]))
+    sheet.save(folder.path / SHEET)
 
 
 def _make_segmenter(

@@ -160,11 +160,15 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-def check_video_name(path: str | os.PathLike) -> None:
-    """Raise FramesError where a VideoWriter could not write this path, before hours are spent on its frames."""
+def check_video_name(path: str | os.PathLike, coming: Path | None = None) -> None:
+    """Raise FramesError where a VideoWriter could not write this path, before hours are spent on its frames.
+
+    coming: a directory that will be there by then.
+    """
     if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
         raise FramesError(f"{path}: a video's name must end in {', '.join(VIDEO_SUFFIXES)}")
-    if not Path(path).parent.is_dir():
+    folder = Path(path).parent.resolve()
+    if not folder.is_dir() and (coming is None or folder != coming.resolve()):
         raise FramesError(f"{path}: there is no directory {Path(path).parent}")
 
 

@@ -101,11 +101,12 @@ def test_from_a_video_with_an_overlay(clip, tmp_path, capsys):
     with VideoWriter(tmp_path / "clip.mp4", SIZE, 10) as writer:
         for _, frame in open_frames(frames(clip)).read():
             writer.write(frame)
-    arguments = command(clip, tmp_path / "out", "--overlay", tmp_path / "overlay.mp4")
+    overlay = tmp_path / "out/overlay.mp4"  # in a folder that the run makes
+    arguments = command(clip, tmp_path / "out", "--overlay", overlay)
     arguments[1] = str(tmp_path / "clip.mp4")
     arguments.remove("--quiet")
     assert main(arguments) == 0
-    drawn = open_frames(tmp_path / "overlay.mp4")
+    drawn = open_frames(overlay)
     assert len(drawn) == LENGTH and drawn.size == SIZE and drawn.fps == 10
     assert len(list((tmp_path / "out").glob("0*.png"))) == LENGTH
     shown = capsys.readouterr().out
@@ -295,6 +296,8 @@ def test_finished_runs_are_not_touched_unless_asked(clip, finished, tmp_path, ca
     fails(capsys, command(clip, out), "holds a finished run; --overwrite replaces it")
     stamp = (out / "report.json").stat().st_mtime_ns
     assert main(command(clip, out, "--resume")) == 0 and (out / "report.json").stat().st_mtime_ns == stamp
+    assert main(command(clip, out, "--resume", "--overlay", out / "late.mp4")) == 0  # drawn from the masks that are there
+    assert len(open_frames(out / "late.mp4")) == LENGTH and (out / "report.json").stat().st_mtime_ns == stamp
     fails(capsys, command(clip, out, "--resume", "--matcher", "greedy"), "the finished run there has matcher = 'dmm'")
     (out / "notes.txt").write_text("mine")
     assert main(command(clip, out, "--overwrite", "--matcher", "greedy")) == 0
@@ -351,7 +354,9 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
     fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: a video's name must end in .mp4")
     fails(capsys, [*good, "--backbone", "resnet50"], "resnet50", "weights")
     fails(capsys, [*good, "--preset", "davis", "--weights", tmp_path / "w.safetensors"], "w.safetensors")
-    fails(capsys, [*good, "--device", "cuda:99"])
+    for device in ("cuda:99", "gpu"):
+        fails(capsys, [*good, "--device", device], f"--device {device} cannot be used here", "dmm-fast doctor")
+    fails(capsys, [*good, "--overlay", tmp_path / "nowhere/o.mp4"], "there is no directory")
     assert not (tmp_path / "out").exists()
 
 

@@ -95,7 +95,7 @@ def test_black_and_white_is_one_object(tmp_path: Path, mode: str):
     path = save(tmp_path / "mask.png", (two_objects() > 0).astype(np.uint8) * 255, mode)
     ids, notes = read_first_masks(path)
     assert (ids == (two_objects() > 0)).all()
-    assert notes == ([] if mode == "1" else ["0/255 mask: 255 read as object 1"])
+    assert notes == ([] if mode == "1" else ["0/255 mask: 255 read as the object"])
     assert read_ids(path).max() == (1 if mode == "1" else 255)  # evaluation sees what is stored
 
 
