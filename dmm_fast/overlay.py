@@ -26,17 +26,30 @@ def overlay(frame: np.ndarray, ids: np.ndarray, alpha: float = 0.45, names: bool
     """frame uint8 [H, W, 3] and ids uint8 [H, W] -> uint8 [H, W, 3]: objects tinted, outlined, with their ids."""
     if frame.shape[:2] != ids.shape:
         raise ValueError(f"frame {frame.shape[:2]} and ids {ids.shape} must have the same size")
-    colours = object_colours()
-    inside = ids > 0
     out = frame.copy()
-    out[inside] = ((1 - alpha) * frame[inside] + alpha * colours[ids[inside]]).astype(np.uint8)
+    if not ids.any():
+        return out
     width = max(1, round(min(ids.shape) / 360))
+    window = tuple(_reach(ids.any(axis), width) for axis in (1, 0))  # the objects and their outlines, nothing else
+    _tint(out[window], ids[window], alpha, width)
+    return _write_names(out, ids) if names else out
+
+
+def _reach(occupied: np.ndarray, margin: int) -> slice:
+    """From the first to the last True, and the margin around them."""
+    first, last = np.flatnonzero(occupied)[[0, -1]]
+    return slice(max(first - margin, 0), last + margin + 1)
+
+
+def _tint(image: np.ndarray, ids: np.ndarray, alpha: float, width: int) -> None:
+    """Colour the objects in place, their edges strongly, and darken what lies around them."""
+    colours, inside = object_colours(), ids > 0
+    image[inside] = ((1 - alpha) * image[inside] + alpha * colours[ids[inside]]).astype(np.uint8)
     inner = inside & (ndimage.grey_erosion(ids, size=2 * width + 1, mode="nearest") != ids)
     inner |= inside & (ndimage.grey_dilation(ids, size=2 * width + 1, mode="nearest") != ids)
     halo = ~inside & ndimage.binary_dilation(inside, iterations=width)
-    out[inner] = colours[ids[inner]]
-    out[halo] = (out[halo] * 0.35).astype(np.uint8)
-    return _write_names(out, ids) if names else out
+    image[inner] = colours[ids[inner]]
+    image[halo] = (image[halo] * 0.35).astype(np.uint8)
 
 
 def _write_names(image: np.ndarray, ids: np.ndarray) -> np.ndarray:

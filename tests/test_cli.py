@@ -296,7 +296,7 @@ def test_finished_runs_are_not_touched_unless_asked(clip, finished, tmp_path, ca
     fails(capsys, command(clip, out), "holds a finished run; --overwrite replaces it")
     stamp = (out / "report.json").stat().st_mtime_ns
     assert main(command(clip, out, "--resume")) == 0 and (out / "report.json").stat().st_mtime_ns == stamp
-    assert main(command(clip, out, "--resume", "--overlay", out / "late.mp4")) == 0  # drawn from the masks that are there
+    assert main(command(clip, out, "--resume", "--overlay", out / "late.mp4")) == 0  # from the masks there
     assert len(open_frames(out / "late.mp4")) == LENGTH and (out / "report.json").stat().st_mtime_ns == stamp
     fails(capsys, command(clip, out, "--resume", "--matcher", "greedy"), "the finished run there has matcher = 'dmm'")
     (out / "notes.txt").write_text("mine")
