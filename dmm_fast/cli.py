@@ -295,6 +295,9 @@ def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
     for label, row in report["objects"].items():
         if row["lost"]:
             print(f"object {label}: no match in {row['lost']} of {row['frames']} frames, its last mask was kept there")
+        if row["shared"]:
+            print(f"object {label}: one proposal with another object in {row['shared']} of {row['frames']} frames, "
+                  "where one hides the other; --decision assign gives each its own")  # fmt: skip
     for name, path in files.items():
         if path is not None:
             print(f"{name:8}{path}")

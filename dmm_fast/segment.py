@@ -441,7 +441,8 @@ def _speed(count: int, seconds: Counter) -> dict[str, Any]:
 
 
 def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
-    """Per object: the frame it was given in, frames followed, in how many of those it was lost, mean score if not."""
+    """Per object: the frame it was given in, frames followed, in how many of those it was lost or shared its proposal
+    with another object (one of the two is then hidden), mean score where it was not lost."""
     given = {entry["id"]: row["frame"] for row in rows for entry in row["objects"] if "given" in entry}
     summary = {}
     for label, frame in given.items():
@@ -451,6 +452,7 @@ def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
             "given": frame,
             "frames": len(followed),
             "lost": len(followed) - len(scores),
+            "shared": sum(label in _sharing(row) for row in rows),
             "mean_score": round(float(np.mean(scores)), 4) if scores else None,
         }
     return summary
@@ -462,5 +464,12 @@ def _row(found: ObjectResult) -> dict[str, Any]:
 
 
 def _remark(row: dict) -> str:
-    lost = [str(entry["id"]) for entry in row["objects"] if entry.get("lost")]
-    return f"lost: {', '.join(lost)}" if lost else ""
+    lost = [entry["id"] for entry in row["objects"] if entry.get("lost")]
+    parts = (("lost", lost), ("one mask for", _sharing(row)))
+    return "; ".join(f"{what} {', '.join(map(str, ids))}" for what, ids in parts if ids)
+
+
+def _sharing(row: dict) -> list[int]:
+    """Objects of a frame that matched a proposal which another object matched too."""
+    taken = Counter(entry.get("proposal") for entry in row["objects"])
+    return [e["id"] for e in row["objects"] if e.get("proposal") is not None and taken[e["proposal"]] > 1]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class Segmenter:
     def drop(self, ids: int | list[int]) -> None:
         """Follow these objects no longer; their slots are free for others."""
         state = self._started("drop")
-        ids = [ids] if isinstance(ids, int) else list(ids)
+        ids = [int(ids)] if isinstance(ids, Integral) else [int(i) for i in ids]
         unknown = [i for i in ids if i not in self.object_ids]
         if unknown:
             raise ValueError(f"Segmenter.drop: objects {unknown} are not followed; those are {self.object_ids}")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import dmm_fast.segment as segmenting
-from dmm_fast.cli import main
+from dmm_fast.cli import _summarise, main
 from dmm_fast.demo import make_clip
 from dmm_fast.masks import read_mask, write_mask
 from dmm_fast.segment import segment
@@ -113,6 +113,20 @@ def test_from_a_video_with_an_overlay(clip, tmp_path, capsys):
     assert (
         f"{LENGTH} frames, 4 objects" in shown and "overlay.mp4" in shown and "note: matching on mask overlap" in shown
     )
+
+
+def test_a_proposal_of_two_objects_is_told(capsys):
+    """Two rows of an assignment may have their maximum in one column; then one mask hides the other."""
+    def entry(label, proposal):
+        return {"id": label, "proposal": proposal, "score": 0.5, "runner_up": 0.0, "lost": proposal is None}
+
+    row = {"frame": "b", "objects": [entry(1, 3), entry(2, 3), entry(3, 0), entry(4, None), entry(5, None)]}
+    given = {"frame": "a", "objects": [{"id": label, "given": True} for label in range(1, 6)]}
+    objects = segmenting._by_object([given, row])
+    assert [objects[str(label)]["shared"] for label in range(1, 6)] == [1, 1, 0, 0, 0]
+    assert segmenting._remark(row) == "lost 4, 5; one mask for 1, 2" and segmenting._remark(given) == ""
+    _summarise({"notes": [], "objects": objects, "speed": {"seconds": {}, "frames": 2, "fps": 1.0}}, {})
+    assert capsys.readouterr().out.count("one proposal with another object in 1 of 1 frames") == 2
 
 
 @pytest.mark.parametrize("matcher", ["greedy", "hungarian"])
