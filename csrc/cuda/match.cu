@@ -1,42 +1,10 @@
 // dmm::match and dmm::match_backward on CUDA tensors: the current stream, one launch, no wait for the device.
-#include "../match.h"
-
 #include "current_stream.h"
 #include "match_launch.cuh"
+#include "match_tensors.h"
 
 namespace dmm::cuda {
 namespace {
-
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::Half:
-      return Element::f16;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    default:
-      return Element::f32;
-  }
-}
-
-Problem problem_on_device(const MatchInputs& in) {
-  return {problem_of<void>(in), element_of(in.cost), output_scale(in.options)};
-}
-
-// Scratch from torch's caching allocator: valid for work queued on the current stream even after the tensor is gone.
-class Scratch {
- public:
-  explicit Scratch(const Tensor& like) : like_(like) {}
-  void* operator()(int64_t bytes) const {
-    memory_ = torch::stable::new_empty(like_, {bytes}, ScalarType::Byte);
-    return memory_->data_ptr();
-  }
-
- private:
-  const Tensor& like_;
-  mutable std::optional<Tensor> memory_;
-};
 
 Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::optional<Tensor>& num_templates,
              const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,

@@ -157,9 +157,10 @@ inline int __syncthreads_or(bool set) {
   return static_cast<int>(any);
 }
 
-inline int __reduce_add_sync(unsigned, int value) {
-  int sum = 0;
-  for (int held : emulated::gather(value)) sum += held;
+template <typename T>  // int or unsigned
+T __reduce_add_sync(unsigned, T value) {
+  T sum = 0;
+  for (T held : emulated::gather(value)) sum += held;
   return sum;
 }
 
@@ -189,6 +190,8 @@ struct alignas(16) uint4 {
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline float __fdividef(float a, float b) { return a / b; }
 
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;

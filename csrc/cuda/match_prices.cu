@@ -1,0 +1,56 @@
+// dmm::match_prices and dmm::match_prices_backward on CUDA tensors: the current stream, one
+// launch, no wait for the device.
+#include "../match_prices.h"
+
+#include "current_stream.h"
+#include "match_prices_launch.cuh"
+#include "match_tensors.h"
+
+namespace dmm::cuda {
+namespace {
+
+MatchInputs check_prices(const char* op, const Tensor& cost, const std::optional<Tensor>& num_templates,
+                         const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor,
+                         int64_t n_grad, int64_t n_proj, double lr, bool last) {
+  MatchInputs in = check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
+                               {n_grad, n_proj, lr, /*carry=*/false, last});
+  check_prices_lr(op, lr, lr_tensor);
+  return in;
+}
+
+Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates,
+                    const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
+                    int64_t n_proj, double lr, bool last) {
+  const CurrentStream current(cost);
+  const MatchInputs in =
+      check_prices("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
+  Tensor out = torch::stable::empty_like(in.cost);
+  if (!in.empty()) prices::forward(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> match_prices_backward(const Tensor& grad, const Tensor& cost,
+                                                 const std::optional<Tensor>& num_templates,
+                                                 const std::optional<Tensor>& num_proposals,
+                                                 const std::optional<Tensor>& lr_tensor, int64_t n_grad,
+                                                 int64_t n_proj, double lr, bool last) {
+  constexpr const char* op = "dmm::match_prices_backward";
+  const CurrentStream current(cost);
+  const MatchInputs in = check_prices(op, cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
+  const Tensor g = check_match_grad(op, grad, cost);
+  Tensor grad_cost = torch::stable::empty_like(in.cost);
+  const ScalarType accumulate = accumulate_type(cost.scalar_type());
+  if (in.empty()) return {grad_cost, torch::stable::new_zeros(cost, {in.B}, accumulate)};
+  Tensor grad_lr = torch::stable::new_empty(cost, {in.B}, accumulate);
+  prices::backward(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), grad_lr.data_ptr()}, current.stream,
+                   Scratch(cost));
+  return {grad_cost, grad_lr};
+}
+
+}  // namespace
+}  // namespace dmm::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(dmm, CUDA, m) {
+  m.impl("match_prices", TORCH_BOX(&dmm::cuda::match_prices));
+  m.impl("match_prices_backward", TORCH_BOX(&dmm::cuda::match_prices_backward));
+}

@@ -1,0 +1,85 @@
+// From a problem to a launch of the Newton-price kernels. Pointers, sizes and a stream; no torch.
+#pragma once
+
+#include "match_launch.cuh"
+#include "match_prices.cuh"
+
+namespace dmm::cuda::prices {
+
+// `allocate(bytes)` returns scratch that lives until the kernel has run.
+template <int N, int K>
+struct WarpLaunch {
+  using Shape = typename Warp<N, K>::Shape;
+
+  static void forward(const Problem& p, void* out, cudaStream_t stream) {
+    launch(forward_kernel<N, K>, p.B, kWarp, 0, 0, stream, p, out);
+  }
+
+  template <typename Allocate>
+  static void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+    constexpr int64_t own_bytes = Grid<N, K, false>::kSharedFloats * int64_t{sizeof(float)};
+    constexpr int64_t round_bytes = Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)};
+    const int64_t bytes = p.options.n_grad * p.options.n_proj * round_bytes;
+    if (bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - own_bytes)
+      return launch(backward_kernel<N, K>, p.B, kWarp, own_bytes, bytes, stream, p, out, nullptr);
+    constexpr int64_t kScratchLimit = int64_t{1} << 30;  // for all blocks together, as long as one block fits
+    const int64_t resident = std::min(p.B, attribute(cudaDevAttrMultiProcessorCount) * 8);
+    const int64_t blocks = std::clamp<int64_t>(kScratchLimit / bytes, 1, resident);
+    launch(backward_kernel<N, K>, blocks, kWarp, own_bytes, 0, stream, p, out, allocate(blocks * bytes));
+  }
+};
+
+// Calls run(WarpLaunch<...>{}) for a problem that fits into registers.
+template <int N, typename Run>
+void with_columns(const Problem& p, const Run& run) {
+  if (p.M <= 64) return run(WarpLaunch<N, 2>{});
+  run(WarpLaunch<N, 4>{});
+}
+
+template <typename Run>
+void with_layout(const Problem& p, const Run& run) {
+  if (p.N <= 5) return with_columns<5>(p, run);
+  if (p.N <= 10) return with_columns<10>(p, run);
+  with_columns<16>(p, run);
+}
+
+template <typename T, typename Allocate>
+void forward_any_size(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
+  const GeneralSizes sizes = Sizes::forward(p.N, p.M);
+  const GeneralPlan<T> plan(p, sizes);
+  auto* scratch = static_cast<unsigned char*>(plan.scratch_bytes ? allocate(plan.scratch_bytes) : nullptr);
+  launch(general_forward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, scratch, out);
+}
+
+template <typename T, typename Allocate>
+void backward_any_size(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+  const GeneralSizes sizes = Sizes::backward(p.N, p.M, p.options);
+  const GeneralPlan<T> plan(p, sizes);
+  auto* cold = static_cast<unsigned char*>(allocate(plan.cold_bytes + plan.scratch_bytes));
+  auto* scratch = plan.scratch_bytes ? cold + plan.cold_bytes : nullptr;
+  launch(general_backward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, cold, scratch,
+         out);
+}
+
+// The two entries. The problem is not empty; every tensor is contiguous and on the current device.
+template <typename Allocate>
+void forward(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
+  if (fits_registers(p))
+    with_layout(p, [&](auto layout) { decltype(layout)::forward(p, out, stream); });
+  else if (p.element == Element::f64)
+    forward_any_size<double>(p, out, stream, allocate);
+  else
+    forward_any_size<float>(p, out, stream, allocate);
+}
+
+template <typename Allocate>
+void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+  if (fits_registers(p))
+    with_layout(p, [&](auto layout) { decltype(layout)::backward(p, out, stream, allocate); });
+  else if (p.element == Element::f64)
+    backward_any_size<double>(p, out, stream, allocate);
+  else
+    backward_any_size<float>(p, out, stream, allocate);
+}
+
+}  // namespace dmm::cuda::prices
