@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 REFINEMENTS = ("none", "light")
+LAYERS = ("dykstra", "prices")
 DYKSTRA = ("reset", "carry")
 
 
@@ -15,7 +16,9 @@ class Config:
 
     Features: `backbone` is any timm model with four feature levels (`features_only`), or "none". Frames are resized to
     `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`.
-    Matching: `iou_weight` is lambda of Eq. 1; `n_grad`, `n_proj`, `lr`, `dykstra` are the layer's (Algorithm 1).
+    Matching: `iou_weight` is lambda of Eq. 1. `layer` "dykstra" is the paper's (`dmm_fast.match`, Algorithm 1), with its
+    `n_grad`, `n_proj`, `lr` and `dykstra`; "prices" (`dmm_fast.match_prices`, docs/variants.md) takes the first three and
+    decides like the Hungarian method, for networks that are not trained through it.
     Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.
@@ -26,6 +29,7 @@ class Config:
     input_size: tuple[int, int] | None = None
     short_side: int | None = None
     iou_weight: float = 1.0
+    layer: str = "dykstra"
     n_grad: int = 40
     n_proj: int = 5
     lr: float = 0.1
@@ -52,6 +56,7 @@ class Config:
         require(self.n_grad >= 1, "n_grad", "at least 1")
         require(self.n_proj >= 1, "n_proj", "at least 1")
         require(self.lr > 0.0, "lr", "positive")
+        require(self.layer in LAYERS, "layer", f"one of {LAYERS}")
         require(self.dykstra in DYKSTRA, "dykstra", f"one of {DYKSTRA}")
         require(self.top >= 1, "top", "at least 1")
         require(0.0 <= self.min_iou < 1.0, "min_iou", "in [0, 1)")
@@ -81,8 +86,8 @@ class Config:
 
 # Section 4.1. DMM-Net is ResNet-50, DMM-Net+ ResNet-101: `Config.preset("youtube-vos", backbone="resnet101")`.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Not the paper's: near convergence the layer decides like the Hungarian method, and still takes 0.2 ms on a CPU.
-    "iou": {"n_grad": 200, "n_proj": 20},
+    # Not the paper's: with nothing to train, decide like the Hungarian method.
+    "iou": {"layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0},
     "youtube-vos": {"backbone": "resnet50", "input_size": (255, 448), "iou_weight": 0.3},
     "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3},
     "segtrack": {"backbone": "resnet50", "short_side": 800, "iou_weight": 0.9},

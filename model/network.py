@@ -56,6 +56,7 @@ class DMMNet(nn.Module):
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
         self.short_side = config.short_side or 0
         self.iou_weight = config.iou_weight
+        self.prices = config.layer == "prices"
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, config.lr
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
@@ -130,7 +131,7 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def match(self, cost: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-        """Algorithm 1 on the valid rows and real proposals of cost [N, M].
+        """The matching layer on the valid rows and real proposals of cost [N, M].
 
         With fewer proposals than objects the problem is infeasible, so empty proposals (cost 0) are appended first;
         for static shapes there are always N of them, counted only where needed. Returns X [N, M + N], where the last
@@ -140,11 +141,14 @@ class DMMNet(nn.Module):
         n, m = valid.sum(), real.sum()
         padded = F.pad(torch.where(real, cost, 0.0), [0, cost.size(0)])  # [N, M + N]
         order = torch.argsort(valid.to(torch.uint8), descending=True, stable=True)  # valid rows first
-        matched = torch.ops.dmm.match(
-            padded[order][None], None, n[None], torch.maximum(m, n)[None], None,
-            n_grad=self.n_grad, n_proj=self.n_proj, lr=self.lr, carry=self.carry,
-        )
-        return matched[0][torch.argsort(order)]
+        problem, rows, columns = padded[order][None], n[None], torch.maximum(m, n)[None]
+        if self.prices:
+            x = torch.ops.dmm.match_prices(problem, rows, columns, None, self.n_grad, self.n_proj, self.lr)
+        else:
+            x = torch.ops.dmm.match(
+                problem, None, rows, columns, None, self.n_grad, self.n_proj, self.lr, self.carry
+            )
+        return x[0][torch.argsort(order)]
 
     @torch.jit.export
     def decide(

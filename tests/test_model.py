@@ -28,6 +28,7 @@ SIZE = (60, 90)
 SMALL = {"backbone": "test_resnet", "input_size": (64, 96), "iou_weight": 0.3}
 CONFIGS = {
     "iou": Config(),
+    "prices": Config.preset("iou"),
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light", hidden=16),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
@@ -363,9 +364,10 @@ def test_export_with_every_size_open(scene, name):
 def test_presets_carry_the_papers_numbers():
     for name in PRESETS:
         config = Config.preset(name)
-        assert Config.from_dict(config.to_dict()) == config and config.top == 50 and config.lr == 0.1
+        assert Config.from_dict(config.to_dict()) == config and config.top == 50
         if name != "iou":
-            assert (config.n_grad, config.n_proj, config.backbone) == (40, 5, "resnet50")
+            assert (config.layer, config.n_grad, config.n_proj, config.lr) == ("dykstra", 40, 5, 0.1)
+            assert config.backbone == "resnet50"
     assert Config.preset("youtube-vos").input_size == (255, 448) and Config.preset("youtube-vos").iou_weight == 0.3
     assert Config.preset("davis").short_side == 480 and Config.preset("davis").iou_weight == 0.3
     assert Config.preset("segtrack").short_side == 800 and Config.preset("segtrack").iou_weight == 0.9
