@@ -15,9 +15,6 @@ _in_functorch = torch._C._are_functorch_transforms_active
 _in_autocast = torch.is_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 
-BACKENDS = ("auto", "native", "triton", "reference")
-
-
 class Layer:
     """``dmm::<name>``, made differentiable once; call it with the tuple of the op's arguments.
 
@@ -44,14 +41,6 @@ class Layer:
                 if args[i] is not None and args[i].requires_grad:
                     return self._function[_in_functorch()].apply(*args)
         return _call(self.op, args)
-
-    def check_backend(self, cost: Tensor, backend: str) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"{self.name}: backend must be one of {BACKENDS}, got {backend!r}")
-        if backend == "native" and cost.is_cuda and _library.CUDA_MISSING is not None:
-            raise RuntimeError(
-                f"{self.name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}"
-            )
 
     def _setup_context(self, ctx, inputs, output):
         tensors = len(self.item_dims)

@@ -6,11 +6,13 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent / "lib"
+BACKENDS = ("auto", "native", "triton", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -57,6 +59,16 @@ def load_cuda() -> str | None:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+def check_backend(name: str, tensor: torch.Tensor, backend: str) -> None:
+    """A backend that does not exist, or can't serve this tensor, is an error with words."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "native" and tensor.is_cuda and CUDA_MISSING is not None:
+        raise RuntimeError(f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {CUDA_MISSING}")
+    if backend == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{name}: backend='triton' takes CUDA tensors, got one on {tensor.device}")
 
 
 def let_triton_serve(*ops: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from . import _library, reference
 from ._layer import Layer
 
 _match = Layer("match", item_dims=(2, 2, 0, 0, 0), differentiable=(0, 1, 4))
@@ -69,7 +69,7 @@ def match(
     rate = 0.0 if lr_tensor is not None else lr
     args = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, dykstra == "carry", output == "last")
     if backend != "auto":
-        _match.check_backend(cost, backend)
+        _library.check_backend("match", cost, backend)
         if backend == "triton":
             from .kernels.match import match as match_triton
 
@@ -124,7 +124,7 @@ def match_prices(
     rate = 0.0 if lr_tensor is not None else lr
     args = (cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, output == "last")
     if backend != "auto":
-        _match_prices.check_backend(cost, backend)
+        _library.check_backend("match_prices", cost, backend)
         if backend == "triton":
             from .kernels.match_prices import match_prices as match_prices_triton
 

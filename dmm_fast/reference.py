@@ -9,6 +9,7 @@ same shape.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DYKSTRA = ("reset", "carry", "released")
@@ -124,7 +125,7 @@ def _stack_problems(cost: Tensor, lr, num_templates: Tensor | None, num_proposal
             results.append(torch.zeros_like(batched[b]) + c.sum())  # 0, still attached to the graph
         else:
             x = solve(b, c, steps[b])
-            results.append(torch.nn.functional.pad(x, (0, M - columns[b], 0, N - rows[b])))
+            results.append(F.pad(x, (0, M - columns[b], 0, N - rows[b])))
     return torch.stack(results).reshape(cost.shape) if B else batched.clone().reshape(cost.shape)
 
 
@@ -232,10 +233,13 @@ def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: 
 
 
 def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
-    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment`` (on the host). 0/1, no gradient."""
+    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment`` (on the host). 0/1, no gradient; a problem with a
+    non-finite cost is NaN throughout."""
     from scipy.optimize import linear_sum_assignment
 
     def solve(c: Tensor) -> Tensor:
+        if not c.isfinite().all():
+            return torch.full_like(c, torch.nan)
         x = torch.zeros_like(c)
         i, j = linear_sum_assignment(c.detach().double().cpu().numpy())
         x[i, j] = 1
@@ -282,25 +286,28 @@ def mask_confident(assignment: Tensor) -> Tensor:
 def assign(
     assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None
 ) -> Tensor:
-    """Round X to a decision: for each template the proposal that the Hungarian method picks on -X, or -1 where none is left.
+    """Round X to a decision: for each template the proposal that the Hungarian method picks on -X; -1 where X is 0 there, where
+    none is left, beyond ``num_templates``, and throughout a problem that is not finite.
 
     ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
     """
     x = hungarian(-assignment, num_templates=num_templates, num_proposals=num_proposals)
     if x.shape[-1] == 0:
         return torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device)
-    return torch.where(x.amax(-1) > 0, x.argmax(-1), -1)
+    return torch.where((x * assignment).amax(-1) > 0, x.argmax(-1), -1)
 
 
-def feasibility(assignment: Tensor) -> dict[str, Tensor]:
-    """How far X is from the constraints of Eq. 3, per problem: ``rows`` max |row sum - 1|, ``columns`` max(column sum - 1, 0),
-    ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them to 1e-3. Padded rows count as they stand.
+def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:
+    """How far X is from the constraints of Eq. 3, per problem, ``[]`` or ``[B]``: ``rows`` max |row sum - 1| over the templates
+    there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them
+    to 1e-3.
     """
-    return {
-        "rows": (assignment.sum(-1) - 1).abs().amax(-1),
-        "columns": (assignment.sum(-2) - 1).clamp(min=0).amax(-1),
-        "sign": (-assignment).clamp(min=0).amax((-2, -1)),
-    }
+    rows = (assignment.sum(-1) - 1).abs()  # [B, N]
+    if num_templates is not None:
+        rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < num_templates[:, None], 0)
+    columns = (assignment.sum(-2) - 1).clamp(min=0)  # [B, M]
+    signs = (-assignment).clamp(min=0).flatten(-2)  # [B, N * M]
+    return {name: F.pad(value, (0, 1)).amax(-1) for name, value in (("rows", rows), ("columns", columns), ("sign", signs))}
 
 
 # ---- the steps around the layer (dmm_fast.vision) ----------------------------------------------------------------------

@@ -330,9 +330,9 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
             ids, stack = list(range(1, tensor.size(0) + 1)), tensor
         else:
             raise ValueError(f"Segmenter: masks [N, H, W] must be bool, got {tensor.dtype}")
-    wrong = [i for i in ids if not 1 <= i <= 255]
+    wrong = [i for i in ids if not 1 <= i <= 254]  # 255 is void
     if wrong:
-        raise ValueError(f"Segmenter: object ids must be in 1..255, got {wrong}")
+        raise ValueError(f"Segmenter: object ids must be in 1..254 (255 means void), got {wrong}")
     empty = [i for i, filled in zip(ids, stack.flatten(1).any(1).tolist()) if not filled]
     if empty:
         raise ValueError(f"Segmenter: the masks of objects {empty} are empty")

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from . import _library, reference
 
-BACKENDS = ("auto", "native", "triton", "reference")
-
 _library.let_triton_serve("mask_iou")
 _library.let_triton_serve("paste_combine", "paste_combine_backward")
 
@@ -34,7 +32,7 @@ def mask_iou(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit. ValueError: an unknown backend.
     """
-    backend = _pick("mask_iou", backend, a)
+    _library.check_backend("mask_iou", a, backend)
     if backend == "reference":
         return reference.mask_iou(a, b)
     if backend == "triton":
@@ -69,7 +67,7 @@ def paste_combine(
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit. ValueError: an unknown backend.
     """
-    backend = _pick("paste_combine", backend, assignment)
+    _library.check_backend("paste_combine", assignment, backend)
     if backend == "reference":
         return reference.paste_combine(assignment, masks, boxes, size)
     if backend == "triton":
@@ -77,14 +75,6 @@ def paste_combine(
 
         return paste_combine_triton(assignment, masks, boxes, size[0], size[1])
     return torch.ops.dmm.paste_combine(assignment, masks, boxes, size[0], size[1])
-
-
-def _pick(name: str, backend: str, tensor: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "native" and tensor.is_cuda and _library.CUDA_MISSING is not None:
-        raise RuntimeError(f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {_library.CUDA_MISSING}")
-    return backend
 
 
 # ---- what torch needs to know ----

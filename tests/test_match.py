@@ -466,3 +466,43 @@ def test_reference_backend_is_the_reference():
     for dykstra, output in itertools.product(reference.DYKSTRA, reference.OUTPUT):
         options = dict(n_grad=5, dykstra=dykstra, output=output)
         assert torch.equal(dmm_fast.match(COST, backend="reference", **options), reference.match(COST, **options))
+
+
+# ---- around the layer ----
+
+
+def test_assign_and_feasibility_know_what_is_there():
+    counts = dict(num_templates=torch.tensor([2, 3, 3]), num_proposals=torch.tensor([4, 1, 4]))
+    cost = torch.rand(3, 3, 4)
+    cost[2, 0, 0] = torch.nan
+    x = dmm_fast.match(cost, **counts, n_grad=400, n_proj=50)
+    choice = dmm_fast.assign(x, **counts)
+    assert choice[0, 2] == -1 and len(set(choice[0, :2].tolist())) == 2  # no third template; one proposal each
+    assert sorted(choice[1].tolist()) == [-1, -1, 0]  # one proposal for three
+    assert choice[2].eq(-1).all()  # not finite, and alone in that
+    residual = dmm_fast.feasibility(x, num_templates=counts["num_templates"])
+    assert residual["rows"][0] < 0.05 and residual["columns"].shape == (3,) and residual["sign"][0] == 0
+    assert dmm_fast.feasibility(torch.zeros(0, 4))["rows"] == 0
+
+
+def test_peers_solve_what_they_should():
+    from itertools import permutations
+
+    torch.manual_seed(0)
+    cost = torch.rand(20, 3, 5, dtype=torch.float64)
+    best = torch.stack([cost[:, range(3), list(p)].sum(1) for p in permutations(range(5), 3)]).amin(0)  # [B]
+    for solve, optimal in ((dmm_fast.hungarian, True), (dmm_fast.greedy, False)):
+        x = solve(cost)
+        assert x.sum(2).eq(1).all() and x.sum(1).le(1).all()
+        gap = (x * cost).sum((1, 2)) - best
+        assert gap.min() > -1e-12 and (gap.max() < 1e-12) == optimal
+    soft = dmm_fast.sinkhorn(cost)
+    assert (soft.sum(1) <= 1 + 1e-9).all() and ((soft * cost).sum((1, 2)) - best).min() > -0.05
+    kept = dmm_fast.mask_confident(soft)
+    assert torch.equal((kept > 0).sum(2), torch.ones(20, 3, dtype=torch.int64)) and torch.equal(kept.amax(2), soft.amax(2))
+
+
+def test_triton_says_what_it_takes(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='triton' takes CUDA tensors"):
+        dmm_fast.match(COST, backend="triton")

@@ -259,7 +259,7 @@ def test_a_bad_step_loses_nothing(image, some, message):
         (truth(0).astype(np.int64), "an id map must be uint8"),
         (np.ones((2, *SIZE), np.uint8), "must be bool"),
         (np.zeros((2, *SIZE), bool), r"objects \[1, 2\] are empty"),
-        ({0: truth(0) == 3}, r"ids must be in 1..255, got \[0\]"),
+        ({0: truth(0) == 3}, r"ids must be in 1..254 \(255 means void\), got \[0\]"),
         ({1: truth(0)}, "masks by id must be bool"),
     ],
 )

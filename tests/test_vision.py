@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dmm_fast
-from dmm_fast import reference, vision
+from dmm_fast import _library, reference, vision
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -366,7 +366,7 @@ def test_cuda_graph():
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("backend", vision.BACKENDS)
+@pytest.mark.parametrize("backend", _library.BACKENDS)
 def test_backends_agree(backend):
     if backend == "triton" and not torch.cuda.is_available():
         pytest.skip("no GPU: tests/test_vision_triton.py runs the kernels in Triton's interpreter")
