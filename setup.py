@@ -6,6 +6,7 @@ where nvcc is found and the torch at hand is a CUDA build. DMM_CUDA_ARCHITECTURE
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,11 @@ def find_nvcc():
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     candidates += [Path(p) for p in [shutil.which("nvcc")] if p] + [Path("/usr/local/cuda/bin/nvcc")]
     return next((str(p) for p in candidates if p.exists()), None)
+
+
+def nvcc_release():
+    text = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
 
 
 def cuda_decision(torch):
@@ -71,7 +77,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
         if not with_cuda:
             (target / "libdmm_cuda.so").unlink(missing_ok=True)
-        facts = {"torch": torch.__version__, "cuda": torch.version.cuda if with_cuda else None, "cuda_decision": why}
+        facts = {"torch": torch.__version__, "nvcc": nvcc_release() if with_cuda else None, "cuda_decision": why}
         (target / "build.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def get_outputs(self):

@@ -156,6 +156,11 @@ def compiled_step(n_proj: int, lr: float) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(outer_step, fullgraph=True)
 
 
+def prices(case: Case) -> Solve:
+    """Newton prices at their defaults: another answer, decided better, from fewer rounds."""
+    return dmm_fast.match_prices
+
+
 def sinkhorn(case: Case) -> Solve:
     return functools.partial(reference.sinkhorn, rounds=50)
 
@@ -235,6 +240,32 @@ def bench_cpu(benchmark, case):
     core.record(benchmark, times["ours"], row)
 
 
+@pytest.mark.benchmark(group="match, CPU")
+@pytest.mark.parametrize("batch", [1, 1024])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def bench_prices_cpu(benchmark, batch, backward):
+    """match_prices, which decides better (docs/variants.md), at its defaults; its peer is match at its own."""
+    case = Case(batch, backward=backward)
+    exact = reference.match_prices(known_problems(case.n, case.m)[0].double())
+    with core.one_thread():
+        part = prices(case)(case.inputs()[0])[: case.known].double()
+        assert (part - exact[: case.known]).abs().amax() < 1e-4, "X differs from the reference"
+        functions = {"ours": case.call(prices(case)), "match": case.call(ours(case))}
+        times = core.compare(functions, core.cpu_time, rounds=5)
+    median = core.medians(times)
+    row = {
+        "case": f"match_prices {case.n}x{case.m} 40x1 B={batch} {'forward+backward' if backward else 'forward'}",
+        "machine": core.machine("cpu"),
+        "us per problem": median["ours"] / batch * 1e6,
+        "peer": "match 40x5",
+        "peer us per problem": median["match"] / batch * 1e6,
+        "ratio": median["match"] / median["ours"],
+        "limit us per problem": None,
+        "share of limit": None,
+    }
+    core.record(benchmark, times["ours"], row)
+
+
 # ---- GPU ----
 
 PEERS: dict[str, Callable[[Case], Solve]] = {
@@ -243,6 +274,7 @@ PEERS: dict[str, Callable[[Case], Solve]] = {
     "batched eager, graph": batched,
     "compiled": compiled,
     "compiled, graph": compiled,
+    "match_prices": prices,
     "sinkhorn": sinkhorn,
     "linear assignment": linear_assignment,
     "triton": functools.partial(ours, backend="triton"),
@@ -257,7 +289,7 @@ def why_not(name: str, case: Case) -> str | None:
         return "has no gradient"
     if name == "linear assignment" and importlib.util.find_spec("torch_linear_assignment") is None:
         return "torch-linear-assignment is not installed"
-    if name in ("sinkhorn", "linear assignment", "triton"):
+    if name in ("match_prices", "sinkhorn", "linear assignment", "triton"):
         return None
     if case.n_grad > 40 and name not in ("Listing 1", "batched eager"):
         return "400x50 would be a graph of 280,000 kernels"

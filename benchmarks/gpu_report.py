@@ -23,7 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # core and bench_match, also under PYTHONSAFEPATH
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_match.py", "tests/test_match_triton.py", "tests/test_vision.py", "tests/test_vision_triton.py"]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("match", "match_triton", "match_prices", "match_prices_triton", "vision", "vision_triton")
+]
 
 
 # ---- stages, each a process of its own ----
@@ -151,6 +154,10 @@ def sanitize() -> None:
         cost, init = random(*shape, dtype=dtype).requires_grad_(), random(*shape, dtype=dtype).requires_grad_()
         x = dmm_fast.match(cost, init, **{"n_grad": 2, "n_proj": 3, **options})
         torch.autograd.grad(x, (cost, init), random(*shape, dtype=dtype))
+    for shape, options in (((3, 5, 50), {}), ((3, 16, 128), {}), ((2, 20, 200), {}), ((2, 5, 50), dict(n_grad=2000))):
+        for output in ("last", "average"):
+            cost = random(*shape).requires_grad_()
+            torch.autograd.grad(dmm_fast.match_prices(cost, output=output, **options), cost, random(*shape))
     masks = [(torch.rand(count, 37, 53) < 0.5).cuda() for count in (4, 7)]
     dmm_fast.mask_iou(*masks)
     boxes = torch.tensor([[2.0, 3, 30, 31], [-5, -5, 60, 40], [10, 10, 10, 20]]).cuda()
@@ -177,7 +184,8 @@ def plan(quick: bool) -> Iterator[tuple[str, list, list[str]]]:
         ]
 
     study = dict(n_grad=400, n_proj=50)
-    eager = ["Listing 1", "batched eager", "batched eager, graph", "sinkhorn", "linear assignment", "triton"]
+    eager = ["Listing 1", "batched eager", "batched eager, graph", "match_prices", "sinkhorn"]
+    eager += ["linear assignment", "triton"]
     others = [shape for shape in SHAPES if shape != (5, 50)]
     yield "5x50, 40x5", cases([(5, 50)], BATCHES), eager
     if quick:

@@ -59,7 +59,7 @@ def build_info() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "built against torch": built.get("torch"),
-        "CUDA library": _library.CUDA_MISSING or f"loaded, built with CUDA {built.get('cuda')}",
+        "CUDA library": _library.CUDA_MISSING or f"loaded, built with nvcc {built.get('nvcc')}",
         "GPUs": gpus,
         "backends": backends,
         "optional packages": optional,

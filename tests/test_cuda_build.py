@@ -17,7 +17,7 @@ ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], str]:
     """ptxas' report by (kernel, architecture); the newest where something was compiled twice."""
-    if not LOG.exists() or not _library.built_facts().get("cuda"):
+    if not LOG.exists() or not _library.built_facts().get("nvcc"):
         pytest.skip("the CUDA kernels were not built here (no nvcc, or a torch without CUDA)")
     report = re.compile(r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?\n.*?Function properties.*?\n(.*?)\n")
     return {(name, architecture): properties for name, architecture, properties in report.findall(LOG.read_text())}
