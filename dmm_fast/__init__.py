@@ -24,7 +24,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "paste_combine", "sinkhorn", *_LAZY,
+    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices",
+    "paste_combine", "sinkhorn", *_LAZY,
 ]  # fmt: skip
 
 

@@ -299,8 +299,8 @@ def assign(
 
 def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:
     """How far X is from the constraints of Eq. 3, per problem, ``[]`` or ``[B]``: ``rows`` max |row sum - 1| over the templates
-    there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them
-    to 1e-3.
+    there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings
+    them to 1e-3.
     """
     rows = (assignment.sum(-1) - 1).abs()  # [B, N]
     if num_templates is not None:

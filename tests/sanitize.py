@@ -19,6 +19,8 @@ BUILD = ROOT / "build" / "sanitize"
 def build() -> Path:
     import torch
 
+    # pip's cmake sits beside the interpreter, which need not be on PATH
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     configure = ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=Release", "-DDMM_SANITIZE=ON"]
     subprocess.run([*configure, f"-DTORCH_DIR={Path(torch.__file__).parent}"], check=True)
     subprocess.run(["cmake", "--build", BUILD, "--parallel", "2"], check=True)

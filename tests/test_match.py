@@ -253,7 +253,8 @@ for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
             a, b = torch.autograd.grad(x, cost, g)[0], torch.autograd.grad(y, cost, g)[0]
             assert (a - b).abs().max() < 1e-9, shape
 """
-    result = subprocess.run([sys.executable, "-c", code], env={"DMM_CPU_CAPABILITY": capability}, capture_output=True, text=True)
+    environment = {"DMM_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -402,7 +403,8 @@ def test_vmap_over_the_batch():
     expected = dmm_fast.match(cost).reshape(2, 3, 4, 9)
     torch.testing.assert_close(torch.func.vmap(torch.func.vmap(dmm_fast.match))(twice), expected)
     torch.testing.assert_close(torch.func.vmap(dmm_fast.match, in_dims=1, out_dims=1)(twice), expected)  # batches inside
-    torch.testing.assert_close(torch.func.vmap(dmm_fast.match, in_dims=3, out_dims=3)(twice.movedim(0, 3)).movedim(3, 0), expected)
+    last = torch.func.vmap(dmm_fast.match, in_dims=3, out_dims=3)(twice.movedim(0, 3))
+    torch.testing.assert_close(last.movedim(3, 0), expected)
 
 
 def test_per_sample_gradients():

@@ -300,7 +300,9 @@ def test_gradcheck(output, device):
     counts = torch.tensor([3, 2, 3], device=device), torch.tensor([5, 5, 4], device=device)
 
     def layer(c, a):
-        return dmm_fast.match_prices(c, lr=a, n_grad=3, n_proj=2, output=output, num_templates=counts[0], num_proposals=counts[1])
+        return dmm_fast.match_prices(
+            c, lr=a, n_grad=3, n_proj=2, output=output, num_templates=counts[0], num_proposals=counts[1]
+        )
 
     assert torch.autograd.gradcheck(layer, (cost, lr))
 
@@ -403,22 +405,23 @@ def test_vmap_and_per_sample_gradients():
 
 # ---- bad input: an error with words ----
 
+layer = dmm_fast.match_prices
 COST = torch.rand(2, 3, 4)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: dmm_fast.match_prices(torch.rand(4)), r"dmm::match_prices: cost must have shape \[B, N, M\] or \[N, M\], got \[4\]"),
-        (lambda: dmm_fast.match_prices(COST.int()), r"cost must be float32, float64, float16 or bfloat16, got Int"),
-        (lambda: dmm_fast.match_prices(COST, num_templates=torch.tensor([1, 9])), r"num_templates must be in \[0, 3\], got 9 at 1"),
-        (lambda: dmm_fast.match_prices(COST, num_proposals=torch.tensor([1])), r"num_proposals must have shape \[2\], got \[1\]"),
-        (lambda: dmm_fast.match_prices(COST, lr=torch.tensor([0.1])), r"lr_tensor must have shape \[\] or \[2\], got \[1\]"),
-        (lambda: dmm_fast.match_prices(COST, lr=torch.tensor(0.1, dtype=torch.float64)), r"lr_tensor must be Float, got Double"),
-        (lambda: dmm_fast.match_prices(COST, lr=0.0), r"dmm::match_prices: lr must be positive, got 0"),
-        (lambda: dmm_fast.match_prices(COST, lr=-2.0), r"lr must be positive, got -2"),
-        (lambda: dmm_fast.match_prices(COST, n_grad=0), r"n_grad must be at least 1, got 0"),
-        (lambda: dmm_fast.match_prices(COST, n_proj=0), r"n_proj must be at least 1, got 0"),
+        (lambda: layer(torch.rand(4)), r"dmm::match_prices: cost must have shape \[B, N, M\] or \[N, M\], got \[4\]"),
+        (lambda: layer(COST.int()), r"cost must be float32, float64, float16 or bfloat16, got Int"),
+        (lambda: layer(COST, num_templates=torch.tensor([1, 9])), r"num_templates must be in \[0, 3\], got 9 at 1"),
+        (lambda: layer(COST, num_proposals=torch.tensor([1])), r"num_proposals must have shape \[2\], got \[1\]"),
+        (lambda: layer(COST, lr=torch.tensor([0.1])), r"lr_tensor must have shape \[\] or \[2\], got \[1\]"),
+        (lambda: layer(COST, lr=torch.tensor(0.1, dtype=torch.float64)), r"lr_tensor must be Float, got Double"),
+        (lambda: layer(COST, lr=0.0), r"dmm::match_prices: lr must be positive, got 0"),
+        (lambda: layer(COST, lr=-2.0), r"lr must be positive, got -2"),
+        (lambda: layer(COST, n_grad=0), r"n_grad must be at least 1, got 0"),
+        (lambda: layer(COST, n_proj=0), r"n_proj must be at least 1, got 0"),
         (lambda: torch.ops.dmm.match_prices_backward(COST[0], COST, None, None, None, n_grad=1, n_proj=1, lr=1.0, last=True),
          r"dmm::match_prices_backward: grad must have the shape"),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dmm_fast
-from dmm_fast import _library, reference, vision
+from dmm_fast import _library, reference
 
 CPU = torch.device("cpu")
 DEVICES = [
