@@ -342,31 +342,36 @@ def _match_backward(
     return grad_cost, grad_init, grad_lr
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+def make_differentiable(op, backward_op, name: str, tensors: int, differentiable: tuple[int, ...]) -> None:
+    """Give ``op`` the gradient that ``backward_op(grad, *args of op)`` computes, once.
+
+    The first ``tensors`` arguments are tensors or None; ``backward_op`` returns the gradients of those in ``differentiable``,
+    one number per problem for the step size (summed if it is a single one).
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def backward(ctx, grad: Tensor) -> tuple:
+        saved = ctx.saved_tensors
+        grads = [None] * (tensors + len(ctx.options))
+        for i, g in zip(differentiable, backward_op(grad, *saved, *ctx.options), strict=True):
+            if saved[i] is not None:
+                grads[i] = g.sum() if saved[i].dim() == 0 else g
+        return tuple(grads)
+
+    def no_double_backward(ctx, *grads):
+        raise RuntimeError(
+            f"dmm::{name}_backward: the matching layer is differentiable once; a gradient of its gradient "
+            f"(create_graph=True) is not available. Use dmm_fast.{name}(..., backend='reference') for that."
+        )
+
+    op.register_autograd(backward, setup_context=setup_context)
+    backward_op.register_autograd(no_double_backward)
 
 
-def _backward(ctx, grad: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    grad_cost, grad_init, grad_lr = _match_backward(grad, *saved, *ctx.options)
-    init, lr_tensor = saved[1], saved[4]
-    if lr_tensor is None:
-        grad_lr = None
-    elif lr_tensor.dim() == 0:
-        grad_lr = grad_lr.sum()
-    return grad_cost, None if init is None else grad_init, None, None, grad_lr, None, None, None, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "dmm::match_backward: the matching layer is differentiable once; a gradient of its gradient "
-        "(create_graph=True) is not available. Use dmm_fast.match(..., backend='reference') for that."
-    )
-
-
-_match.register_autograd(_backward, setup_context=_setup_context)
-_match_backward.register_autograd(_no_double_backward)
+make_differentiable(_match, _match_backward, "match", tensors=5, differentiable=(0, 1, 4))
 
 
 def match(

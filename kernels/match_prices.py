@@ -222,31 +222,9 @@ def _match_prices_backward(
     return grad_cost, grad_lr
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _backward(ctx, grad: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    grad_cost, grad_lr = _match_prices_backward(grad, *saved, *ctx.options)
-    lr_tensor = saved[3]
-    if lr_tensor is None:
-        grad_lr = None
-    elif lr_tensor.dim() == 0:
-        grad_lr = grad_lr.sum()
-    return grad_cost, None, None, grad_lr, None, None, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "dmm::match_prices_backward: the matching layer is differentiable once; a gradient of its gradient "
-        "(create_graph=True) is not available. Use dmm_fast.match_prices(..., backend='reference') for that."
-    )
-
-
-_match_prices.register_autograd(_backward, setup_context=_setup_context)
-_match_prices_backward.register_autograd(_no_double_backward)
+_match_kernels.make_differentiable(
+    _match_prices, _match_prices_backward, "match_prices", tensors=4, differentiable=(0, 3)
+)
 
 
 def match_prices(

@@ -11,8 +11,8 @@ namespace dmm::cuda {
 
 inline int64_t attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
-  check_cuda("dmm::match", cudaGetDevice(&device));
-  check_cuda("dmm::match", cudaDeviceGetAttribute(&value, which, device));
+  check_cuda("dmm: matching layer", cudaGetDevice(&device));
+  check_cuda("dmm: matching layer", cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 
@@ -22,9 +22,9 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int6
             cudaStream_t stream, Arguments... arguments) {
   constexpr int64_t kWithoutAsking = 48 << 10;
   if (own_bytes + shared_bytes > kWithoutAsking)
-    check_cuda("dmm::match", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check_cuda("dmm: matching layer", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(shared_bytes)));
-  launch_kernel("dmm::match", kernel, dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), shared_bytes,
+  launch_kernel("dmm: matching layer", kernel, dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), shared_bytes,
                 stream, arguments...);
 }
 
