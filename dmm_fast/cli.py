@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from dmm_fast.commands import Help, add_command, check_device, count, examples
 
 PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dmm-fast",
         description="Follow objects through a video, given their masks in the first frame (DMM-Net).",
-        epilog=_examples(
+        epilog=examples(
             ("dmm-fast demo", "see it work on a clip it makes itself, about half a minute"),
             ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from Mask R-CNN"),
             ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
@@ -54,18 +56,13 @@ def _parser() -> argparse.ArgumentParser:
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
             ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
         ),
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, _add_doctor):
         add(commands)
     return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=110)
 
 
 class _Version(argparse.Action):
@@ -81,23 +78,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _examples(*lines: tuple[str, str]) -> str:
-    return "examples:\n" + "\n".join(f"  {command}\n      {what}" for command, what in lines)
-
-
-def _add(
-    commands: Any, name: str, run: Callable, summary: str, text: str, *examples: tuple[str, str]
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=summary, description=text, epilog=_examples(*examples), formatter_class=_Help
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_segment(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "segment", _segment, "segment a video from its first masks",
         "Segment a video from its first masks.\n\n"
         "OUT receives one palette PNG per frame, contact-sheet.png and report.json (per frame and object: the matched\n"
@@ -158,7 +140,7 @@ def _add_detector_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_proposals(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "proposals", _proposals, "run Mask R-CNN on a video and keep its proposals in a file",
         "Run torchvision's Mask R-CNN on every frame and write its proposals as a COCO results file, so that the\n"
         "video can be segmented again and again without it. An interrupted run goes on when the same command is given\n"
@@ -168,10 +150,10 @@ def _add_proposals(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--top", type=_count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
+    parser.add_argument("--top", type=count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
     parser.add_argument(
         "--short-side",
-        type=_count,
+        type=count,
         default=800,
         metavar="PIXELS",
         help="the frame's short side in the detector (default: 800)",
@@ -185,7 +167,7 @@ def _add_proposals(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "evaluate", _evaluate, "score masks against ground truth: J and F",
         "Score masks against ground truth as the public evaluators do. --gt and --pred are two folders of PNGs of one\n"
         "sequence, or two folders of such folders.\n\n"
@@ -214,7 +196,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "demo", _demo, "make a clip, segment it, score it",
         "Make a clip of koi in a pond with exact masks and noisy proposals, segment it as `dmm-fast segment` would,\n"
         "score the result and draw it. Nothing is downloaded.",
@@ -225,7 +207,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="(default: demo)")
     parser.add_argument("--seed", type=int, default=7, help="which clip (default: 7)")
     parser.add_argument(
-        "--frames", type=partial(_count, least=3), default=60, metavar="N",
+        "--frames", type=partial(count, least=3), default=60, metavar="N",
         help="its length (default: 60; at least 3, as the first and the last frame are not scored)",
     )  # fmt: skip
     _add_model_options(parser)
@@ -233,28 +215,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    _add(
+    add_command(
         commands, "doctor", _doctor, "say what is installed, what is missing, and how to mend it",
         "Say which versions and backends are here and usable, which GPU, what is missing, and how to mend it.",
         ("dmm-fast doctor", "to be sent along with a bug report"),
     )  # fmt: skip
-
-
-def _count(text: str, least: int = 1) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-    return int(text)
-
-
-def _check_device(name: str) -> None:
-    """Tell in words, and before anything is read, that torch cannot use a device here."""
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({cause}); dmm-fast doctor tells more") from None
 
 
 # ------------------------------------------------------------------------------------------------------ what is done
@@ -263,7 +228,7 @@ def _check_device(name: str) -> None:
 def _segment(a: argparse.Namespace) -> int:
     from dmm_fast.segment import SHEET, Interrupted, segment
 
-    _check_device(a.device)
+    check_device(a.device)
     try:
         report = segment(
             a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
@@ -309,7 +274,7 @@ def _proposals(a: argparse.Namespace) -> int:
     from dmm_fast.proposals import CocoWriter, ProposalError, TorchvisionProposer
     from dmm_fast.video import open_frames, prefetch
 
-    _check_device(a.device)
+    check_device(a.device)
     frames = open_frames(a.frames)
     if Path(a.out).exists() and not a.overwrite:
         raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
@@ -351,7 +316,7 @@ def _demo(a: argparse.Namespace) -> int:
     from dmm_fast.demo import run_demo
     from dmm_fast.segment import SHEET
 
-    _check_device(a.device)
+    check_device(a.device)
     demo = run_demo(Path(a.out), seed=a.seed, frames=a.frames, progress=not a.quiet, **_model_options(a))
     files = {"masks": demo.folder / "*.png", "sheet": demo.folder / SHEET, "report": demo.folder / "report.json"}
     _summarise(demo.report, files)
