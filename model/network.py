@@ -94,7 +94,10 @@ class DMMNet(nn.Module):
     @torch.jit.export
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
         """The state after a frame with objects `masks` [N, H, W] bool in the slots `valid` [N]."""
-        features = self.encode(frame[None])
+        return self.begin(self.encode(frame[None]), masks, valid)
+
+    def begin(self, features: list[Tensor], masks: Tensor, valid: Tensor) -> State:
+        """`start` from the frame's features."""
         height, width = masks.size(1), masks.size(2)
         hidden: list[Tensor] = []
         if self.refinement is not None:
