@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import Help, add_command, check_device, count, examples
+from dmm_fast.commands import Help, add_command, check_device, count, examples, export
 
 PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, _add_doctor):
+    for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, export.add, _add_doctor):
         add(commands)
     return parser
 

@@ -1,0 +1,85 @@
+"""``dmm-fast export``: the step as files that run without this package, or without Python."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from . import add_command, check_device, count
+
+PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
+FORMATS = ("torchscript", "pt2", "onnx")
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "export", run, "write the step for programs without Python: TorchScript, .pt2, ONNX",
+        "Write start and step of the segmenter, with their weights, to a folder with a manifest.json that says what goes\n"
+        "in and out, which sizes may vary, and the checksum of every file.\n\n"
+        "torchscript  one file for C++ with libtorch; every size may vary; CPU and CUDA\n"
+        "pt2          compiled for this machine's kind of processor (AOTInductor), the fastest; the device is chosen now\n"
+        "onnx         for ONNX Runtime and its like, without torch; matching is a function a runtime may replace",
+        ("dmm-fast export --format torchscript --out exported", "matching on overlap alone, which needs no weights"),
+        ("dmm-fast export --format pt2 --preset youtube-vos --weights net.safetensors --out exported",
+         "compiled; objects, proposals and the frame's size may vary"),
+        ("dmm-fast export --format pt2 --height 480 --width 854 --objects 5 --proposals 50 --out exported",
+         "everything fixed: slots and proposals that are not in use are padding"),
+        ("dmm-fast export --format onnx --only match --out layer", "the matching layer alone, as a small file"),
+    )  # fmt: skip
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--preset", default="iou", choices=PRESETS,
+        help="iou: overlap alone, needs no weights (default); the others are the paper's settings",
+    )  # fmt: skip
+    model.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
+    model.add_argument("--weights", metavar="imagenet|FILE", help="for a backbone: ImageNet's, or a .safetensors file")
+    model.add_argument("--refine", metavar="KIND", help="mask refinement in place of the preset's: none, light, ..")
+    model.add_argument(
+        "--device", default="cpu", help="pt2: where it will run, cpu (default) or cuda; the other formats run on both"
+    )
+    sizes = parser.add_argument_group("sizes", "Where not given, a size may vary. TorchScript's always may.")
+    sizes.add_argument("--height", type=partial(count, least=32), metavar="H", help="of the frames, in pixels")
+    sizes.add_argument("--width", type=partial(count, least=32), metavar="W", help="of the frames, in pixels")
+    sizes.add_argument("--objects", type=count, metavar="N", help="object slots")
+    sizes.add_argument("--proposals", type=count, metavar="M", help="proposals per frame")
+    sizes.add_argument(
+        "--soft-masks", action="store_true",
+        help="proposals come as soft masks in their boxes, as from Mask R-CNN, not as masks of the frame's size",
+    )  # fmt: skip
+    sizes.add_argument("--only", choices=("match",), help="onnx: the matching layer alone, cost -> assignment")
+
+
+def run(a: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from dmm_fast.export import ExportError, Sizes, export
+    from dmm_fast.model import Config
+    from dmm_fast.segmenter import Segmenter
+
+    check_device(a.device)
+    sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
+    config = Config.preset(a.preset)
+    if a.backbone is not None:
+        config = replace(config, backbone=a.backbone)
+    net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
+    if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
+        raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
+    if a.only is not None and a.format != "onnx":
+        raise ExportError(f"export: --only is for --format onnx, got --format {a.format}")
+    options: dict[str, Any] = {} if a.format == "torchscript" else {"sizes": sizes, "soft": a.soft_masks}
+    if a.only is not None:
+        options = {"only": a.only}
+    manifest = export(a.format, net, a.out, overwrite=a.overwrite, **options)
+
+    files = {entry.file: entry.bytes for entry in manifest.files.values()}
+    for name, size in files.items():
+        print(f"{a.out}/{name}  {size / 1e6:.1f} MB")
+    ranges = ", ".join(f"{name} {low}..{high}" for name, (low, high) in manifest.dynamic.items())
+    print(f"sizes that may vary: {ranges or 'none'}")
+    for note in manifest.notes:
+        print(f"note: {note}")
+    return 0

@@ -1,0 +1,65 @@
+"""Exports of the whole step, for programs without Python: TorchScript, .pt2 (AOTInductor) and ONNX (docs/export.md).
+
+dmm_fast.export.export("torchscript", net, "out")      # files and out/manifest.json
+exported = dmm_fast.export.load("out")                 # checked, then start, step, add, drop as DMMNet has them
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from dmm_fast.model import DMMNet, digest
+
+from .loaded import Exported
+from .manifest import KINDS, NAME, ExportError, Manifest, Sizes, config_of, read, require_ops
+
+__all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "load", "read"]
+
+
+def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> Manifest:
+    """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
+
+    options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their
+    boxes), and the formats' own (see `dmm_fast.export.pt2` and `.onnx`). The manifest is written last: a folder without one is
+    no export. Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
+    """
+    from dataclasses import replace
+
+    if kind not in KINDS:
+        raise ExportError(f"export: format must be one of {KINDS}, got {kind!r}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / NAME).exists():
+        if not overwrite:
+            raise FileExistsError(f"{folder}: holds an export already; overwrite replaces it")
+        (folder / NAME).unlink()
+    training = net.training
+    try:
+        manifest = _format(kind).export(net.eval(), folder, **options)
+    finally:
+        net.train(training)
+    return replace(manifest, weights=digest(net)).write(folder)
+
+
+def load(folder: str | os.PathLike[str], device: str = "cpu") -> Exported:
+    """Check an exported folder and make it ready to run; nothing of it is opened before all of it is checked.
+
+    A checksum tells damage, not malice: a model.pt or .pt2 is a program, so load what you would also run.
+    Raises ExportError.
+    """
+    manifest = read(folder)
+    require_ops(manifest.ops, str(folder))
+    config_of(manifest)
+    absent = [name for name in ("start", "step") if name not in manifest.files]
+    if absent:
+        raise ExportError(f"{folder}: has no {' and no '.join(absent)}")
+    if manifest.device not in ("any", device.partition(":")[0]):
+        raise ExportError(f"{folder}: was exported for {manifest.device}, not for {device}")
+    return Exported(manifest, _format(manifest.kind).load(Path(folder), manifest, device))
+
+
+def _format(kind: str) -> Any:
+    return importlib.import_module(f"{__name__}.{kind}")

@@ -1,0 +1,69 @@
+"""An export at work in Python: the functions of `DMMNet`, whatever the format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmm_fast.model import Config, Output, Proposals, State
+from dmm_fast.model.network import absent
+from dmm_fast.model.state import empty_like, merge
+
+from .manifest import Manifest, config_of, flat, unflat
+
+# Runs one of the manifest's functions on its inputs, flat and in its order; returns its outputs likewise.
+Run = Callable[[str, list[Tensor]], list[Tensor]]
+
+
+class Exported:
+    """start, step, add and drop of an export, with `dmm_fast.model`'s tuples in and out, as `DMMNet` has them.
+
+    What goes in is checked against the manifest. Where the number of proposals is fixed, padding (score -inf) is appended; a
+    number of object slots that is fixed is the caller's to keep (`slots`): those not in use are not `valid`.
+    """
+
+    def __init__(self, manifest: Manifest, run: Run) -> None:
+        self.manifest = manifest
+        self.config: Config = config_of(manifest)
+        self._run = run
+        n = manifest.files["step"].inputs[1 + len(Proposals._fields)].shape[0]
+        self.slots: int | None = n if isinstance(n, int) else None  # objects, where their number is fixed
+
+    def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
+        return unflat(self._call("start", [frame, masks, valid]))
+
+    def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        results = self._call("step", [frame, *self._padded(proposals, state), *flat(state)])
+        count = len(Output._fields)
+        return Output(*results[:count]), unflat(results[count:])
+
+    def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
+        if "add" in self.manifest.files:
+            return unflat(self._call("add", [frame, masks, new, *flat(state)]))
+        return merge(new, state, self.start(frame, masks, new))
+
+    def drop(self, gone: Tensor, state: State) -> State:
+        if "drop" in self.manifest.files:
+            return unflat(self._call("drop", [gone, *flat(state)]))
+        return merge(gone, state, empty_like(state))
+
+    def _call(self, name: str, tensors: list[Tensor]) -> list[Tensor]:
+        self.manifest.check(name, tensors)
+        return self._run(name, tensors)
+
+    def _padded(self, proposals: Proposals, state: State) -> Proposals:
+        """The proposals, with as many of padding behind them as the manifest asks for."""
+        m = self.manifest.files["step"].inputs[2].shape[0]
+        least = m if isinstance(m, int) else self.manifest.dynamic[m][0]
+        missing = least - proposals.scores.numel()
+        if missing <= 0:
+            return proposals
+        masks = proposals.masks if proposals.scores.numel() else absent(state.masks).masks[:0]
+        return Proposals(
+            F.pad(proposals.boxes, [0, 0, 0, missing]),
+            F.pad(proposals.scores, [0, missing], value=float("-inf")),
+            torch.cat([masks, masks.new_zeros((missing, *masks.shape[1:]))]),
+        )

@@ -1,0 +1,323 @@
+"""Exports: parity with the network over real clips, and what is refused before it is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from dmm_fast.model import Config, DMMNet, Output, Proposals, State, digest
+from torch import Tensor
+
+from dmm_fast import cli
+from dmm_fast.export import ExportError, Sizes, export, load, read
+from dmm_fast.export.manifest import NAME, Example, flat
+
+SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
+CONFIGS = {
+    "iou": Config.preset("iou"),
+    "dykstra": Config(n_grad=10),
+    "features": Config(**SMALL),
+    "light": Config(**SMALL, refine="light", layer="prices", n_grad=80, n_proj=1, lr=5.0),
+}
+
+
+def make(name: str) -> DMMNet:
+    """The network with random weights, so lively that refinement changes masks."""
+    torch.manual_seed(0)
+    net = DMMNet(CONFIGS[name]).eval()
+    if net.refinement is not None:
+        torch.nn.init.normal_(net.refinement.head.weight, std=5.0)
+    return net
+
+
+# ---- real clips ----
+
+
+class Clip(NamedTuple):
+    frames: list[Tensor]  # each [3, H, W] uint8
+    masks: Tensor  # [N, H, W] bool, of the first frame
+    proposals: list[Proposals]
+
+
+def read_clip(data: Path, name: str, steps: int, shrink: int = 1) -> Clip:
+    """The first frames of a clip, its first masks and proposals; every `shrink`-th pixel of them."""
+    from dmm_fast.model.masks import mask_boxes
+
+    from dmm_fast.masks import read_ids
+    from dmm_fast.proposals import read_coco
+    from dmm_fast.video import open_frames
+
+    folder = data / "clips"
+    video = open_frames(folder / "JPEGImages" / name)
+    truth = folder / "Annotations" / name
+    truth = truth if truth.is_dir() else folder / "Annotations_union" / name
+    ids = torch.from_numpy(read_ids(truth / f"{video.stems[0]}.png"))[::shrink, ::shrink]
+    masks = torch.stack([ids == i for i in ids.unique() if i > 0])
+    file = read_coco(folder / "proposals" / f"{name}.json")
+    frames, proposals = [], []
+    for (stem, frame), _ in zip(video.read(), range(steps + 1)):
+        frames.append(torch.from_numpy(frame).permute(2, 0, 1)[:, ::shrink, ::shrink].contiguous())
+        found = file.frame(stem, video.size)
+        full = found.masks[:, ::shrink, ::shrink].contiguous()
+        proposals.append(Proposals(mask_boxes(full), found.scores, full))
+    return Clip(frames, masks, proposals)
+
+
+@pytest.fixture(scope="module", params=["rollerblade", "puma-chair"])
+def clip(request, data) -> Clip:
+    return read_clip(data, request.param, 30, shrink=2)
+
+
+def follow(net, clip: Clip, slots: int) -> tuple[list[Output], State]:
+    """All steps of a clip, its objects in the first of `slots` slots; in the middle one is added and dropped again."""
+    n = len(clip.masks)
+    masks = torch.zeros((slots, *clip.masks.shape[1:]), dtype=torch.bool)
+    masks[:n] = clip.masks
+    last = torch.arange(slots) == slots - 1
+    outputs = []
+    with torch.no_grad():
+        state = net.start(clip.frames[0], masks, torch.arange(slots) < n)
+        for t, (frame, proposals) in enumerate(zip(clip.frames[1:], clip.proposals[1:])):
+            output, state = net.step(frame, proposals, state)
+            outputs.append(output)
+            if t == 10:
+                extra = torch.zeros_like(masks)
+                extra[-1, 20:80, 30:90] = True
+                state = net.add(frame, extra, last, state)
+            if t == 20:
+                state = net.drop(last, state)
+    return outputs, state
+
+
+def agree(theirs: tuple[list[Output], State], ours: tuple[list[Output], State], tolerance: float = 1e-4) -> None:
+    """IoU of every object in every frame at least .999, and the same state within `tolerance`."""
+    for output, expected in zip(theirs[0], ours[0], strict=True):
+        for slot in range(1, len(expected.lost) + 1):
+            a, b = output.labels == slot, expected.labels == slot
+            assert (a & b).sum() >= 0.999 * (a | b).sum()
+        assert torch.equal(output.proposal, expected.proposal) and torch.equal(output.lost, expected.lost)
+        torch.testing.assert_close(output.score, expected.score, atol=tolerance, rtol=tolerance)
+    for tensor, expected in zip(flat(theirs[1]), flat(ours[1]), strict=True):
+        torch.testing.assert_close(tensor, expected, atol=tolerance, rtol=tolerance)
+
+
+def changes(outputs: list[Output]) -> int:
+    """Frames in which refinement changed a mask, which parity must not be blind to."""
+    return sum(not torch.equal(o.masks > 0.5, o.matched > 0.5) for o in outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torchscript_on_real_clips(name, clip, tmp_path):
+    net = make(name)
+    export("torchscript", net, tmp_path)
+    ours, theirs = follow(net, clip, 2), follow(load(tmp_path), clip, 2)
+    agree(theirs, ours)
+    assert sum(not o.lost[0] for o in ours[0]) > 10  # most of the matching is real
+    assert changes(ours[0]) > 10 if name == "light" else changes(ours[0]) == 0
+
+
+# ---- the manifest ----
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export("torchscript", make("light"), folder)
+    return folder
+
+
+def test_manifest_says_what_goes_in_and_out(exported):
+    net, manifest = make("light"), read(exported)
+    assert manifest.config == json.loads(json.dumps(net.config.to_dict())) and manifest.weights == digest(net)
+    assert manifest.kind == "torchscript" and manifest.files["step"].file == manifest.files["start"].file == "model.pt"
+    assert [(s.name, s.dtype, s.shape) for s in manifest.files["start"].inputs] == [
+        ("frame", "uint8", (3, "H", "W")), ("masks", "bool", ("N", "H", "W")), ("valid", "bool", ("N",)),
+    ]  # fmt: skip
+    names = [spec.name for spec in manifest.files["step"].inputs]
+    hidden = [f"state.hidden.{k}" for k in range(8)]
+    state = ["state.valid", "state.features", "state.templates", "state.masks", *hidden]
+    assert names == ["frame", "proposals.boxes", "proposals.scores", "proposals.masks", *state]
+    assert [spec.name for spec in manifest.state] == state
+    example = Example(net, Sizes(N=2, M=4, H=64, W=80))
+    with torch.no_grad():
+        output, after = net.step(example.frame, example.proposals, example.state)
+    sizes = manifest.check("step", [*output, *flat(after)], "outputs")
+    assert sizes == {"N": 2, "H": 64, "W": 80}
+
+
+def test_no_proposals_and_soft_masks(exported):
+    net, loaded = make("light"), load(exported)
+    example = Example(net, Sizes(N=2, M=4, H=64, W=80), soft=True)
+    for proposals in (example.proposals, Proposals(*(part[:0] for part in example.proposals))):
+        output, _ = loaded.step(example.frame, proposals, example.state)
+        with torch.no_grad():
+            expected, _ = net.step(example.frame, proposals, example.state)
+        assert torch.equal(output.masks, expected.masks)
+
+
+def test_wrong_tensors_are_named(exported):
+    loaded, example = load(exported), Example(make("light"), Sizes(N=2, M=4, H=64, W=80))
+    with pytest.raises(ExportError, match=r"start: valid must be bool \[N\], N = 2, got bool \[3\]"):
+        loaded.start(example.frame, example.objects, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ExportError, match=r"step: frame must be uint8 \[3, H, W\], got float32 \[3, 64, 80\]"):
+        loaded.step(example.frame.float(), example.proposals, example.state)
+    with pytest.raises(ExportError, match="step: takes 16 tensors, got 8"):
+        loaded.step(example.frame, example.proposals, example.state._replace(hidden=[]))
+    with pytest.raises(ExportError, match=r"with N in 1..255, got bool \[0, 64, 80\]"):
+        loaded.start(example.frame, example.objects[:0], example.valid[:0])
+
+
+def test_an_export_is_not_overwritten_by_accident(exported):
+    with pytest.raises(FileExistsError, match="holds an export already"):
+        export("torchscript", make("iou"), exported)
+    with pytest.raises(ExportError, match="format must be one of"):
+        export("pickle", make("iou"), exported)
+
+
+# ---- refusals: each case changes one thing of a good export ----
+
+
+def edit(folder: Path, change) -> None:
+    values = json.loads((folder / NAME).read_text())
+    change(values)
+    (folder / NAME).write_text(json.dumps(values))
+
+
+def step(values: dict) -> dict:
+    return values["files"]["step"]
+
+
+def all_files(**changes):
+    def change(values: dict) -> None:
+        for entry in values["files"].values():
+            entry.update(changes)
+
+    return change
+
+
+EDITS = {
+    "another format": (lambda v: v.update(format=2), "reads format 1, got 2"),
+    "no format": (lambda v: v.pop("format"), "'format' must be an int, got None"),
+    "a kind unknown": (lambda v: v.update(kind="pickle"), "'kind' must be one of"),
+    "parent folder": (all_files(file="../model.pt"), "'file' must be a plain name .* got '../model.pt'"),
+    "absolute path": (all_files(file="/etc/passwd"), "'file' must be a plain name .* got '/etc/passwd'"),
+    "hidden parent": (all_files(file=".."), "'file' must be a plain name"),
+    "windows path": (all_files(file="..\\model.pt"), "'file' must be a plain name"),
+    "nul": (all_files(file="model.pt\0"), "'file' must be a plain name"),
+    "newline": (all_files(file="model.pt\n"), "'file' must be a plain name"),
+    "missing file": (all_files(file="other.pt"), "other.pt: missing, but listed"),
+    "checksum": (all_files(sha256="0" * 64), "sha256 is not the one in manifest.json"),
+    "checksum's form": (all_files(sha256="abc"), "'sha256' must be 64 hex digits"),
+    "two checksums": (lambda v: step(v).update(sha256="0" * 64), "model.pt is listed with two checksums"),
+    "size": (all_files(bytes=5), "bytes, 5 when it was written"),
+    "ops": (lambda v: v["op_library"].update(ops=["dmm::match", "dmm::teleport"]), r"needs the ops \['dmm::teleport'\]"),
+    "foreign ops": (lambda v: v["op_library"].update(ops=["aten::add"]), r"needs the ops \['aten::add'\]"),
+    "config": (lambda v: v["config"].update(colour=1), "unknown settings .'colour'."),
+    "no step": (lambda v: v["files"].pop("step"), "has no step"),
+    "device": (lambda v: v.update(device="cuda"), "was exported for cuda, not for cpu"),
+    "dtype": (lambda v: step(v)["inputs"][0].update(dtype="object"), "dtype of frame must be one of"),
+    "shape": (lambda v: step(v)["inputs"][0].update(shape=[3, -1, None]), "shape of frame must hold sizes"),
+    "inputs": (lambda v: step(v).update(inputs={}), "'inputs' must be a list, got {}"),
+    "bytes": (lambda v: step(v).update(bytes=True), "'bytes' must be a int, got True"),
+}
+
+
+@pytest.fixture()
+def copy(exported, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_refused(case, copy, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("opened before it was checked"))
+    change, message = EDITS[case]
+    edit(copy, change)
+    with pytest.raises(ExportError, match=message):
+        load(copy)
+
+
+def test_damage_is_refused(copy, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("opened before it was checked"))
+    file = copy / "model.pt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ExportError, match="cut short or replaced"):
+        load(copy)
+    file.write_bytes(whole[:5000] + b"?" + whole[5001:])
+    with pytest.raises(ExportError, match="damaged or replaced"):
+        load(copy)
+    file.unlink()
+    with pytest.raises(ExportError, match="model.pt: missing"):
+        load(copy)
+    (copy / NAME).unlink()
+    with pytest.raises(ExportError, match="no manifest.json there"):
+        load(copy)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"null", b"[" * 100000, b'{"format": 1e999}'])
+def test_a_manifest_that_is_none(text, copy):
+    (copy / NAME).write_bytes(text)
+    with pytest.raises(ExportError):
+        read(copy)
+
+
+def test_fuzzed_manifests_are_read_or_refused(copy):
+    """Any value in any place of the manifest, and any byte changed: a manifest or an ExportError, nothing else."""
+    text = (copy / NAME).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    def places(value, path=()):
+        yield path
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in inner:
+            yield from places(item, (*path, key))
+
+    spots = [path for path in places(json.loads(text)) if path]
+    odd = [None, True, -1, 0, 2**70, 1.5, "", "..", "N", [], {}, [None], {"a": 1}, [[]]]
+    refused = 0
+    for trial in range(400):
+        if trial % 2:
+            values = json.loads(text)
+            *way, last = spots[pick(len(spots))]
+            holder = values
+            for key in way:
+                holder = holder[key]
+            holder[last] = odd[pick(len(odd))]
+            (copy / NAME).write_text(json.dumps(values))
+        else:
+            changed = bytearray(text)
+            for _ in range(1 + pick(3)):
+                changed[pick(len(changed))] = pick(256)
+            (copy / NAME).write_bytes(changed)
+        try:
+            read(copy)
+        except ExportError:
+            refused += 1
+    assert 200 < refused < 400
+
+
+# ---- the command ----
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 0
+    assert "model.pt" in capsys.readouterr().out and load(out).config == Config.preset("iou")
+    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 2
+    assert "holds an export already" in capsys.readouterr().err
+    for options, message in (
+        (["--objects", "3"], "a TorchScript takes every size"),
+        (["--only", "match"], "--only is for --format onnx"),
+        (["--preset", "davis"], "needs weights"),
+        (["--height", "64"], "give height and width or neither"),
+    ):
+        assert cli.main(["export", "--format", "torchscript", "--out", str(tmp_path / "no"), *options]) == 2
+        assert message in capsys.readouterr().err
