@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-REFINEMENTS = ("none", "light")
+REFINEMENTS = ("none", "light", "heavy")
+FOLLOW = ("matched", "refined")
 LAYERS = ("dykstra", "prices")
 DYKSTRA = ("reset", "carry")
 
@@ -16,18 +17,21 @@ class Config:
 
     Features: `backbone` is any timm model with four feature levels (`features_only`), or "none". Frames are resized to
     `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`.
+    RoI features go through a learned projection to `embed` dimensions, or as they are (0).
     Matching: `iou_weight` is lambda of Eq. 1. `layer` "dykstra" is the paper's (`dmm_fast.match`, Algorithm 1), with its
     `n_grad`, `n_proj`, `lr` and `dykstra`; "prices" (`dmm_fast.match_prices`, docs/variants.md) takes the first three and
     decides like the Hungarian method, for networks that are not trained through it.
     Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.
-    Refinement: "none" or "light" with `hidden` channels in its coarsest ConvLSTM layer.
+    Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. `follow` says
+    which masks the next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
     """
 
     backbone: str = "none"
     input_size: tuple[int, int] | None = None
     short_side: int | None = None
+    embed: int = 0
     iou_weight: float = 1.0
     layer: str = "dykstra"
     n_grad: int = 40
@@ -39,6 +43,7 @@ class Config:
     min_cosine: float = 0.7
     refine: str = "none"
     hidden: int = 128
+    follow: str = "matched"
 
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, rule: str) -> None:
@@ -53,6 +58,8 @@ class Config:
         require(self.input_size is None or self.short_side is None, "short_side", "None when input_size is given")
         require(0.0 <= self.iou_weight <= 1.0, "iou_weight", "in [0, 1]")
         require(self.backbone != "none" or self.iou_weight == 1.0, "iou_weight", "1 without a backbone")
+        require(self.embed >= 0, "embed", "0 or more")
+        require(self.embed == 0 or self.backbone != "none", "embed", "0 without a backbone")
         require(self.n_grad >= 1, "n_grad", "at least 1")
         require(self.n_proj >= 1, "n_proj", "at least 1")
         require(self.lr > 0.0, "lr", "positive")
@@ -63,6 +70,8 @@ class Config:
         require(0.0 < self.min_cosine <= 1.0, "min_cosine", "in (0, 1]")
         require(self.refine in REFINEMENTS, "refine", f"one of {REFINEMENTS}")
         require(self.refine == "none" or self.backbone != "none", "refine", "'none' without a backbone")
+        require(self.follow in FOLLOW, "follow", f"one of {FOLLOW}")
+        require(self.refine != "none" or self.follow == "matched", "follow", "'matched' without a refinement")
         require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a positive multiple of 8")
 
     @classmethod

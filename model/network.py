@@ -9,18 +9,20 @@ from dmm_fast import ops, vision  # noqa: F401  they register torch.ops.dmm.*
 from .config import Config
 from .features import roi_means
 from .masks import label_map, mask_boxes
-from .refinement import LightRefinement
+from .refinement import HeavyRefinement, LightRefinement, paint
 from .state import Affinity, Output, Proposals, State, empty_like, merge
 
 
-def make_backbone(name: str, pretrained: bool) -> tuple[nn.Module, list[int], list[int], list[float], list[float]]:
-    """A timm backbone with its four coarsest levels (conv2-5): module, channels, strides, input mean, input std."""
+def make_backbone(
+    name: str, pretrained: bool, levels: int = 4
+) -> tuple[nn.Module, list[int], list[int], list[float], list[float]]:
+    """A timm backbone and its coarsest levels (4: conv2-5; 5: the stem too): module, channels, strides, mean, std."""
     import timm  # slow to import, and not needed without a backbone
 
     if not timm.is_model(name):
         raise ValueError(f"DMMNet: timm has no backbone {name!r}")
     try:
-        net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(-4, -3, -2, -1))
+        net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(range(-levels, 0)))
     except OSError as error:
         raise RuntimeError(
             f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be "
@@ -48,9 +50,14 @@ class DMMNet(nn.Module):
         mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
         self.backbone = None
         if config.backbone != "none":
-            self.backbone, channels, self.strides, mean, std = make_backbone(config.backbone, pretrained)
-        self.refinement = LightRefinement(channels, config.hidden) if config.refine == "light" else None
-        self.channels = sum(channels)
+            levels = 5 if config.refine == "heavy" else 4
+            self.backbone, channels, self.strides, mean, std = make_backbone(config.backbone, pretrained, levels)
+        self.refinement = None
+        if config.refine != "none":
+            kind = LightRefinement if config.refine == "light" else HeavyRefinement
+            self.refinement = kind(channels, config.hidden)
+        self.channels = sum(channels[-4:])
+        self.embed = nn.Linear(self.channels, config.embed, bias=False) if config.embed else nn.Identity()
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
@@ -60,6 +67,7 @@ class DMMNet(nn.Module):
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, config.lr
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
+        self.follow_refined = config.follow == "refined"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width at which a frame of this size enters the backbone."""
@@ -72,7 +80,7 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def encode(self, frames: Tensor) -> list[Tensor]:
-        """Features conv2 .. conv5 of frames [B, 3, H, W], each [B, C_l, h_l, w_l]; none without a backbone."""
+        """Features of frames [B, 3, H, W], conv2-5 (heavy: the stem too), each [B, C_l, h_l, w_l]; or no backbone, none."""
         levels: list[Tensor] = []
         if self.backbone is not None:
             image = frames.to(self.mean.dtype)
@@ -86,10 +94,10 @@ class DMMNet(nn.Module):
         return levels
 
     def describe(self, features: list[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
-        """RoI features [R, C] of boxes [R, 4] in pixels of the frame."""
+        """RoI features [R, C] from conv2-5 of boxes [R, 4] in pixels of the frame."""
         resized = self.resized(height, width)
         scale = torch.tensor([resized[1] / width, resized[0] / height], dtype=boxes.dtype, device=boxes.device)
-        return roi_means(features, self.strides, boxes * scale.repeat(2))
+        return self.embed(roi_means(features[-4:], self.strides[-4:], boxes * scale.repeat(2)))
 
     @torch.jit.export
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
@@ -99,10 +107,10 @@ class DMMNet(nn.Module):
     def begin(self, features: list[Tensor], masks: Tensor, valid: Tensor) -> State:
         """`start` from the frame's features."""
         height, width = masks.size(1), masks.size(2)
+        masks = masks & valid[:, None, None]
         hidden: list[Tensor] = []
         if self.refinement is not None:
-            hidden = self.refinement.start(features, masks.size(0))
-        masks = masks & valid[:, None, None]
+            hidden = self.refinement.start(features, masks.to(self.mean.dtype))
         return State(valid, self.describe(features, mask_boxes(masks), height, width), masks, masks, hidden)
 
     @torch.jit.export
@@ -183,10 +191,12 @@ class DMMNet(nn.Module):
         area = matched.flatten(1).sum(1)  # [N]
         rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
-            masks, hidden = self.refinement(features, matched, state.templates.to(matched.dtype), state.hidden)
+            masks, parts, hidden = self.refinement(features, proposals, affinity, matched, state)
             labels = label_map(masks, rank)
+            if self.follow_refined:
+                binary = masks > 0.5
         else:
-            masks, hidden = matched, state.hidden
+            masks, parts, hidden = matched, affinity.iou.new_zeros((matched.size(0), 0)), state.hidden
             labels = label_map(binary, rank)
 
         proposal = torch.where(found, column[:, 0], -1)
@@ -194,7 +204,7 @@ class DMMNet(nn.Module):
         others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
         rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
-        output = Output(masks, matched, labels, proposal, score, runner_up, state.valid & ~found)
+        output = Output(masks, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
         return output, State(state.valid, state.features, state.templates, binary, hidden)
 
     def combine(

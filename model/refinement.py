@@ -1,8 +1,10 @@
-"""Refinement of matched masks. An implementation maps (features, matched, templates, hidden) -> (masks, hidden)."""
+"""Refinement of matched masks: `start(features, masks)` -> hidden state, `forward(..)` -> masks, parts, hidden state."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .state import Affinity, Proposals, State
 
 
 class ConvLSTM(nn.Module):
@@ -50,21 +52,22 @@ class LightRefinement(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.gain = nn.Parameter(torch.tensor(4.0))  # logit of a matched pixel
 
-    def start(self, features: list[Tensor], objects: int) -> list[Tensor]:
+    def start(self, features: list[Tensor], masks: Tensor) -> list[Tensor]:
         """Zero state: h and c of each layer, coarse to fine, each [N, D, h_l, w_l]."""
         hidden: list[Tensor] = []
         for k, width in enumerate(self.widths):
             level = features[len(features) - 1 - k]
-            zeros = level.new_zeros((objects, width, level.size(2), level.size(3)))
+            zeros = level.new_zeros((masks.size(0), width, level.size(2), level.size(3)))
             hidden.append(zeros)
             hidden.append(zeros)
         return hidden
 
     def forward(
-        self, features: list[Tensor], matched: Tensor, templates: Tensor, hidden: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; matched, templates [N, H, W] float -> masks [N, H, W]."""
-        masks = torch.stack([matched, templates], 1)  # [N, 2, H, W]
+        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, matched: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] float -> masks [N, H, W]; no parts."""
+        masks = torch.stack([matched, state.templates.to(matched.dtype)], 1)  # [N, 2, H, W]
+        hidden = state.hidden
         above: list[Tensor] = []
         following: list[Tensor] = []
         for k, (squeeze, layer) in enumerate(zip(self.squeezes, self.layers)):
@@ -78,4 +81,193 @@ class LightRefinement(nn.Module):
             following.append(h)
             following.append(c)
         change = F.interpolate(self.head(above[0]), size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        return torch.sigmoid(change + self.gain * (2.0 * matched - 1.0)), following
+        refined = torch.sigmoid(change + self.gain * (2.0 * matched - 1.0))
+        return refined, affinity.iou.new_zeros((matched.size(0), 0)), following
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions around which the input is carried."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class GlobalConvolution(nn.Module):
+    """RGMP's global convolution block: a large kernel as the sum of two separable halves, then a residual block."""
+
+    def __init__(self, width: int, size: int = 7) -> None:
+        super().__init__()
+        tall, wide = (size, 1), (1, size)
+        down, across = (size // 2, 0), (0, size // 2)
+        self.left = nn.Sequential(
+            nn.Conv2d(width, width, tall, padding=down), nn.Conv2d(width, width, wide, padding=across)
+        )
+        self.right = nn.Sequential(
+            nn.Conv2d(width, width, wide, padding=across), nn.Conv2d(width, width, tall, padding=down)
+        )
+        self.residual = Residual(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual(self.left(x) + self.right(x))
+
+
+class Memory(nn.Module):
+    """Where a frame looks like an object, and where like the rest, in a frame whose masks are known.
+
+    Keys are unit vectors, so the similarity exp(t (cos - 1)) needs no maximum taken out first, and one product with
+    (mask, 1 - mask) sums it over the object and over the rest. A preference for nearby cells, -|p - q|^2 / 2 s^2, is
+    itself a dot product (the part in |q|^2 is left out: it cancels between the two sums) and is laid into the keys.
+    """
+
+    def __init__(self, near: bool) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(2.5))  # log t
+        self.reach = nn.Parameter(torch.tensor(1.6))  # log s, in cells
+        self.near = near
+
+    def place(self, like: Tensor) -> Tensor:
+        """Cell positions relative to the centre, [2, h w]."""
+        height, width = like.size(2), like.size(3)
+        y = torch.arange(height, dtype=like.dtype, device=like.device) - (height - 1) / 2.0
+        x = torch.arange(width, dtype=like.dtype, device=like.device) - (width - 1) / 2.0
+        return torch.stack([y[:, None].expand(height, width), x[None].expand(height, width)]).flatten(1)
+
+    def forward(self, query: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
+        """query [1, K, h, w], keys [N, K, h, w], masks [N, 1, h, w] -> [N, 3, h, w]: log-odds, evidence for, against."""
+        sharpness = self.sharpness.exp()
+        wanted = query.flatten(2)[0].t() * sharpness  # [h w, K]
+        known = keys.flatten(2)  # [N, K, h w]
+        exponent = torch.matmul(wanted, known) - sharpness  # [N, h w, h w]
+        if self.near:
+            place = self.place(query) * torch.exp(-self.reach)  # [2, h w]
+            square = place.square().sum(0)
+            exponent = exponent + (place.t() @ place - 0.5 * (square[:, None] + square))
+        value = masks.flatten(2).transpose(1, 2)  # [N, h w, 1]
+        total = torch.matmul(exponent.exp(), torch.cat([value, 1.0 - value], 2)).transpose(1, 2)  # [N, 2, h w]
+        log = torch.log(total + 1e-4)
+        cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
+        return cues.view(cues.size(0), 3, query.size(2), query.size(3))
+
+
+class HeavyRefinement(nn.Module):
+    """A U-Net in RGMP's style, from five levels of features (stem, conv2-5) and what is known of each object.
+
+    Siamese: the frame is compared, cell by cell, with the object's template frame and with the last frame (`Memory`),
+    on keys from the same layers. Parts: a matched mask is one proposal, but an object may be several (a rider and a
+    horse), so a small network judges for every proposal how much of it belongs to the object, and the decoder sees the
+    proposals painted with this share, and with the rest of it. The image's part of each convolution is computed once
+    however many objects there are.
+    """
+
+    def __init__(self, channels: list[int], hidden: int) -> None:
+        super().__init__()
+        self.key_fine, self.key_coarse = nn.Conv2d(channels[2], hidden, 1), nn.Conv2d(channels[3], hidden, 1)
+        self.template, self.last = Memory(near=False), Memory(near=True)
+        self.judge = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        maps, cues = 5, 6  # painted masks; what the two memories say
+        images: list[nn.Module] = []
+        owns: list[nn.Module] = []
+        ups: list[nn.Module] = []
+        blocks: list[nn.Module] = []
+        coarser = channels[4]
+        for level, width in zip((3, 2, 1, 0), (hidden, hidden * 3 // 4, hidden // 2, hidden // 4)):
+            images.append(nn.Conv2d(channels[level], width, 1))
+            owns.append(nn.Conv2d(maps + cues if level else maps, width, 3, padding=1))
+            ups.append(nn.Conv2d(coarser, width, 1))
+            blocks.append(GlobalConvolution(width) if level == 3 else Residual(width))
+            coarser = width
+        self.images, self.owns = nn.ModuleList(images), nn.ModuleList(owns)
+        self.ups, self.blocks = nn.ModuleList(ups), nn.ModuleList(blocks)
+        self.head = nn.Conv2d(coarser, 1, 3, padding=1)
+
+    def keys(self, features: list[Tensor]) -> Tensor:
+        """Unit keys of a frame at conv3's size, [1, K, h, w]."""
+        fine = features[2]
+        coarse = F.interpolate(self.key_coarse(features[3]), size=fine.shape[2:], mode="bilinear", align_corners=False)
+        return F.normalize(self.key_fine(fine) + coarse, dim=1)
+
+    def start(self, features: list[Tensor], masks: Tensor) -> list[Tensor]:
+        """Keys and mask of the template, then of the last frame: [N, K, h, w], [N, 1, h, w], twice."""
+        keys = self.keys(features)
+        keys = keys.expand(masks.size(0), keys.size(1), keys.size(2), keys.size(3))
+        mask = F.adaptive_avg_pool2d(masks[:, None], [keys.size(2), keys.size(3)])
+        return [keys, mask, keys, mask]
+
+    def forward(
+        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, matched: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] -> masks [N, H, W], parts [N, M]."""
+        keys = self.keys(features)
+        cues = torch.cat(
+            [
+                self.template(keys, state.hidden[0], state.hidden[1]),
+                self.last(keys, state.hidden[2], state.hidden[3]),
+            ],
+            1,
+        )  # [N, 6, h3, w3]
+        fine = [features[0].size(2), features[0].size(3)]
+        last = state.masks.to(matched.dtype) * state.valid[:, None, None]
+        own = F.adaptive_avg_pool2d(torch.stack([matched, last], 1), fine)  # [N, 2, h1, w1]
+        others = beside(own[:, 1])  # [N, h1, w1]
+        candidates = F.adaptive_avg_pool2d(paint(proposals, matched)[None], fine)[0]  # [M, h1, w1]
+        logits = self.parts(candidates, proposals.scores, affinity, own[:, 1], others, cues)
+        share = torch.sigmoid(logits)  # [N, M]
+        inside = (share[:, :, None, None] * candidates).amax(1)
+        outside = ((1.0 - share)[:, :, None, None] * candidates).amax(1)
+        maps = torch.cat([own, torch.stack([others, inside, outside], 1)], 1)  # [N, 5, h1, w1]
+
+        x = self.decode(features, maps, cues)
+        logit = F.interpolate(x, size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+        masks = torch.sigmoid(logit)
+        mask = F.adaptive_avg_pool2d(masks[:, None], [keys.size(2), keys.size(3)])
+        keys = keys.expand(masks.size(0), keys.size(1), keys.size(2), keys.size(3))
+        return masks, share, [state.hidden[0], state.hidden[1], keys, mask]
+
+    def parts(
+        self, candidates: Tensor, scores: Tensor, affinity: Affinity, last: Tensor, others: Tensor, cues: Tensor
+    ) -> Tensor:
+        """How much of each proposal belongs to each object, from what it covers: logits [N, M]."""
+        coarse = F.adaptive_avg_pool2d(candidates[:, None], [cues.size(2), cues.size(3)])[:, 0].flatten(1)  # [M, h w]
+        seen = torch.stack([last, others], 1)  # [N, 2, h1, w1]
+        seen = F.adaptive_avg_pool2d(seen, [cues.size(2), cues.size(3)])
+        seen = torch.cat([seen, torch.sigmoid(5.0 * cues[:, ::3]), cues[:, 1::3]], 1).flatten(2)  # [N, 6, h w]
+        area = coarse.sum(1).clamp(min=1e-3)
+        mean = torch.matmul(seen, coarse.t()) / area  # [N, 6, M]
+        known = torch.cat([mean, affinity.cosine[:, None], affinity.iou[:, None]], 1)  # [N, 8, M]
+        return self.judge(known.transpose(1, 2))[:, :, 0]
+
+    def decode(self, features: list[Tensor], maps: Tensor, cues: Tensor) -> Tensor:
+        """Coarse to fine; the logit of the mask at the stem's size, [N, 1, h1, w1]."""
+        x = features[4]
+        for k, (image, own, up, block) in enumerate(zip(self.images, self.owns, self.ups, self.blocks)):
+            level = features[3 - k]
+            size = [level.size(2), level.size(3)]
+            known = maps
+            if k < 3:
+                known = F.adaptive_avg_pool2d(maps, size)
+                known = torch.cat([known, F.interpolate(cues, size=size, mode="bilinear", align_corners=False)], 1)
+            above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
+            x = F.relu(block(image(level) + own(known) + above))
+        return self.head(x)
+
+
+def paint(proposals: Proposals, like: Tensor) -> Tensor:
+    """The proposals' masks at the size of masks `like` [N, H, W] and in its dtype, [M, H, W]."""
+    if proposals.masks.dtype == torch.bool:
+        return proposals.masks.to(like.dtype)
+    each = torch.eye(proposals.masks.size(0), dtype=proposals.masks.dtype, device=like.device)
+    return torch.ops.dmm.paste_combine(each, proposals.masks, proposals.boxes, like.size(1), like.size(2)).to(like.dtype)
+
+
+def beside(masks: Tensor) -> Tensor:
+    """For each of the objects [N, h, w], the highest value of any other object there; zeros where there is none."""
+    if masks.size(0) < 2:
+        return torch.zeros_like(masks)
+    top, index = masks.topk(2, dim=0)
+    own = torch.arange(masks.size(0), device=masks.device)[:, None, None] == index[0]
+    return torch.where(own, top[1], top[0])

@@ -20,7 +20,7 @@ class State(NamedTuple):
     valid: Tensor  # [N] bool, the slots in use
     features: Tensor  # [N, C] float, RoI features of the templates (C = 0 without a backbone)
     templates: Tensor  # [N, H, W] bool, masks of the frame in which each object was given
-    masks: Tensor  # [N, H, W] bool, last matched masks
+    masks: Tensor  # [N, H, W] bool, last matched masks (refined ones with follow = refined)
     hidden: list[Tensor]  # refinement's temporal state, each [N, ...]; empty when refine = none
 
 
@@ -41,6 +41,7 @@ class Output(NamedTuple):
     score: Tensor  # [N] float, minus its cost (Eq. 1), 0 where lost
     runner_up: Tensor  # [N] float, the highest such score among the other proposals, 0 where there is none
     lost: Tensor  # [N] bool
+    parts: Tensor  # [N, M] in [0, 1], how much of each proposal is the object's (heavy refinement; else [N, 0])
 
 
 def merge(new: Tensor, state: State, other: State) -> State:
