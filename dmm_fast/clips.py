@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
-from dmm_fast.augment import MIN_AREA, Augment, Clip, affine_grid, seen, tight, to_uint8
-from dmm_fast.datasets import DataError, Video, VideoDataset
+from dmm_fast.augment import MIN_AREA, MIN_SHARE, Augment, Clip, affine_grid, areas, seen, tight, tight_boxes, to_uint8
+from dmm_fast.datasets import DataError, StillsDataset, Video, VideoDataset
 from dmm_fast.model import Proposals
-from dmm_fast.model.masks import mask_boxes
 from dmm_fast.synthetic import Scene
 from dmm_fast.vision import paste_combine
 
@@ -50,18 +49,18 @@ def noisy_proposals(
     clutter: pieces of nothing. All go through what a mask head does, 28 x 28 values inside a box that is a little
     off, with errors that are smooth over the mask: outlines are dilated here and eroded there. noise: how strong.
     """
-    seen_masks = masks[masks.flatten(1).sum(1) >= MIN_AREA]
+    there = masks[areas(masks) >= MIN_AREA]
     found: list[tuple[Tensor, float, float]] = []  # mask, strength of its noise, score
-    for index, mask in enumerate(seen_masks):
+    for index, mask in enumerate(there):
         if rng.random() >= miss:
             found.append((mask, noise * rng.uniform(0.3, 1), rng.uniform(0.6, 0.99)))
         if rng.random() < twice:
             found.append((mask, noise * rng.uniform(1, 2.5), rng.uniform(0.2, 0.8)))
         if rng.random() < part:
             found.append((_part(mask, rng), noise, rng.uniform(0.1, 0.7)))
-        if len(seen_masks) > 1 and rng.random() < merge:
-            other = (index + rng.integers(1, len(seen_masks))) % len(seen_masks)
-            found.append((mask | seen_masks[other], noise, rng.uniform(0.1, 0.6)))
+        if len(there) > 1 and rng.random() < merge:
+            other = (index + rng.integers(1, len(there))) % len(there)
+            found.append((mask | there[other], noise, rng.uniform(0.1, 0.6)))
     found += [(_blob(masks.shape[1:], rng), 3 * noise, rng.uniform(0.02, 0.5)) for _ in range(rng.poisson(clutter))]
     found = sorted((item for item in found if item[0].any()), key=lambda item: -item[2])[:top]
     if not found:
@@ -78,7 +77,7 @@ def nothing(size: Sequence[int]) -> Proposals:
 def _mask_head(masks: Tensor, strength: np.ndarray, rng: np.random.Generator, cells: int = 28) -> Tensor:
     """masks [M, H, W] bool as a mask head would give them, with smooth noise of strength [M]."""
     count, size = len(masks), masks.shape[1:]
-    boxes = mask_boxes(masks)  # [M, 4]
+    boxes = tight_boxes(masks)  # [M, 4]
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     amount = torch.from_numpy(strength).float()
     boxes = boxes + 0.1 * amount[:, None] * sides * torch.from_numpy(rng.normal(size=(count, 4))).float()
@@ -118,13 +117,14 @@ def _blob(size: Sequence[int], rng: np.random.Generator) -> Tensor:
 class Clips(Dataset):
     """An epoch of ``length`` clips; a source defines ``make(index, rng)``, and ``augment`` comes after it.
 
+    noisy: share of clips whose proposals are then simulated from the masks (`noisy_proposals`), ``top`` at most.
     The epoch lies in shared memory, so workers that outlive an epoch know of the next.
     """
 
-    def __init__(self, length: int, augment: Augment | None, seed: int):
+    def __init__(self, length: int, augment: Augment | None = None, seed: int = 0, noisy: float = 0.0, top: int = TOP):
         if length < 1:
             raise ValueError(f"an epoch needs at least one clip, got {length}")
-        self.length, self.augment, self.seed = length, augment, seed
+        self.length, self.augment, self.seed, self.noisy, self.top = length, augment, seed, noisy, top
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -145,7 +145,11 @@ class Clips(Dataset):
     def draw(self, index: int, rng: np.random.Generator) -> Clip:
         """A clip from ``rng``; index says which video where there is a choice."""
         clip = self.make(index, rng)
-        return self.augment(clip, rng) if self.augment else clip
+        if self.augment:
+            clip = self.augment(clip, rng)
+        if rng.random() < self.noisy:
+            clip = clip._replace(proposals=[noisy_proposals(masks, rng, top=self.top) for masks in clip.masks])
+        return clip
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         raise NotImplementedError
@@ -155,8 +159,8 @@ class ClipDataset(Clips):
     """Clips of ``frames`` annotated frames from videos, in turn.
 
     skips: annotated frames from one to the next, drawn for each step. reverse: chance of a clip that runs backwards.
-    objects: at most so many of a clip's, chosen at random. noisy: share of clips with simulated proposals
-    (`noisy_proposals`) instead of the data set's; all, where it has none. length: clips in an epoch, default one per video.
+    objects: at most so many of a clip's, chosen at random. noisy: share of clips with simulated proposals; where the
+    data set has no others, all. top: proposals of a frame at most. length: clips in an epoch, default one per video.
     """
 
     def __init__(
@@ -173,11 +177,10 @@ class ClipDataset(Clips):
         length: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(length or len(videos), augment, seed)
+        super().__init__(length or len(videos), augment, seed, 1.0 if videos.proposals is None else noisy, top)
         if frames < 1 or not 1 <= skips[0] <= skips[1]:
             raise ValueError(f"a clip needs frames >= 1 and skips 1 <= least <= most, got {frames} and {skips}")
-        self.videos, self.frames, self.skips, self.reverse = videos, frames, skips, reverse
-        self.objects, self.top, self.noisy = objects, top, noisy
+        self.videos, self.frames, self.skips, self.reverse, self.objects = videos, frames, skips, reverse, objects
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         video = self.videos.video(self.videos.names[index % len(self.videos)])
@@ -185,16 +188,12 @@ class ClipDataset(Clips):
         ids = np.stack([video.ids(i) for i in chosen])  # [T, H, W]
         masks = torch.from_numpy(ids[:, None] == numbers[:, None, None])  # [T, N, H, W]
         frames = torch.from_numpy(np.stack(video.frames(chosen))).permute(0, 3, 1, 2).contiguous()
-        return Clip(frames, masks, self._proposals(video, chosen, ids, rng), video.name)
-
-    def _proposals(self, video: Video, chosen: list[int], ids: np.ndarray, rng: np.random.Generator) -> list[Proposals]:
-        if self.top == 0:
-            return [nothing(video.size)] * len(chosen)
-        if video.has_proposals and rng.random() >= self.noisy:
+        if video.has_proposals:
             found = [video.proposals(i) for i in chosen]
-            return [tight(given.masks[: self.top], given.scores[: self.top]) for given in found]
-        every = [torch.from_numpy(labels[None] == np.unique(labels[labels > 0])[:, None, None]) for labels in ids]
-        return [noisy_proposals(mask, rng, top=self.top) for mask in every]
+            proposals = [tight(given.masks[: self.top], given.scores[: self.top]) for given in found]
+        else:
+            proposals = [nothing(video.size)] * self.frames
+        return Clip(frames, masks, proposals, video.name)
 
     def _choose(self, video: Video, rng: np.random.Generator) -> tuple[list[int], np.ndarray]:
         """Frames of a clip and the objects of its first, ids [N] uint8."""
@@ -210,17 +209,19 @@ class ClipDataset(Clips):
         for start in rng.permutation(len(known) - span[-1]):
             places = start + span
             chosen = [known[place] for place in (places[::-1] if backwards else places)]
-            numbers, areas = np.unique(video.ids(chosen[0]), return_counts=True)
-            numbers = numbers[(numbers > 0) & (areas >= MIN_AREA)]
+            ids = video.ids(chosen[0])
+            counts = np.bincount(ids.ravel(), minlength=256)
+            numbers = 1 + np.flatnonzero(counts[1:] >= MIN_SHARE * ids.size).astype(np.uint8)
             if len(numbers):
                 return chosen, np.sort(rng.permutation(numbers)[: self.objects])
-        raise DataError(f"{video.name}: no frame shows an object of {MIN_AREA} pixels; leave the video out")
+        raise DataError(f"{video.name}: no frame shows an object of {MIN_SHARE:.1%} of its pixels; leave the video out")
 
 
 class StillClips(Clips):
     """Clips of ``frames`` from one frame each, moved and bent from frame to frame as RGMP trains on images.
 
-    videos: stills or any annotated data set. motion: how far a clip drifts, as a share of the augmentation's ranges.
+    videos: stills or any annotated data set. size: (H, W) of the clips. motion: how far a clip drifts, as a share of the
+    augmentation's ranges. settings: of `ClipDataset`.
     """
 
     def __init__(
@@ -229,23 +230,23 @@ class StillClips(Clips):
         frames: int = 2,
         *,
         size: tuple[int, int] | None = None,
-        motion: float = 0.6,
+        motion: float = 0.8,
         augment: Augment | None = None,
         length: int | None = None,
         seed: int = 0,
+        top: int = TOP,
+        noisy: float = 0.0,
         **settings,
     ):
-        augment = augment or Augment(size, zoom=(0.75, 1.5), rotate=20, warp=0.06, shift=0.15, jitter=motion)
-        super().__init__(length or len(videos), augment, seed)
+        augment = augment or Augment(size, rotate=20, warp=0.06, shift=0.12, jitter=motion)
+        super().__init__(length or len(videos), augment, seed, 1.0 if videos.proposals is None else noisy, top)
         self.frames = frames
-        self.stills = ClipDataset(videos, 1, length=len(videos), **settings)
+        self.stills = ClipDataset(videos, 1, top=top, length=len(videos), **settings)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
-        still = self.stills.draw(index, rng)
-        proposals = still.proposals * self.frames
-        return still._replace(
-            frames=still.frames.repeat(self.frames, 1, 1, 1), masks=still.masks.repeat(self.frames, 1, 1, 1), proposals=proposals
-        )
+        still = self.stills.make(index, rng)
+        frames, masks = (part.expand(self.frames, -1, -1, -1) for part in (still.frames, still.masks))
+        return Clip(frames, masks, still.proposals * self.frames, still.name)
 
 
 class SyntheticClips(Clips):
@@ -336,12 +337,12 @@ class PasteClips(Clips):
         seed: int = 0,
         **settings,
     ):
-        super().__init__(length or len(videos), augment or Augment(size), seed)
+        super().__init__(length or len(videos), augment or Augment(size), seed, top=top)
         if not 1 <= pasted[0] <= pasted[1] or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"pasted and scale must be ranges above 0, got {pasted} and {scale}")
-        self.size, self.pasted, self.same, self.scale, self.top = size, pasted, same, scale, top
-        self.grounds = ClipDataset(videos, frames, top=top, augment=Augment.none(size), **settings)
-        self.donors = ClipDataset(donors or videos, frames, top=0, augment=Augment.none(size), **settings)
+        self.pasted, self.same, self.scale = pasted, same, scale
+        self.grounds = _cut(videos, frames, size, top=top, **settings)
+        self.donors = _cut(donors or videos, frames, size, top=0, **settings)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         ground = self.grounds.draw(index, rng)
@@ -358,13 +359,20 @@ class PasteClips(Clips):
         return F.grid_sample(torch.cat([clip.frames.float(), inner], 1), _flight(mask, rng, self.scale), align_corners=False)
 
 
+def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -> Clips:
+    """Clips of a size to paste from and to; stills move."""
+    if isinstance(videos, StillsDataset):
+        return StillClips(videos, frames, augment=Augment(size, 0, warp=0.04, hue=0, grey=0, blur=0, jitter=0.6), **settings)
+    return ClipDataset(videos, frames, augment=Augment.none(size), **settings)
+
+
 def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]) -> Tensor:
     """A smooth path for the object of mask [T, H, W]: where each pixel comes from, [T, H, W, 2] for `grid_sample`.
 
     The object starts inside the frame, then moves, turns and grows steadily, besides its motion in its own video.
     """
     length, height, width = mask.shape
-    x0, y0, x1, y1 = mask_boxes(mask[:1])[0].tolist()
+    x0, y0, x1, y1 = tight_boxes(mask[:1])[0].tolist()
     fits = 0.8 * min(width / (x1 - x0), height / (y1 - y0))
     log_scale = math.log(min(math.exp(rng.uniform(*np.log(scales))), fits)) + rng.normal(0, 0.03) * np.arange(length)
     angle = rng.normal(0, 0.15) + rng.normal(0, 0.05) * np.arange(length)
@@ -380,7 +388,6 @@ def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float])
 
 def composite(ground: Clip, layers: list[Tensor], rng: np.random.Generator, top: int = TOP) -> Clip:
     """Paint layers, [T, 4, H, W] each, over a clip, back to front; some may be behind the clip's own objects."""
-    size = tuple(ground.frames.shape[2:])
     own = ground.masks.any(1)  # [T, H, W]
     behind = rng.integers(len(layers) + 1) if rng.random() < 0.5 else 0  # so many layers
     frames, cover = ground.frames.float(), torch.zeros(own.shape, dtype=torch.int16)  # the pasted object on top, from 1
@@ -401,8 +408,7 @@ def composite(ground: Clip, layers: list[Tensor], rng: np.random.Generator, top:
 def _uncovered(given: Proposals, clear: Tensor) -> Proposals:
     """What a detector would still find where only ``clear`` [H, W] is left of the frame."""
     left = given.masks & clear
-    areas, before = left.flatten(1).sum(1), given.masks.flatten(1).sum(1)
-    keep = areas > 0.3 * before
+    keep = areas(left) > 0.3 * areas(given.masks)
     return tight(left[keep], given.scores[keep])
 
 
