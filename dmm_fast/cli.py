@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import Help, add_command, check_device, count, examples, export
+from dmm_fast.commands import Help, add_command, check_device, count, examples, export, proposals, train_proposals
 
 PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_segment, _add_proposals, _add_evaluate, _add_demo, export.add, _add_doctor):
+    for add in (_add_segment, proposals.add, train_proposals.add, _add_evaluate, _add_demo, export.add, _add_doctor):
         add(commands)
     return parser
 
@@ -137,33 +137,6 @@ def _add_detector_options(parser: argparse.ArgumentParser) -> None:
         "--detector-weights", default="DEFAULT", metavar="FILE",
         help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
     )  # fmt: skip
-
-
-def _add_proposals(commands: Any) -> None:
-    parser = add_command(
-        commands, "proposals", _proposals, "run Mask R-CNN on a video and keep its proposals in a file",
-        "Run torchvision's Mask R-CNN on every frame and write its proposals as a COCO results file, so that the\n"
-        "video can be segmented again and again without it. An interrupted run goes on when the same command is given\n"
-        "again.",
-        ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
-        ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
-    )  # fmt: skip
-    parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--top", type=count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
-    parser.add_argument(
-        "--short-side",
-        type=count,
-        default=800,
-        metavar="PIXELS",
-        help="the frame's short side in the detector (default: 800)",
-    )
-    _add_detector_options(parser)
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace FILE, and start again where a run was cut short"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -266,29 +239,6 @@ def _summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
     for name, path in files.items():
         if path is not None:
             print(f"{name:8}{path}")
-
-
-def _proposals(a: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from dmm_fast.proposals import CocoWriter, ProposalError, TorchvisionProposer
-    from dmm_fast.video import open_frames, prefetch
-
-    check_device(a.device)
-    frames = open_frames(a.frames)
-    if Path(a.out).exists() and not a.overwrite:
-        raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
-    proposer = TorchvisionProposer(a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
-    with CocoWriter(a.out, frames.size, fresh=a.overwrite) as writer:
-        bar = tqdm(frames.stems, unit=" frames", disable=None if not a.quiet else True)
-        if writer.done and not a.quiet:
-            print(f"going on from a run that was cut short: {len(writer.done)} frames are done")
-        for (stem, frame), _ in zip(prefetch(frames.read()), bar):
-            if stem not in writer.done:
-                writer.add(stem, proposer(frame))
-    if not a.quiet:
-        print(f"proposals of {len(writer.done)} frames: {a.out}")
-    return 0
 
 
 def _evaluate(a: argparse.Namespace) -> int:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmm_fast.masks import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.model.masks import mask_boxes
+from dmm_fast.model.weights import load_weights
 from dmm_fast.vision import paste_combine
 
 TOP = 50  # proposals kept per frame, Section 3 of the paper
@@ -232,7 +233,7 @@ class CocoWriter:
                     yield line
 
     def add(self, stem: str, proposals: Proposals) -> None:
-        results = [_result(stem, *proposal) for proposal in zip(*_full_masks(proposals, self.size))]
+        results = [_result(stem, *proposal) for proposal in zip(*full_masks(proposals, self.size))]
         self._file.write(json.dumps({"stem": stem, "size": self.size, "results": results}) + "\n")
         self._file.flush()
         self.done.add(stem)
@@ -250,7 +251,7 @@ class CocoWriter:
         self._part.unlink()
 
 
-def _full_masks(proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def full_masks(proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Proposals with masks bool [M, H, W]; soft masks inside boxes are pasted and cut at 0.5."""
     boxes, scores, masks = (part.cpu() for part in proposals)
     if masks.dtype == torch.bool:
@@ -275,36 +276,45 @@ def _result(stem: str, box: Tensor, score: Tensor, mask: Tensor) -> dict:
 # --------------------------------------------------------------------------------------------------- a live detector
 
 
-class TorchvisionProposer:
-    """torchvision's Mask R-CNN (R50-FPN v2) as a class-agnostic proposer (Section 4.1 of the paper).
+def is_detector(name: str | os.PathLike) -> bool:
+    """Whether `name` is one that `open_proposer` knows, rather than a proposals file."""
+    return str(name) == "torchvision" or str(name).startswith("detectron2:") or Path(name).suffix == ".safetensors"
+
+
+def open_proposer(
+    name: str | os.PathLike,
+    weights: str | os.PathLike = "DEFAULT",
+    *,
+    top: int = TOP,
+    short_side: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Callable[[np.ndarray | Tensor], Proposals]:
+    """The live detector called `name`: "torchvision" (with `weights`), a FILE.safetensors of `dmm-fast train-proposals`,
+    or "detectron2:CONFIG[:WEIGHTS]". short_side: of the frames inside it, None for its own.
+    """
+    name = str(name)
+    if name == "torchvision":
+        return TorchvisionProposer(weights, top=top, short_side=short_side or 800, device=device)
+    if name.startswith("detectron2:"):
+        from dmm_fast.detectron2_adapter import Detectron2Proposer
+
+        _, config, *rest = name.split(":", 2)
+        return Detectron2Proposer(config, *rest, top=top, short_side=short_side, device=device)
+    if is_detector(name):
+        from dmm_fast.detector import Detector
+
+        return Detector(name, top=top, short_side=short_side, device=device)
+    raise ProposalError(f"a detector is torchvision, FILE.safetensors or detectron2:CONFIG[:WEIGHTS], got {name!r}")
+
+
+class MaskRCNNProposer:
+    """A torchvision Mask R-CNN as a class-agnostic proposer (Section 4.1 of the paper).
 
     Every region keeps its best foreground class, regions then compete across classes, and the ``top`` best above
-    ``threshold`` are kept. weights: "DEFAULT" (COCO, downloaded on first use), a local file (.pth or .safetensors), or
-    None for random weights. Frames are resized so that their short side is ``short_side`` (long side <= 1333).
-
-    Raises ProposalError when the weights are neither here nor to be had, or do not fit.
+    ``threshold`` are kept.
     """
 
-    def __init__(
-        self,
-        weights: str | os.PathLike | None = "DEFAULT",
-        top: int = TOP,
-        threshold: float = 0.0,
-        short_side: int = 800,
-        device: str | torch.device = "cpu",
-    ):
-        from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
-
-        state = _detector_weights(weights) if weights is not None else None
-        model = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, min_size=short_side, max_size=1333)
-        if state is not None:
-            try:
-                model.load_state_dict(state)
-            except RuntimeError as error:
-                name = "maskrcnn_resnet50_fpn_v2"
-                raise ProposalError(
-                    f"{weights}: not the weights of torchvision's {name}: {_short(str(error))}"
-                ) from None
+    def __init__(self, model: nn.Module, top: int = TOP, threshold: float = 0.0, device: str | torch.device = "cpu"):
         self.model = model.eval().requires_grad_(False).to(device)
         self.top, self.threshold, self.device = top, threshold, torch.device(device)
 
@@ -348,7 +358,37 @@ class TorchvisionProposer:
         return logits[torch.arange(len(labels)), labels].sigmoid()  # [M, 28, 28]
 
 
-def _detector_weights(weights: str | os.PathLike) -> dict[str, Tensor]:
+class TorchvisionProposer(MaskRCNNProposer):
+    """torchvision's own Mask R-CNN (R50-FPN v2, the classes of COCO).
+
+    weights: "DEFAULT" (COCO, downloaded on first use), a local file (.pth or .safetensors), or None for random weights.
+    Frames are resized so that their short side is ``short_side`` (long side <= 1333).
+
+    Raises ProposalError when the weights are neither here nor to be had, or do not fit.
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike | None = "DEFAULT",
+        top: int = TOP,
+        threshold: float = 0.0,
+        short_side: int = 800,
+        device: str | torch.device = "cpu",
+    ):
+        from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+
+        state = detector_weights(weights) if weights is not None else None
+        model = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, min_size=short_side, max_size=1333)
+        if state is not None:
+            try:
+                load_weights(model, state, str(weights))
+            except ValueError as error:
+                raise ProposalError(f"{weights}: not the weights of torchvision's maskrcnn_resnet50_fpn_v2: {error}") from None
+        super().__init__(model, top, threshold, device)
+
+
+def detector_weights(weights: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of COCO's Mask R-CNN ("DEFAULT") or of a .safetensors or .pth file; the latter is never unpickled freely."""
     if weights == "DEFAULT":
         return _coco_weights()
     path = Path(weights)

@@ -1,0 +1,91 @@
+"""``dmm-fast proposals``: a detector's proposals of a video, or of every video of a data set, as files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import add_command, check_device, count
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "proposals", run, "run a detector on a video or a data set and keep its proposals in files",
+        "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that the video can\n"
+        "be segmented again and again without it. An interrupted run goes on when the same command is given again.\n\n"
+        "detectors:\n"
+        "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use (default)\n"
+        "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
+        "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo",
+        ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
+        ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
+        ("dmm-fast proposals --dataset DAVIS --split val --out DAVIS/proposals --detector net.safetensors",
+         "one file for each video"),
+        ("dmm-fast proposals frames/ --out p.json --detector detectron2:mask_rcnn.yaml:model.pkl", "a model of your own"),
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("frames", nargs="?", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
+    what.add_argument("--dataset", metavar="DIR", help="every video of DAVIS, YouTube-VOS, SegTrack or a plain data set")
+    parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, ..")
+    parser.add_argument("--out", required=True, metavar="FILE|DIR", help="the file to write; for a data set the folder")
+    parser.add_argument("--detector", default="torchvision", metavar="NAME", help="see above (default: torchvision)")
+    parser.add_argument("--top", type=count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
+    parser.add_argument(
+        "--short-side", type=count, metavar="PIXELS", help="the frame's short side in the detector (default: its own)"
+    )
+    parser.add_argument(
+        "--detector-weights", default="DEFAULT", metavar="FILE",
+        help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace files, and start again where a run was cut short")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def run(a: argparse.Namespace) -> int:
+    from dmm_fast.proposals import ProposalError, open_proposer
+
+    check_device(a.device)
+    if a.split and not a.dataset:
+        raise ValueError("--split is a part of a data set; it needs --dataset")
+    videos = _videos(a)
+    if a.frames and Path(a.out).exists() and not a.overwrite:
+        raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
+    propose = open_proposer(a.detector, a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
+    for number, (path, video) in enumerate(videos, 1):
+        if a.overwrite or not path.exists():
+            _write(path, video, propose, a.overwrite, a.quiet, f"{number}/{len(videos)}" if a.dataset else None)
+    if not a.quiet:
+        print(f"proposals of {len(videos)} video{'s' * (len(videos) != 1)}: {a.out}")
+    return 0
+
+
+def _videos(a: argparse.Namespace) -> list[tuple[Path, Any]]:
+    """(file to write, frames to read) of each video."""
+    if a.frames:
+        from dmm_fast.video import open_frames
+
+        return [(Path(a.out), open_frames(a.frames))]
+    from dmm_fast.datasets import open_dataset
+
+    dataset, out = open_dataset(a.dataset, split=a.split), Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    return [(out / f"{name}.json", dataset.video(name).source) for name in dataset.names]
+
+
+def _write(path: Path, source: Any, propose: Any, fresh: bool, quiet: bool, label: str | None) -> None:
+    from tqdm import tqdm
+
+    from dmm_fast.proposals import CocoWriter
+    from dmm_fast.video import prefetch
+
+    with CocoWriter(path, source.size, fresh=fresh) as writer:
+        todo = [index for index, stem in enumerate(source.stems) if stem not in writer.done]
+        if writer.done and not quiet:
+            print(f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
+        bar = tqdm(total=len(todo), desc=label and f"{label} {path.stem}", unit=" frames", disable=True if quiet else None)
+        with bar:
+            for _, stem, frame in prefetch(source.pick(todo)):
+                writer.add(stem, propose(frame))
+                bar.update()

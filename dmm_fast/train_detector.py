@@ -1,0 +1,389 @@
+"""Training of the proposal network on images with masks: single pictures and video frames alike.
+
+A data set is a folder with ``JPEGImages/**/NAME.jpg`` and, under the same relative names, ``Annotations/**/NAME.png``
+(object ids). Confident proposals of another detector, one COCO results file per video, add objects that nobody has
+annotated. Everything random comes from (seed, step), so that a run that was cut short goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from dmm_fast.detector import DetectorConfig, build, load_detector, save_detector
+from dmm_fast.imagenet import CARRIERS, imagenet_weights
+from dmm_fast.masks import VOID, read_mask, whole_file
+from dmm_fast.model import Proposals
+from dmm_fast.model.masks import mask_boxes
+from dmm_fast.model.weights import load_weights
+from dmm_fast.proposals import MaskRCNNProposer, full_masks, read_coco
+from dmm_fast.vision import mask_iou
+
+SAME = 0.7  # masks that overlap more than this show one object
+LEAST = 32  # pixels of a mask worth learning
+STATE, WEIGHTS, CURVE = "state.safetensors", "detector.safetensors", "curve.jsonl"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train. rate: Adam's step size, after `warmup` steps, falling to 0 at the end (a cosine); score: the least
+    of a proposal that serves as ground truth; paste: how often objects of one picture are pasted into another;
+    every: steps between two rows of the curve; rois: regions per picture that the box head learns from."""
+
+    steps: int = 10000
+    batch: int = 4
+    rate: float = 6e-4
+    decay: float = 1e-4
+    warmup: int = 200
+    clip: float = 5.0
+    score: float = 0.3
+    paste: float = 0.5
+    rois: int = 64
+    every: int = 500
+    seed: int = 0
+
+
+def settings(asked: str, changes: Sequence[str] = ()) -> tuple[DetectorConfig, Schedule]:
+    """From a preset's name or a YAML file (``preset: small`` and any field of DetectorConfig or Schedule), with
+    "key=value" changes on top."""
+    import yaml
+
+    values: dict[str, Any] = {"preset": asked}
+    if asked.endswith((".yaml", ".yml")):
+        values = yaml.safe_load(Path(asked).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"{asked}: must hold settings, one 'name: value' a line")
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"settings are changed by name=value, got {change!r}")
+        values[name] = yaml.safe_load(value)
+    names = {field.name for field in fields(Schedule)}
+    schedule = Schedule(**{name: values.pop(name) for name in names & set(values)})
+    return DetectorConfig.preset(values.pop("preset", "small"), **values), schedule
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Example(NamedTuple):
+    """A picture with masks: where its files are, and the video (or picture) that it belongs to."""
+
+    group: str
+    image: Path
+    masks: Path
+    proposals: Path | None
+
+
+def find_examples(roots: Iterable[str | os.PathLike], pseudo: Iterable[str | os.PathLike] = ()) -> list[Example]:
+    """All pictures with masks under the data sets `roots`; `pseudo` are folders of GROUP.json proposals."""
+    pseudo = [Path(folder) for folder in pseudo]
+    examples: list[Example] = []
+    for root in map(Path, roots):
+        pictures = sorted(path for path in (root / "JPEGImages").rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
+        if not pictures:
+            raise ValueError(f"{root}: no pictures in {root / 'JPEGImages'}")
+        for picture in pictures:
+            name = picture.relative_to(root / "JPEGImages")
+            masks = root / "Annotations" / name.with_suffix(".png")
+            if masks.exists():
+                group = name.parent.name or picture.stem
+                files = [folder / f"{group}.json" for folder in pseudo]
+                examples.append(Example(group, picture, masks, next((file for file in files if file.exists()), None)))
+    if not examples:
+        raise ValueError(f"no masks under Annotations with the names of the pictures: {', '.join(map(str, roots))}")
+    return examples
+
+
+_proposals_of = lru_cache(maxsize=None)(read_coco)
+
+
+def read_image(path: Path) -> Tensor:
+    """uint8 [3, H, W], RGB."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def object_masks(path: Path) -> Tensor:
+    """The objects of an id map, bool [N, H, W]."""
+    ids = torch.from_numpy(read_mask(path).astype(np.uint8))  # [H, W]
+    names = [i for i in ids.unique().tolist() if i not in (0, VOID)]
+    return ids == torch.tensor(names, dtype=torch.uint8)[:, None, None] if names else ids.new_zeros((0, *ids.shape)).bool()
+
+
+def read_example(example: Example, score: float) -> tuple[Tensor, Tensor]:
+    """Picture uint8 [3, H, W] and its objects bool [N, H, W]: ground truth first, then proposals of at least `score`
+    that show none of the objects before them."""
+    image, masks = read_image(example.image), object_masks(example.masks)
+    if example.proposals is not None:
+        found = _proposals_of(example.proposals).frame(example.image.stem, tuple(image.shape[1:]))
+        for mask in found.masks[found.scores >= score]:
+            if len(masks) == 0 or mask_iou(mask[None], masks).max() < SAME:
+                masks = torch.cat([masks, mask[None]])
+    return image, masks
+
+
+def augmentation(size: tuple[int, int]) -> v2.Transform:
+    """Flips, zoom, crops and colours; pictures and masks come out as `size`."""
+    shape = size[1] / size[0]
+    return v2.Compose([
+        v2.RandomHorizontalFlip(),
+        v2.RandomZoomOut(fill={tv_tensors.Image: 128, tv_tensors.Mask: 0}, side_range=(1.0, 1.6), p=0.25),
+        v2.RandomResizedCrop(size, scale=(0.25, 1.0), ratio=(0.7 * shape, 1.4 * shape), antialias=True),
+        v2.RandomPhotometricDistort(p=0.5),
+        v2.RandomGrayscale(0.05),
+    ])  # fmt: skip
+
+
+def paste(target: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Some objects of `source` laid over `target`, (image [3, H, W], masks [N, H, W]) each; hidden ones go."""
+    image, masks = target
+    chosen = source[1][torch.rand(len(source[1])) < 0.5]
+    over = chosen.any(0)  # [H, W]
+    visible = masks & ~over
+    kept = visible.sum((1, 2)) > 0.3 * masks.sum((1, 2))
+    return torch.where(over, source[0], image), torch.cat([visible[kept], chosen])
+
+
+def target(masks: Tensor) -> dict[str, Tensor]:
+    """What torchvision's detectors learn from, for objects bool [N, H, W]."""
+    masks = masks[masks.sum((1, 2)) >= LEAST]
+    boxes = mask_boxes(masks)
+    keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 2
+    return {
+        "boxes": boxes[keep], "labels": torch.ones(int(keep.sum()), dtype=torch.int64), "masks": masks[keep].to(torch.uint8)
+    }
+
+
+class Batches(torch.utils.data.Dataset):
+    """The batch of every step: item `step` is a list of pictures and a list of targets, always the same ones."""
+
+    def __init__(self, examples: list[Example], schedule: Schedule, size: tuple[int, int]):
+        self.examples, self.schedule, self.augment = examples, schedule, augmentation(size)
+        lengths = Counter(example.group for example in examples)
+        # Frames of one video are much alike: a video counts as the square root of its length.
+        self.weights = torch.tensor([lengths[example.group] ** -0.5 for example in examples])
+
+    def __len__(self) -> int:
+        return self.schedule.steps
+
+    def __getitem__(self, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.schedule.seed << 32 | step)
+            pairs = [self._augmented(index) for index in torch.multinomial(self.weights, self.schedule.batch + 1)]
+            mixed = [
+                paste(pair, pairs[-1]) if torch.rand(()) < self.schedule.paste else pair for pair in pairs[:-1]
+            ]
+        return [image.float() / 255 for image, _ in mixed], [target(masks) for _, masks in mixed]
+
+    def _augmented(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        image, masks = read_example(self.examples[index], self.schedule.score)
+        image, masks = self.augment(tv_tensors.Image(image), tv_tensors.Mask(masks))
+        return image.as_subclass(Tensor), masks.as_subclass(Tensor)
+
+
+# ------------------------------------------------------------------------------------------------------------ measure
+
+
+def recall(
+    frames: Iterable[tuple[Tensor, Proposals]], tops: Sequence[int] = (10, 50), ious: Sequence[float] = (0.5, 0.75)
+) -> dict[str, float]:
+    """How much of the objects the proposals hold, for pairs of ground truth bool [N, H, W] and proposals.
+
+    "recall@K/IOU": the share of objects that one of the K best proposals meets with at least this IoU; "best@K": the mean
+    IoU of the best of them.
+    """
+    best: dict[int, list[float]] = {top: [] for top in tops}
+    for objects, proposals in frames:
+        _, scores, masks = full_masks(proposals, tuple(objects.shape[1:]))
+        order = scores.argsort(descending=True, stable=True)
+        for top in tops:
+            ranked = masks[order[:top]]
+            overlap = mask_iou(objects, ranked).amax(1) if len(ranked) else torch.zeros(len(objects))  # [N]
+            best[top] += overlap.tolist()
+    if not best[tops[0]]:
+        raise ValueError("recall: there are no objects to find")
+    report = {f"recall@{top}/{iou:g}": float(np.mean(np.array(best[top]) >= iou)) for top in tops for iou in ious}
+    return {**report, **{f"best@{top}": float(np.mean(best[top])) for top in tops}}
+
+
+def validate(propose: Callable[[Tensor], Proposals], examples: Iterable[Example]) -> dict[str, float]:
+    """Recall of ground truth objects by a proposer."""
+    return recall((object_masks(example.masks), propose(read_image(example.image))) for example in examples)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def train(
+    config: DetectorConfig,
+    schedule: Schedule,
+    data: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    pseudo: Sequence[str | os.PathLike] = (),
+    held_out: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    minutes: float = math.inf,
+    init: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Train until `schedule.steps` or `minutes` have passed, whichever is first; OUT receives the weights
+    (detector.safetensors), curve.jsonl and the state from which the same call goes on after an interruption.
+
+    held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: weights
+    of the same architecture to start from, else the backbone has ImageNet's. Returns the last row of the curve.
+    """
+    examples = [example for example in find_examples(data, pseudo) if example.group not in leave_out]
+    unknown = set(held_out) - {example.group for example in examples}
+    if unknown:
+        raise ValueError(f"held-out videos that no data set has: {', '.join(sorted(unknown))}")
+    checked = [example for example in examples if example.group in held_out][::5]
+    learned = [example for example in examples if example.group not in held_out]
+    run = _Run(config, schedule, Path(out), minutes, init, torch.device(device))
+    batches = Batches(learned, schedule, (config.short_side, round(config.short_side * 16 / 9 / 16) * 16))
+    rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
+    loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers)
+    bar = tqdm(loader, total=schedule.steps, initial=run.step, unit=" steps", disable=None if progress else True)
+    for images, targets in bar:
+        losses = run.learn(images, targets)
+        bar.set_postfix(loss=f"{losses['loss']:.3f}")
+        if run.step % schedule.every == 0 or run.finished:
+            run.note(checked)
+        if run.finished:
+            break
+    return run.last_row()
+
+
+class _Run:
+    """Network, optimiser, clock and files of a training."""
+
+    def __init__(
+        self, config: DetectorConfig, schedule: Schedule, out: Path, minutes: float, init: Any, device: torch.device
+    ):
+        self.config, self.schedule, self.out, self.minutes, self.device = config, schedule, out, minutes, device
+        self.step, self.seconds = 0, 0.0
+        self.sums = Counter()  # of losses and steps since the curve's last row
+        torch.manual_seed(schedule.seed)
+        resuming = (out / STATE).exists()
+        self.net = _initial(config, None if resuming else init, pretrained=not resuming)
+        self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois
+        self.net.to(device, memory_format=torch.channels_last)
+        self.weights = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), schedule.rate, weight_decay=schedule.decay)
+        out.mkdir(parents=True, exist_ok=True)
+        if resuming:
+            self._resume()
+        self.began = time.monotonic()
+
+    @property
+    def part(self) -> float:
+        """How much of the training is done, in [0, 1]."""
+        return min(1.0, max(self.step / self.schedule.steps, self.seconds / 60 / self.minutes))
+
+    @property
+    def finished(self) -> bool:
+        return self.part >= 1.0
+
+    def learn(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
+        rate = self.schedule.rate * min(1.0, (self.step + 1) / self.schedule.warmup) * (1 + math.cos(math.pi * self.part)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(self.schedule.seed << 32 | self.step)  # torchvision samples anchors and regions at random
+        self.net.train()
+        losses = self.net(
+            [image.to(self.device) for image in images],
+            [{name: value.to(self.device) for name, value in each.items()} for each in targets],
+        )
+        loss = sum(losses.values())
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights.values(), self.schedule.clip)
+        self.optimizer.step()
+        values = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"training: the loss is {values['loss']} at step {self.step}; a lower rate may help")
+        self.sums.update(values, steps=1)
+        self.step += 1
+        now = time.monotonic()
+        self.seconds, self.began = self.seconds + now - self.began, now
+        return values
+
+    def note(self, checked: list[Example]) -> None:
+        """A row of the curve, then weights and state; the state is last, so that it never knows more than the others."""
+        steps = self.sums.pop("steps")
+        row = {"step": self.step, "minutes": round(self.seconds / 60, 2)}
+        row.update({name: round(total / steps, 5) for name, total in self.sums.items()})
+        if checked:
+            proposer = MaskRCNNProposer(self.net, device=self.device)
+            row.update({name: round(value, 4) for name, value in validate(proposer, checked).items()})
+            for weight in self.weights.values():
+                weight.requires_grad_(True)  # a proposer takes it away
+        self.sums.clear()
+        with (self.out / CURVE).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        save_detector(self.net, self.config, self.out / WEIGHTS, {"trained": row, "schedule": asdict(self.schedule)})
+        self._save()
+
+    def last_row(self) -> dict[str, float]:
+        return json.loads((self.out / CURVE).read_text().splitlines()[-1])
+
+    def _save(self) -> None:
+        tensors = {f"net.{name}": value.contiguous() for name, value in self.net.state_dict().items()}
+        for name, weight in self.weights.items():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{kind}.{name}"] = self.optimizer.state[weight][kind].contiguous()
+        notes = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict(), "schedule": asdict(self.schedule)}
+        with whole_file(self.out / STATE) as whole:
+            save_file(tensors, whole, {"dmm_fast": json.dumps(notes)})
+
+    def _resume(self) -> None:
+        path = self.out / STATE
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["dmm_fast"])
+        for name, own in (("config", self.config.to_dict()), ("schedule", asdict(self.schedule))):
+            changed = {key: (notes[name].get(key), value) for key, value in own.items() if notes[name].get(key) != value}
+            if changed:
+                raise ValueError(f"{path}: was trained with other settings (there, now): {changed}; take another --out")
+        tensors = load_file(path, str(self.device))
+        load_weights(self.net, {name[4:]: value for name, value in tensors.items() if name.startswith("net.")}, str(path))
+        self.step, self.seconds = notes["step"], notes["seconds"]
+        for name, weight in self.weights.items():
+            moments = {kind: tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **moments}
+        rows = [row for row in (self.out / CURVE).read_text().splitlines() if json.loads(row)["step"] <= self.step]
+        (self.out / CURVE).write_text("".join(row + "\n" for row in rows))
+
+
+def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained: bool) -> nn.Module:
+    """The network at step 0: with the weights of `init`, else with a backbone from ImageNet."""
+    if init is not None:
+        net, saved = load_detector(init)
+        if saved != config:
+            raise ValueError(f"{init}: its settings are {saved}, not {config}")
+    elif config.backbone in CARRIERS:
+        net = build(config)
+        if pretrained:
+            load_weights(net.backbone.body, imagenet_weights(config.backbone), f"ImageNet weights of {config.backbone}")
+    else:
+        net = build(config, pretrained)
+    return net
