@@ -69,7 +69,7 @@ class Augment:
     flip: float = 0.5  # chance of a mirror image
     rotate: float = 12.0  # up to so many degrees
     shear: float = 8.0  # degrees
-    zoom: tuple[float, float] = (0.85, 1.4)  # 1: the source just covers the frame
+    zoom: tuple[float, float] = (0.9, 1.5)  # 1: the source just covers the frame
     crop: float = 1.0  # where a larger source is cut: 1 anywhere, 0 in the middle
     shift: float = 0.08  # of the frame's sides, beyond the source's edge if need be
     warp: float = 0.03  # displacement of the elastic grid's knots, of the shorter side

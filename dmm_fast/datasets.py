@@ -21,7 +21,7 @@ import numpy as np
 from dmm_fast.masks import VOID, MaskWarning, check_size, is_indexed, read_binary, read_ids, read_mask
 from dmm_fast.model import Proposals
 from dmm_fast.proposals import TOP, ProposalFile, read_coco
-from dmm_fast.video import SUFFIXES, VIDEO_SUFFIXES, FramesError, ImageFrames, VideoFrames, open_frames
+from dmm_fast.video import SUFFIXES, VIDEO_SUFFIXES, ImageFrames, VideoFrames, image_size, open_frames
 
 MASK_SUFFIXES = (".png", ".bmp")
 OPEN_VIDEOS = 64  # kept open per data set: listings and proposals, no pixels
@@ -55,7 +55,7 @@ class Video:
     def __init__(
         self,
         name: str,
-        source: ImageFrames | VideoFrames | StillFrame,
+        source: ImageFrames | VideoFrames,
         files: dict[str, Sequence[Path]],
         *,
         merge: bool = False,
@@ -141,29 +141,11 @@ class Video:
         return self._coco.frame(self.stems[index], self.size)
 
 
-class StillFrame:
+class StillFrame(ImageFrames):
     """One image as a video of one frame."""
 
-    fps: float | None = None
-
     def __init__(self, path: Path):
-        self.path, self.stems = path, [path.stem]
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        return self.read().shape[:2]
-
-    def read(self) -> np.ndarray:
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(self.path) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except OSError as error:
-            raise FramesError(f"{self.path}: cannot be read as an image ({error})") from None
-
-    def pick(self, indices: Iterable[int]):
-        return [(index, self.path.stem, self.read()) for index in indices if index == 0]
+        self.path, self.files, self.stems, self.size = path, [path], [path.stem], image_size(path)
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -231,7 +213,7 @@ class VideoDataset:
     def open(self, name: str) -> Video:
         raise NotImplementedError
 
-    def _video(self, name: str, source: ImageFrames | VideoFrames | StillFrame, files: dict, **settings) -> Video:
+    def _video(self, name: str, source: ImageFrames | VideoFrames, files: dict, **settings) -> Video:
         proposals = self.proposals and self.proposals / f"{name}.json"
         if proposals and not proposals.is_file():
             raise DataError(f"{proposals}: no proposals for video {name}; each video needs NAME.json there")
@@ -246,6 +228,7 @@ class FolderDataset(VideoDataset):
 
     layout = "folder"
     merge = strict = False
+    complete = False  # whether every video must have annotations
 
     @property
     def images(self) -> Path:
@@ -259,8 +242,10 @@ class FolderDataset(VideoDataset):
         return _folders(_folder(self.images, "frames"))
 
     def open(self, name: str) -> Video:
-        source = open_frames(self.images / name)
-        return self._video(name, source, _masks(self.annotations / name), merge=self.merge, strict=self.strict)
+        files = _masks(self.annotations / name)
+        if self.complete and not files:
+            raise DataError(f"{self.annotations / name}: no masks; the {self.layout} layout has at least the first frame's")
+        return self._video(name, open_frames(self.images / name), files, merge=self.merge, strict=self.strict)
 
 
 class DavisDataset(FolderDataset):
@@ -271,6 +256,7 @@ class DavisDataset(FolderDataset):
     """
 
     layout = "davis"
+    complete = True
 
     def __init__(
         self, path: str | os.PathLike, names: Iterable[str] | None = None, *, year: str = "2017", split: str | None = None,
@@ -345,7 +331,7 @@ class YouTubeVOSDataset(VideoDataset):
     def open(self, name: str) -> Video:
         video = self._video(name, open_frames(self.images / name), _masks(self.annotations / name), strict=True,
                             dense=self.dense)  # fmt: skip
-        index = {stem: i for i, stem in enumerate(video.stems)}
+        index, annotated = {stem: i for i, stem in enumerate(video.stems)}, set(video.annotated)
         objects = []
         for number, entry in self._meta[name].items():
             where = f"{self._meta_file}: video {name}, object {number}"
@@ -356,6 +342,8 @@ class YouTubeVOSDataset(VideoDataset):
                 raise DataError(f"{where}: needs frames, the list of the frames it is seen in")
             if missing := [stem for stem in frames if stem not in index]:
                 raise DataError(f"{where}: frame {missing[0]} is not in {self.images / name}")
+            if self.dense and (bare := [stem for stem in frames if index[stem] not in annotated]):
+                raise DataError(f"{self.annotations / name / bare[0]}.png: no such mask, and {where} is seen in that frame")
             objects.append(VideoObject(int(number), min(index[stem] for stem in frames), entry.get("category")))
         video.objects = sorted(objects)
         return video

@@ -53,10 +53,10 @@ class ImageFrames:
         for file, other in zip(self.files, self.files[1:]):
             if file.stem == other.stem:
                 raise FramesError(f"{path}: {file.name} and {other.name} are the same frame twice")
-        self.size = _image_size(self.files[0])
+        self.size = image_size(self.files[0])
         for file in self.files[1:]:  # headers only; better now than an hour into the run
-            if _image_size(file) != self.size:
-                sizes = "is {1}x{0}, the first frame is {3}x{2}".format(*_image_size(file), *self.size)
+            if image_size(file) != self.size:
+                sizes = "is {1}x{0}, the first frame is {3}x{2}".format(*image_size(file), *self.size)
                 raise FramesError(f"{file}: {sizes}; all frames of a video must have one size")
 
     def __len__(self) -> int:
@@ -133,7 +133,7 @@ def _open_video(path: Path):
     return container
 
 
-def _image_size(file: Path) -> tuple[int, int]:
+def image_size(file: Path) -> tuple[int, int]:
     """(H, W) as read() will give it, from the header."""
     try:
         with Image.open(file) as image:
