@@ -252,12 +252,12 @@ class StillClips(Clips):
 class SyntheticClips(Clips):
     """Clips from the demo's koi pond, of ``scenes`` scenes an epoch, new ones in every epoch.
 
-    Making a scene takes as long as a dozen frames, so clips share scenes, and the last scenes are kept.
+    Making a scene takes as long as several frames, so clips share scenes, and an epoch's scenes are kept.
     """
 
     def __init__(
         self, length: int = 1000, frames: int = 2, *, size: tuple[int, int] = (240, 427), objects: tuple[int, int] = (1, 5),
-        skips: tuple[int, int] = (1, 6), scenes: int = 50, augment: Augment | None = None, seed: int = 0, **config,
+        skips: tuple[int, int] = (1, 6), scenes: int = 12, augment: Augment | None = None, seed: int = 0, **config,
     ):  # fmt: skip
         super().__init__(length, augment, seed)
         self.frames, self.size, self.objects, self.skips, self.scenes = frames, size, objects, skips, scenes
@@ -271,7 +271,7 @@ class SyntheticClips(Clips):
         if number not in self._kept:
             objects = int(np.random.default_rng([self.seed, number]).integers(self.objects[0], self.objects[1] + 1))
             self._kept[number] = Scene(number, size=self.size, objects=objects, **self.config)
-            if len(self._kept) > 4:
+            if len(self._kept) > self.scenes:
                 self._kept.popitem(last=False)
         return self._kept[number]
 

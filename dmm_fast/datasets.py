@@ -81,8 +81,9 @@ class Video:
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Several frames, in the order asked for; a video file is decoded once for all of them."""
-        found = {index: frame for index, _, frame in self.source.pick(set(indices))}
-        if missing := set(indices) - set(found):
+        within = {index for index in indices if 0 <= index < len(self)}
+        found = {index: frame for index, _, frame in self.source.pick(within)}
+        if missing := set(indices) - set(found):  # a damaged video file may end early
             raise DataError(f"{self.source.path}: frame {min(missing)} is not there; the video has {len(self)}")
         return [found[index] for index in indices]
 
