@@ -224,12 +224,17 @@ def move_masks(masks: Tensor, grid: Tensor) -> Tensor:
 
 def shrink(clip: Clip, size: tuple[int, int]) -> Clip:
     """Halve (or third, ..) a clip that is at least twice ``size``: averaged colours, and less to resample."""
-    factor = min(clip.frames.size(2) // size[0], clip.frames.size(3) // size[1])
+    factor = min(clip.frames.size(2) // size[0], clip.frames.size(3) // size[1], 15)  # 15 * 15 still fits a byte
     if factor < 2:
         return clip
     height, width = (side // factor * factor for side in clip.frames.shape[2:])
     frames = F.avg_pool2d(clip.frames[..., :height, :width].float(), factor)
-    offset = factor // 2
-    cut = (..., slice(offset, height, factor), slice(offset, width, factor))
-    proposals = [tight(given.masks[cut], given.scores) for given in clip.proposals]
-    return clip._replace(frames=to_uint8(frames), masks=clip.masks[cut], proposals=proposals)
+
+    def fewer(masks: Tensor) -> Tensor:
+        """A block that is at least half full is full."""
+        inner = masks[..., :height, :width].view(torch.uint8)
+        blocks = (inner[..., row::factor, column::factor] for row in range(factor) for column in range(factor))
+        return sum(blocks) >= (factor * factor + 1) // 2
+
+    proposals = [tight(fewer(given.masks), given.scores) for given in clip.proposals]
+    return clip._replace(frames=to_uint8(frames), masks=fewer(clip.masks), proposals=proposals)
