@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import Help, add_command, check_device, count, examples, export, proposals, train_proposals
+from dmm_fast.commands import Help, add_command, check_device, count, examples, export, proposals, train, train_proposals
 
-PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
+PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
             ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from Mask R-CNN"),
             ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
             ("dmm-fast proposals clip.mp4 --out p.json", "keep Mask R-CNN's proposals, which take most of the time"),
+            ("dmm-fast train small data.path=DAVIS data.proposals=DIR", "a network of your own"),
+            ("dmm-fast train-proposals small --data DAVIS --out detector", "a proposal network of your own"),
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
             ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
         ),
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_segment, proposals.add, train_proposals.add, _add_evaluate, _add_demo, export.add, _add_doctor):
+    for add in (_add_segment, proposals.add, train_proposals.add, train.add, _add_evaluate, _add_demo, export.add, _add_doctor):
         add(commands)
     return parser
 
@@ -114,12 +116,16 @@ def _add_segment(commands: Any) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--preset", default="iou", choices=PRESETS,
-        help="iou: overlap alone, needs no weights (default); the others are the paper's settings",
+        "--preset", choices=PRESETS,
+        help="small: the trained network in the package (default); iou: overlap alone, no network; the others are the "
+        "paper's settings and need weights. Default with --weights FILE: what the file is for",
     )  # fmt: skip
     group.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
-    group.add_argument("--weights", metavar="imagenet|FILE", help="for a backbone: ImageNet's, or a .safetensors file")
-    group.add_argument("--refine", choices=("none", "light"), default="none", help="mask refinement (default: none)")
+    group.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
+    group.add_argument(
+        "--refine", choices=("none", "light", "heavy"),
+        help="mask refinement in place of the preset's; none: the masks are the matched proposals",
+    )  # fmt: skip
     group.add_argument(
         "--matcher", choices=("dmm", "greedy", "hungarian"), default="dmm",
         help="the matching layer (default), or another on the same cost, to compare with",

@@ -1,0 +1,58 @@
+"""``dmm-fast train``: train DMM-Net from a preset or a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dmm_fast.commands import add_command
+
+INTERRUPTED = 130
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "train", run, "train the network",
+        "Train the network. CONFIG is a preset (small, youtube-vos, davis) or a YAML file; settings follow as key=value,\n"
+        "dotted where they are nested. OUT (setting out) receives curve.jsonl, last.safetensors, best.safetensors and\n"
+        "state.safetensors, from which --resume goes on exactly. docs/training.md has the settings and the recipes.",
+        ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals",
+         "the network that the package ships"),
+        ("dmm-fast train youtube-vos data.path=YouTubeVOS data.proposals=proposals out=runs/a epochs=5",
+         "the paper's training, shorter"),
+        ("dmm-fast train youtube-vos .. --resume --minutes 60", "go on for an hour, save, stop"),
+        ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs; the batch is shared out"),
+        ("dmm-fast train small --show", "the whole configuration as YAML, to start one's own from"),
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="a preset's name or a .yaml file")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
+    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the run in OUT, if there is one")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def run(a: argparse.Namespace) -> int:
+    import yaml
+
+    from dmm_fast.configs import read_config
+
+    config = read_config(a.config, a.settings)
+    if a.show:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+
+    from dmm_fast.train import train
+
+    result = train(config, resume=a.resume, overwrite=a.overwrite, minutes=a.minutes, progress=not a.quiet)
+    if result.stopped:
+        print(f"stopped after step {result.step} ({result.stopped}); the same command with --resume goes on", file=sys.stderr)
+    elif not a.quiet:
+        best = result.best
+        told = f", J {best['J']:.3f} and F {best['F']:.3f} at step {best['step']}" if best else ""
+        print(f"{result.step} steps{told}: {Path(result.weights)}")
+    return INTERRUPTED if result.stopped == "interrupted" else 0

@@ -1,0 +1,59 @@
+"""Losses of one unrolled step: of the refined masks, of the matched masks, and of the similarities that match them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmm_fast import reference
+from dmm_fast.model import Affinity, Output, Proposals
+
+TERMS = ("refined", "matched", "cosine", "bce")
+
+
+def step_losses(
+    output: Output, affinity: Affinity, proposals: Proposals, masks: Tensor, *, match_iou: float = 0.3
+) -> dict[str, Tensor]:
+    """The loss terms of one frame, each a scalar >= 0; masks [N, H, W] bool is the ground truth.
+
+    refined, matched: 1 - soft IoU of `output.masks` and of `output.matched`. cosine: see `cosine_loss`. bce: binary cross
+    entropy of `output.masks`; it alone also asks for an empty mask where an object is hidden.
+    """
+    return {
+        "refined": soft_iou_loss(output.masks, masks),
+        "matched": soft_iou_loss(output.matched, masks),
+        "cosine": cosine_loss(affinity.cosine, proposals, masks, match_iou),
+        "bce": bce_loss(output.masks, masks),
+    }
+
+
+def soft_iou_loss(pred: Tensor, masks: Tensor) -> Tensor:
+    """1 - sum(p t) / sum(p + t - p t), the mean over the objects that are seen; pred [N, H, W] in [0, 1], masks bool.
+
+    0 where no object is seen: the soft IoU with an empty mask is 0 whatever is predicted.
+    """
+    p, t = pred.float().flatten(1), masks.flatten(1).float()  # [N, H W]
+    both = (p * t).sum(1)
+    iou = both / (p.sum(1) + t.sum(1) - both).clamp(min=1e-6)  # [N]
+    seen = t.sum(1) > 0
+    return ((1.0 - iou) * seen).sum() / seen.sum().clamp(min=1)
+
+
+def cosine_loss(cosine: Tensor, proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """Mean squared difference of cosine [N, M] to `greedy_target`; 0 without proposals."""
+    if cosine.numel() == 0:
+        return cosine.sum()
+    return F.mse_loss(cosine.float(), greedy_target(proposals, masks, match_iou))
+
+
+def greedy_target(proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """The greedy one-to-one assignment by IoU with the ground truth, where that is above match_iou: [N, M] of 0 and 1."""
+    iou = torch.ops.dmm.mask_iou(masks, proposals.masks)  # [N, M]
+    return reference.greedy(-iou) * (iou > match_iou)
+
+
+def bce_loss(pred: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross entropy of probabilities pred [N, H, W]; computed in float32, as autocast has it."""
+    with torch.autocast(pred.device.type, enabled=False):
+        return F.binary_cross_entropy(pred.float().clamp(1e-6, 1 - 1e-6), masks.float())
