@@ -1,0 +1,49 @@
+// Mask proposals from a COCO results file, as dmm_fast.proposals reads them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "dmm/json.h"
+
+namespace dmm {
+
+/// Proposals of one frame, best first.
+struct FrameProposals {
+  int height = 0, width = 0;
+  std::vector<float> boxes;    // [M, 4] x0 y0 x1 y1 in pixels
+  std::vector<float> scores;   // [M]
+  std::vector<uint8_t> masks;  // [M, H, W] 0 or 1
+};
+
+/// A JSON list of {image_id, score, segmentation, bbox?}: image_id is the frame's stem, segmentation an RLE.
+class ProposalFile {
+ public:
+  /// Throws Error for a file that is missing, cut short or not such a list; a frame's masks are decoded when it is asked for.
+  explicit ProposalFile(const std::string& path, int top = 50);
+
+  /// At most `top` proposals of a frame of this size; none at all is an empty result, not an error.
+  FrameProposals frame(const std::string& stem, int height, int width) const;
+
+  /// How many of these frames have a proposal.
+  int64_t covers(const std::vector<std::string>& stems) const;
+
+  /// The image_id of some entry, as it may stand in a message.
+  std::string example() const;
+
+ private:
+  struct Entry {
+    double score;
+    Json bbox, segmentation;
+  };
+  std::string path_;
+  int top_;
+  std::map<std::string, std::vector<Entry>> entries_;  // by frame, best first
+};
+
+/// Run lengths of 0 and 1 in turn, down the columns, from COCO's compressed text; false where it is damaged.
+bool uncompress(const std::string& counts, std::vector<int64_t>& runs);
+
+}  // namespace dmm

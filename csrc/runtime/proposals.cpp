@@ -1,0 +1,179 @@
+#include "dmm/proposals.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <numeric>
+
+#include "dmm/error.h"
+
+namespace dmm {
+namespace {
+
+constexpr std::array<const char*, 5> kSuffixes = {"jpg", "jpeg", "png", "bmp", "webp"};
+
+/// Frame stems and image ids meet here: 7, "7" and "00007" name the same frame; so do "a.jpg" and "a".
+std::string key(std::string id) {
+  if (const auto dot = id.rfind('.'); dot != std::string::npos && dot > 0) {
+    std::string suffix = id.substr(dot + 1);
+    for (char& c : suffix) c = c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
+    if (std::find(kSuffixes.begin(), kSuffixes.end(), suffix) != kSuffixes.end()) id.resize(dot);
+  }
+  const bool digits = !id.empty() && id.find_first_not_of("0123456789") == std::string::npos;
+  if (digits) id.erase(0, std::min(id.find_first_not_of('0'), id.size() - 1));
+  return id;
+}
+
+bool image_id(const Json* id, std::string& result) {
+  if (!id) return false;
+  if (const auto* text = id->get<std::string>()) {
+    result = key(*text);
+  } else if (const auto* number = id->get<int64_t>()) {
+    result = key(std::to_string(*number));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+int side(const Json::Array& size, size_t index) {
+  const auto* value = size[index].get<int64_t>();
+  return value && *value > 0 && *value < 1 << 16 ? int(*value) : 0;
+}
+
+/// The run lengths of an RLE's `counts`; false where they are none.
+bool run_lengths(const Json* counts, std::vector<int64_t>& runs) {
+  if (!counts) return false;
+  if (const auto* text = counts->get<std::string>()) return uncompress(*text, runs);
+  const auto* list = counts->get<Json::Array>();
+  if (!list) return false;
+  for (const Json& item : *list) {
+    const auto* run = item.get<int64_t>();
+    if (!run) return false;
+    runs.push_back(*run);
+  }
+  return true;
+}
+
+/// Whether runs are none of them negative and fill a mask of `area` pixels.
+bool fill(const std::vector<int64_t>& runs, int64_t area) {
+  for (int64_t run : runs) {
+    if (run < 0 || run > area) return false;
+    area -= run;
+  }
+  return area == 0;
+}
+
+/// Decode a segmentation into mask [H, W], which is zero; returns the tight box of its ones.
+std::array<int, 4> decode(const Json& segmentation, int height, int width, const std::string& where, uint8_t* mask) {
+  if (segmentation.get<Json::Array>()) {
+    fail(where, ": polygons are not read here; convert them to RLE (pycocotools.mask.frPyObjects)");
+  }
+  const Json* member = segmentation.find("size");
+  const auto* size = member ? member->get<Json::Array>() : nullptr;
+  if (!size || size->size() != 2 || !side(*size, 0) || !side(*size, 1)) {
+    fail(where, ": needs a segmentation {size: [H, W], counts}, got ", excerpt(segmentation.dump()));
+  }
+  if (side(*size, 0) != height || side(*size, 1) != width) {
+    fail(where, ": masks are ", side(*size, 1), "x", side(*size, 0), ", the frames are ", width, "x", height);
+  }
+  std::vector<int64_t> runs;
+  if (!run_lengths(segmentation.find("counts"), runs) || !fill(runs, int64_t(height) * width)) {
+    fail(where, ": the run lengths do not fill a ", width, "x", height, " mask; the file is damaged");
+  }
+  std::array<int, 4> box = {width, height, 0, 0};
+  int64_t at = 0;
+  for (size_t k = 0; k < runs.size(); at += runs[k++]) {
+    if (k % 2 == 0 || runs[k] == 0) continue;
+    int y = int(at % height), x = int(at / height);
+    for (int64_t rest = runs[k]; rest > 0; ++x, y = 0) {  // column by column
+      const int last = int(std::min<int64_t>(height, y + rest));
+      for (int row = y; row < last; ++row) mask[int64_t(row) * width + x] = 1;
+      box = {std::min(box[0], x), std::min(box[1], y), std::max(box[2], x + 1), std::max(box[3], last)};
+      rest -= last - y;
+    }
+  }
+  return box[2] > 0 ? box : std::array<int, 4>{};
+}
+
+/// The box of an entry: its bbox [x, y, width, height] where given, else that of its mask.
+std::array<float, 4> box_of(const Json& bbox, const std::array<int, 4>& tight, const std::string& where) {
+  if (bbox.get<std::monostate>()) return {float(tight[0]), float(tight[1]), float(tight[2]), float(tight[3])};
+  const auto* list = bbox.get<Json::Array>();
+  double x, y, w, h;
+  if (!list || list->size() != 4 || !(*list)[0].number(x) || !(*list)[1].number(y) || !(*list)[2].number(w) || !(*list)[3].number(h)) {
+    fail(where, ": bbox must be [x, y, width, height], got ", excerpt(bbox.dump()));
+  }
+  return {float(x), float(y), float(x + w), float(y + h)};
+}
+
+}  // namespace
+
+bool uncompress(const std::string& counts, std::vector<int64_t>& runs) {
+  // Five bits a character, low bits first; bit 5 says that more follow, the last character's bit 4 is the sign. From the fourth
+  // run on, each is stored less the run two before it.
+  for (size_t at = 0; at < counts.size();) {
+    int64_t run = 0;
+    for (int shift = 0;; shift += 5) {
+      const int code = at < counts.size() ? static_cast<unsigned char>(counts[at++]) - 48 : -1;
+      if (code < 0 || code > 63 || shift > 30) return false;
+      run |= int64_t(code & 31) << shift;
+      if (code & 32) continue;
+      if (code & 16) run -= int64_t(32) << shift;
+      break;
+    }
+    if (runs.size() > 2) run += runs[runs.size() - 2];
+    if (run < 0 || run > int64_t(1) << 32) return false;  // no mask is that large; a sum of such cannot overflow
+    runs.push_back(run);
+  }
+  return !runs.empty();
+}
+
+ProposalFile::ProposalFile(const std::string& path, int top) : path_(path), top_(top) {
+  const Json results = Json::parse(read_file(path), path);
+  if (results.find("annotations")) {
+    fail(path, ": a COCO data set with 'annotations'; proposals are a COCO results list with scores");
+  }
+  const auto* list = results.get<Json::Array>();
+  if (!list) fail(path, ": a COCO results file is a JSON list");
+  for (size_t index = 0; index < list->size(); ++index) {
+    const Json& item = (*list)[index];
+    std::string id;
+    const Json* score = item.find("score");
+    Entry entry{};
+    if (!image_id(item.find("image_id"), id) || !score || !score->number(entry.score)) {
+      fail(path, ": entry ", index, " needs image_id and a finite score, got ", excerpt(item.dump()));
+    }
+    if (const Json* bbox = item.find("bbox")) entry.bbox = *bbox;
+    if (const Json* segmentation = item.find("segmentation")) entry.segmentation = *segmentation;
+    entries_[id].push_back(std::move(entry));
+  }
+  for (auto& [id, entries] : entries_) {
+    std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.score > b.score; });
+  }
+}
+
+FrameProposals ProposalFile::frame(const std::string& stem, int height, int width) const {
+  FrameProposals result{height, width, {}, {}, {}};
+  const auto found = entries_.find(key(stem));
+  if (found == entries_.end()) return result;
+  const size_t count = std::min(found->second.size(), size_t(top_)), area = size_t(height) * width;
+  result.masks.resize(count * area);
+  for (size_t index = 0; index < count; ++index) {
+    const Entry& entry = found->second[index];
+    const std::string where = path_ + ", image_id " + excerpt(found->first);
+    const auto tight = decode(entry.segmentation, height, width, where, &result.masks[index * area]);
+    const auto box = box_of(entry.bbox, tight, where);
+    result.boxes.insert(result.boxes.end(), box.begin(), box.end());
+    result.scores.push_back(float(entry.score));
+  }
+  return result;
+}
+
+int64_t ProposalFile::covers(const std::vector<std::string>& stems) const {
+  return std::count_if(stems.begin(), stems.end(), [this](const std::string& stem) { return entries_.count(key(stem)) > 0; });
+}
+
+std::string ProposalFile::example() const { return entries_.empty() ? "nothing" : excerpt(entries_.begin()->first); }
+
+}  // namespace dmm

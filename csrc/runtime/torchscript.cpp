@@ -1,0 +1,72 @@
+// TorchScript: one file with all functions as methods of a module; its tuples and lists of tensors are packed from flat lists.
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/serialization/import.h>
+
+#include "dmm/error.h"
+#include "model.h"
+
+namespace dmm {
+namespace {
+
+/// Take as many tensors from `at` on as a value of this type holds; a list takes all that are left.
+c10::IValue pack(const c10::TypePtr& type, const Tensors& flat, size_t& at) {
+  if (auto tuple = type->cast<c10::TupleType>()) {
+    std::vector<c10::IValue> elements;
+    for (const auto& element : tuple->elements()) elements.push_back(pack(element, flat, at));
+    return c10::ivalue::Tuple::createNamed(std::move(elements), tuple);
+  }
+  if (type->cast<c10::ListType>()) {
+    c10::List<at::Tensor> list;
+    while (at < flat.size()) list.push_back(flat[at++]);
+    return list;
+  }
+  if (at >= flat.size()) fail("model.pt: takes more tensors than manifest.json lists");
+  return flat[at++];
+}
+
+void unpack(const c10::IValue& value, Tensors& flat) {
+  if (value.isTensor()) {
+    flat.push_back(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorList().vec()) flat.push_back(tensor);
+  } else if (value.isTuple()) {
+    for (const auto& element : value.toTupleRef().elements()) unpack(element, flat);
+  } else {
+    fail("model.pt: gives a ", value.tagKind(), ", not tensors alone");
+  }
+}
+
+class TorchScript : public Program {
+ public:
+  TorchScript(const Manifest& manifest, at::Device device)
+      : module_(torch::jit::load(manifest.path(manifest.files.at("step")), device)) {
+    module_.eval();
+    for (const auto& [name, function] : manifest.files) {
+      if (function.file != manifest.files.at("step").file) fail(manifest.folder, ": 'torchscript' has all functions in one file");
+      if (!module_.find_method(name)) fail(manifest.path(function), ": has no method ", excerpt(name));
+    }
+  }
+
+  Tensors run(const std::string& function, Tensors inputs) override {
+    const auto method = module_.get_method(function);
+    const auto& arguments = method.function().getSchema().arguments();
+    std::vector<c10::IValue> stack;
+    size_t at = 0;
+    for (size_t k = 1; k < arguments.size(); ++k) stack.push_back(pack(arguments[k].type(), inputs, at));  // 0 is the module
+    if (at != inputs.size()) fail("model.pt: takes fewer tensors than manifest.json lists");
+    Tensors flat;
+    unpack(method(std::move(stack)), flat);
+    return flat;
+  }
+
+ private:
+  torch::jit::Module module_;
+};
+
+}  // namespace
+
+std::unique_ptr<Program> open_torchscript(const Manifest& manifest, at::Device device) {
+  return std::make_unique<TorchScript>(manifest, device);
+}
+
+}  // namespace dmm
