@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import Help, add_command, check_device, count, examples, export, proposals, train, train_proposals
+from dmm_fast.commands import Help, add_command, check_device, count, examples, export, proposals, runtime, train, train_proposals
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -56,13 +56,14 @@ def _parser() -> argparse.ArgumentParser:
             ("dmm-fast train small data.path=DAVIS data.proposals=DIR", "a network of your own"),
             ("dmm-fast train-proposals small --data DAVIS --out detector", "a proposal network of your own"),
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
+            ("dmm-fast study convergence --out study", "the paper's studies, run again"),
             ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
         ),
         formatter_class=Help,
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_segment, proposals.add, train_proposals.add, train.add, _add_evaluate, _add_demo, export.add, _add_doctor):
+    for add in (_add_segment, proposals.add, train_proposals.add, train.add, _add_evaluate, _add_demo, export.add, runtime.add, _add_doctor):
         add(commands)
     return parser
 

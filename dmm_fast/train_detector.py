@@ -1,8 +1,8 @@
 """Training of the proposal network on images with masks: single pictures and video frames alike.
 
-A data set is a folder with ``JPEGImages/**/NAME.jpg`` and, under the same relative names, ``Annotations/**/NAME.png``
-(object ids). Confident proposals of another detector, one COCO results file per video, add objects that nobody has
-annotated. Everything random comes from (seed, step), so that a run that was cut short goes on as if it had not been.
+Data sets are those of `dmm_fast.datasets`. Confident proposals of another detector, one COCO results file per video, add
+objects that nobody has annotated. Everything random comes from (seed, step), so that a run that was cut short goes on as
+if it had not been.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,9 +27,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from dmm_fast.datasets import Video, open_dataset
 from dmm_fast.detector import DetectorConfig, build, load_detector, save_detector
 from dmm_fast.imagenet import CARRIERS, imagenet_weights
-from dmm_fast.masks import VOID, read_mask, whole_file
+from dmm_fast.masks import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.weights import load_weights
@@ -39,6 +39,7 @@ from dmm_fast.vision import mask_iou
 
 SAME = 0.7  # masks that overlap more than this show one object
 LEAST = 32  # pixels of a mask worth learning
+SEEDS = 1_000_003  # between two runs' seeds: more than a run has steps; torch keeps 32 bits of a seed
 STATE, WEIGHTS, CURVE = "state.safetensors", "detector.safetensors", "curve.jsonl"
 
 
@@ -76,8 +77,10 @@ def settings(asked: str, changes: Sequence[str] = ()) -> tuple[DetectorConfig, S
         if not equals:
             raise ValueError(f"settings are changed by name=value, got {change!r}")
         values[name] = yaml.safe_load(value)
-    names = {field.name for field in fields(Schedule)}
-    schedule = Schedule(**{name: values.pop(name) for name in names & set(values)})
+    for field in (*fields(Schedule), *fields(DetectorConfig)):
+        if field.type in ("int", "float") and isinstance(values.get(field.name), str):  # YAML takes 1e-3 for a text
+            values[field.name] = float(values[field.name])
+    schedule = Schedule(**{field.name: values.pop(field.name) for field in fields(Schedule) if field.name in values})
     return DetectorConfig.preset(values.pop("preset", "small"), **values), schedule
 
 
@@ -85,60 +88,46 @@ def settings(asked: str, changes: Sequence[str] = ()) -> tuple[DetectorConfig, S
 
 
 class Example(NamedTuple):
-    """A picture with masks: where its files are, and the video (or picture) that it belongs to."""
+    """An annotated frame (a single picture is a video of one), and a file of proposals for its video."""
 
-    group: str
-    image: Path
-    masks: Path
-    proposals: Path | None
+    video: Video
+    index: int
+    pseudo: Path | None
 
+    def image(self) -> Tensor:
+        """uint8 [3, H, W], RGB."""
+        return torch.from_numpy(self.video.frame(self.index)).permute(2, 0, 1).contiguous()
 
-def find_examples(roots: Iterable[str | os.PathLike], pseudo: Iterable[str | os.PathLike] = ()) -> list[Example]:
-    """All pictures with masks under the data sets `roots`; `pseudo` are folders of GROUP.json proposals."""
-    pseudo = [Path(folder) for folder in pseudo]
-    examples: list[Example] = []
-    for root in map(Path, roots):
-        pictures = sorted(path for path in (root / "JPEGImages").rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
-        if not pictures:
-            raise ValueError(f"{root}: no pictures in {root / 'JPEGImages'}")
-        for picture in pictures:
-            name = picture.relative_to(root / "JPEGImages")
-            masks = root / "Annotations" / name.with_suffix(".png")
-            if masks.exists():
-                group = name.parent.name or picture.stem
-                files = [folder / f"{group}.json" for folder in pseudo]
-                examples.append(Example(group, picture, masks, next((file for file in files if file.exists()), None)))
-    if not examples:
-        raise ValueError(f"no masks under Annotations with the names of the pictures: {', '.join(map(str, roots))}")
-    return examples
+    def objects(self) -> Tensor:
+        """Ground truth, bool [N, H, W]."""
+        ids = torch.from_numpy(self.video.ids(self.index))  # [H, W]
+        names = ids.unique()
+        return ids == names[names > 0][:, None, None]
+
+    def more_objects(self, score: float) -> Tensor:
+        """Ground truth, then the proposals of at least `score` that show none of the objects before them."""
+        masks = self.objects()
+        if self.pseudo is not None:
+            found = _proposals_of(self.pseudo).frame(self.video.stems[self.index], self.video.size)
+            for mask in found.masks[found.scores >= score]:
+                if len(masks) == 0 or mask_iou(mask[None], masks).max() < SAME:
+                    masks = torch.cat([masks, mask[None]])
+        return masks
 
 
 _proposals_of = lru_cache(maxsize=None)(read_coco)
 
 
-def read_image(path: Path) -> Tensor:
-    """uint8 [3, H, W], RGB."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+def find_examples(roots: Iterable[str | os.PathLike], pseudo: Sequence[str | os.PathLike] = ()) -> list[Example]:
+    """All annotated frames of the data sets `roots`; `pseudo` are folders of VIDEO.json proposals.
 
-
-def object_masks(path: Path) -> Tensor:
-    """The objects of an id map, bool [N, H, W]."""
-    ids = torch.from_numpy(read_mask(path).astype(np.uint8))  # [H, W]
-    names = [i for i in ids.unique().tolist() if i not in (0, VOID)]
-    return ids == torch.tensor(names, dtype=torch.uint8)[:, None, None] if names else ids.new_zeros((0, *ids.shape)).bool()
-
-
-def read_example(example: Example, score: float) -> tuple[Tensor, Tensor]:
-    """Picture uint8 [3, H, W] and its objects bool [N, H, W]: ground truth first, then proposals of at least `score`
-    that show none of the objects before them."""
-    image, masks = read_image(example.image), object_masks(example.masks)
-    if example.proposals is not None:
-        found = _proposals_of(example.proposals).frame(example.image.stem, tuple(image.shape[1:]))
-        for mask in found.masks[found.scores >= score]:
-            if len(masks) == 0 or mask_iou(mask[None], masks).max() < SAME:
-                masks = torch.cat([masks, mask[None]])
-    return image, masks
+    Raises DataError for a folder that is no data set, ValueError where proposals fit none of the videos.
+    """
+    videos = [video for root in roots for video in open_dataset(root)]
+    files = {file.stem: file for folder in map(Path, pseudo) for file in sorted(folder.glob("*.json"))}
+    if pseudo and not {video.name for video in videos} & set(files):
+        raise ValueError(f"{', '.join(map(str, pseudo))}: no proposals with the name of a video (VIDEO.json)")
+    return [Example(video, index, files.get(video.name)) for video in videos for index in video.annotated]
 
 
 def augmentation(size: tuple[int, int]) -> v2.Transform:
@@ -178,16 +167,16 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, examples: list[Example], schedule: Schedule, size: tuple[int, int]):
         self.examples, self.schedule, self.augment = examples, schedule, augmentation(size)
-        lengths = Counter(example.group for example in examples)
+        lengths = Counter(example.video.name for example in examples)
         # Frames of one video are much alike: a video counts as the square root of its length.
-        self.weights = torch.tensor([lengths[example.group] ** -0.5 for example in examples])
+        self.weights = torch.tensor([lengths[example.video.name] ** -0.5 for example in examples])
 
     def __len__(self) -> int:
         return self.schedule.steps
 
     def __getitem__(self, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.schedule.seed << 32 | step)
+            torch.manual_seed(self.schedule.seed * SEEDS + step)
             pairs = [self._augmented(index) for index in torch.multinomial(self.weights, self.schedule.batch + 1)]
             mixed = [
                 paste(pair, pairs[-1]) if torch.rand(()) < self.schedule.paste else pair for pair in pairs[:-1]
@@ -195,7 +184,8 @@ class Batches(torch.utils.data.Dataset):
         return [image.float() / 255 for image, _ in mixed], [target(masks) for _, masks in mixed]
 
     def _augmented(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        image, masks = read_example(self.examples[index], self.schedule.score)
+        example = self.examples[index]
+        image, masks = example.image(), example.more_objects(self.schedule.score)
         image, masks = self.augment(tv_tensors.Image(image), tv_tensors.Mask(masks))
         return image.as_subclass(Tensor), masks.as_subclass(Tensor)
 
@@ -227,7 +217,7 @@ def recall(
 
 def validate(propose: Callable[[Tensor], Proposals], examples: Iterable[Example]) -> dict[str, float]:
     """Recall of ground truth objects by a proposer."""
-    return recall((object_masks(example.masks), propose(read_image(example.image))) for example in examples)
+    return recall((example.objects(), propose(example.image())) for example in examples)
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -250,15 +240,14 @@ def train(
     """Train until `schedule.steps` or `minutes` have passed, whichever is first; OUT receives the weights
     (detector.safetensors), curve.jsonl and the state from which the same call goes on after an interruption.
 
-    held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: weights
-    of the same architecture to start from, else the backbone has ImageNet's. Returns the last row of the curve.
+    held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
+    weights to start from or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of the curve.
     """
-    examples = [example for example in find_examples(data, pseudo) if example.group not in leave_out]
-    unknown = set(held_out) - {example.group for example in examples}
-    if unknown:
-        raise ValueError(f"held-out videos that no data set has: {', '.join(sorted(unknown))}")
-    checked = [example for example in examples if example.group in held_out][::5]
-    learned = [example for example in examples if example.group not in held_out]
+    examples = find_examples(data, pseudo)
+    if unknown := {*held_out, *leave_out} - {example.video.name for example in examples}:
+        raise ValueError(f"held-out or left-out videos that no data set has: {', '.join(sorted(unknown))}")
+    checked = [example for example in examples if example.video.name in held_out][::5]
+    learned = [example for example in examples if example.video.name not in {*held_out, *leave_out}]
     run = _Run(config, schedule, Path(out), minutes, init, torch.device(device))
     batches = Batches(learned, schedule, (config.short_side, round(config.short_side * 16 / 9 / 16) * 16))
     rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
@@ -308,7 +297,7 @@ class _Run:
         rate = self.schedule.rate * min(1.0, (self.step + 1) / self.schedule.warmup) * (1 + math.cos(math.pi * self.part)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(self.schedule.seed << 32 | self.step)  # torchvision samples anchors and regions at random
+        torch.manual_seed(self.schedule.seed * SEEDS + self.step)  # torchvision samples anchors and regions at random
         self.net.train()
         losses = self.net(
             [image.to(self.device) for image in images],
@@ -376,7 +365,10 @@ class _Run:
 
 def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained: bool) -> nn.Module:
     """The network at step 0: with the weights of `init`, else with a backbone from ImageNet."""
-    if init is not None:
+    if init == "coco":
+        net = build(config)
+        load_weights(net, class_agnostic(_coco_tensors(config)), "Mask R-CNN's COCO weights without classes")
+    elif init is not None:
         net, saved = load_detector(init)
         if saved != config:
             raise ValueError(f"{init}: its settings are {saved}, not {config}")
@@ -387,3 +379,22 @@ def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained:
     else:
         net = build(config, pretrained)
     return net
+
+
+def _coco_tensors(config: DetectorConfig) -> dict[str, Tensor]:
+    if config.backbone != "resnet50":
+        raise ValueError(f"init: torchvision has COCO weights for the backbone resnet50, not for {config.backbone}")
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    return MaskRCNN_ResNet50_FPN_Weights.COCO_V1.get_state_dict(progress=False, check_hash=True)
+
+
+def class_agnostic(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Mask R-CNN with the foreground classes of its three predictors averaged into one."""
+    merged = dict(tensors)
+    for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits"):
+        for name in (f"roi_heads.{layer}.weight", f"roi_heads.{layer}.bias"):
+            each = 4 if "bbox" in layer else 1  # rows of a class; class 0 is the background
+            classes = tensors[name].unflatten(0, (-1, each))  # [classes, each, ..]
+            merged[name] = torch.stack([classes[0], classes[1:].mean(0)]).flatten(0, 1)
+    return merged
