@@ -54,9 +54,9 @@ def segment(
     proposals: str | os.PathLike = "torchvision",
     detector_weights: str | os.PathLike = "DEFAULT",
     video: str | os.PathLike | None = None,
-    preset: str = "iou",
+    preset: str | None = None,
     backbone: str | None = None,
-    refine: str = "none",
+    refine: str | None = None,
     matcher: str = "dmm",
     decision: str = "confident",
     weights: str | os.PathLike | None = None,
@@ -232,9 +232,9 @@ def _draw(
 
 
 def _make_segmenter(
-    preset: str, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: str
+    preset: str | None, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: str | None
 ) -> Segmenter:
-    config = Config.preset(preset, **({"backbone": backbone} if backbone else {}))
+    config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
     return Segmenter(config, weights=weights, device=device, **options)
 
 

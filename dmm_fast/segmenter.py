@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmm_fast import reference
-from dmm_fast.model import Config, DMMNet, Proposals, State, digest, load_weights, read_weights
+from dmm_fast.model import (
+    Config, DMMNet, Proposals, State, digest, load_weights, packaged, read_config, read_weights,
+)  # fmt: skip
 from dmm_fast.model.network import absent
 from dmm_fast.model.state import grow
 
@@ -53,9 +55,10 @@ class FrameResult:
 class Segmenter:
     """Follows objects through a video, given their first masks and mask proposals for every frame.
 
-    config: a `Config`, a preset's name, or None: matching on mask overlap alone, which needs no weights.
-    weights: "imagenet" (the backbone's, from timm), a safetensors file of this project, or None without a backbone.
-    refine: "none" (the masks are the matched proposals) or "light" (needs a weights file to be of use).
+    config: a `Config`, a preset's name, or None: that of the weights, "small" if those are not given either.
+    weights: a safetensors file of this project; "imagenet" (the backbone's alone, from timm: no refinement); or None: the
+    weights in the package for the preset "small", none at all without a backbone (the preset "iou").
+    refine: "none", "light" or "heavy" in place of the config's; "none" leaves the matched proposals as they are.
     matcher: "dmm", or "greedy" or "hungarian" on the same cost, to compare with.
     decision: how the assignment becomes a choice: "confident" takes each row's largest entry (Section 4.1, and what
     an exported step does); "assign" rounds the assignment with the Hungarian algorithm, so that no two objects take
@@ -78,10 +81,7 @@ class Segmenter:
         decision: str = "confident",
         slots: int = 1,
     ) -> None:
-        if not isinstance(config, Config):
-            config = Config.preset(config or "iou")
-        if refine is not None:
-            config = replace(config, refine=refine)
+        config, weights = _resolve(config, weights, refine)
         for name, value, allowed in (("matcher", matcher, MATCHERS), ("decision", decision, DECISIONS)):
             if value not in allowed:
                 raise ValueError(f"Segmenter: {name} must be one of {allowed}, got {value!r}")
@@ -261,6 +261,23 @@ def _one_hot(columns: Tensor, size: int) -> Tensor:
     return (columns[:, None] == torch.arange(size, device=columns.device)).to(torch.float32)
 
 
+def _resolve(
+    config: Config | str | None, weights: str | os.PathLike[str] | None, refine: str | None
+) -> tuple[Config, str | os.PathLike[str] | None]:
+    """The config and weights meant, where one follows from the other."""
+    if weights is None and config in (None, "small"):
+        weights = packaged("small")
+    if config is None:
+        config = "davis" if weights == "imagenet" else read_config(weights)
+    if not isinstance(config, Config):
+        config = Config.preset(config)
+        if weights == "imagenet" and refine is None:
+            refine = "none"
+    if refine is not None and refine != config.refine:
+        config = replace(config, refine=refine, follow="matched" if refine == "none" else config.follow)
+    return config, weights
+
+
 def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
     if config.backbone == "none":
         if weights is not None:
@@ -269,7 +286,7 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
     if weights is None:
         raise ValueError(
             f"Segmenter: backbone {config.backbone!r} needs weights: 'imagenet' or a safetensors file of this project; "
-            "the preset 'iou' needs none"
+            "the preset 'small' has its own, the preset 'iou' needs none"
         )
     if weights == "imagenet":
         if config.refine != "none":
@@ -278,7 +295,10 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
             )
         return DMMNet(config, pretrained=True)
     net = DMMNet(config)
-    load_weights(net, read_weights(weights), str(weights))
+    tensors = read_weights(weights)
+    if config.refine == "none":  # weights of a refinement are of no use then
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("refinement.")}
+    load_weights(net, tensors, str(weights))
     return net
 
 
@@ -287,7 +307,7 @@ def _note(config: Config, weights: str | os.PathLike[str] | None) -> str:
     if config.backbone == "none":
         return "matching on mask overlap alone, no trained weights: the masks are the matched proposals"
     masks = "the masks are the matched proposals" if config.refine == "none" else f"{config.refine} refinement"
-    origin = "ImageNet" if weights == "imagenet" else weights
+    origin = {"imagenet": "ImageNet", packaged("small"): "small, in the package"}.get(weights, weights)
     return f"matching on overlap and features of {config.backbone} ({origin}); {masks}"
 
 

@@ -3,9 +3,9 @@
 from .config import PRESETS, Config
 from .network import DMMNet
 from .state import Affinity, Output, Proposals, State
-from .weights import digest, load_weights, read_weights, save_weights
+from .weights import digest, load_weights, packaged, read_config, read_weights, save_weights
 
 __all__ = [
     "PRESETS", "Affinity", "Config", "DMMNet", "Output", "Proposals", "State",
-    "digest", "load_weights", "read_weights", "save_weights",
+    "digest", "load_weights", "packaged", "read_config", "read_weights", "save_weights",
 ]

@@ -120,8 +120,8 @@ class Memory(nn.Module):
     """Where a frame looks like an object, and where like the rest, in a frame whose masks are known.
 
     Keys are unit vectors, so the similarity exp(t (cos - 1)) needs no maximum taken out first, and one product with
-    (mask, 1 - mask) sums it over the object and over the rest. A preference for nearby cells, -|p - q|^2 / 2 s^2, is
-    itself a dot product (the part in |q|^2 is left out: it cancels between the two sums) and is laid into the keys.
+    (mask, 1 - mask) sums it over the object and over the rest. Both -t and a preference for nearby cells,
+    -|p - q|^2 / 2 s^2, are dot products themselves and are laid into the keys.
     """
 
     def __init__(self, near: bool) -> None:
@@ -130,25 +130,28 @@ class Memory(nn.Module):
         self.reach = nn.Parameter(torch.tensor(1.6))  # log s, in cells
         self.near = near
 
-    def place(self, like: Tensor) -> Tensor:
-        """Cell positions relative to the centre, [2, h w]."""
+    def bias(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What is laid into the query's keys and the known ones, [1, 4, h, w] each: -t - |p - q|^2 / 2 s^2."""
         height, width = like.size(2), like.size(3)
         y = torch.arange(height, dtype=like.dtype, device=like.device) - (height - 1) / 2.0
         x = torch.arange(width, dtype=like.dtype, device=like.device) - (width - 1) / 2.0
-        return torch.stack([y[:, None].expand(height, width), x[None].expand(height, width)]).flatten(1)
+        y, x = y[:, None].expand(height, width), x[None].expand(height, width)
+        one, square = torch.ones_like(y), -0.5 * (y * y + x * x)
+        narrow = torch.exp(-2.0 * self.reach) if self.near else 0.0 * self.reach
+        query = torch.stack([narrow * y, narrow * x, narrow * square - self.sharpness.exp(), narrow * one])
+        known = torch.stack([y, x, one, square])
+        return query[None], known[None]
 
     def forward(self, query: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
         """query [1, K, h, w], keys [N, K, h, w], masks [N, 1, h, w] -> [N, 3, h, w]: log-odds, evidence for, against."""
-        sharpness = self.sharpness.exp()
-        wanted = query.flatten(2)[0].t() * sharpness  # [h w, K]
-        known = keys.flatten(2)  # [N, K, h w]
-        exponent = torch.matmul(wanted, known) - sharpness  # [N, h w, h w]
-        if self.near:
-            place = self.place(query) * torch.exp(-self.reach)  # [2, h w]
-            square = place.square().sum(0)
-            exponent = exponent + (place.t() @ place - 0.5 * (square[:, None] + square))
-        value = masks.flatten(2).transpose(1, 2)  # [N, h w, 1]
-        total = torch.matmul(exponent.exp(), torch.cat([value, 1.0 - value], 2)).transpose(1, 2)  # [N, 2, h w]
+        of_query, of_known = self.bias(query)
+        query = torch.cat([query * self.sharpness.exp(), of_query], 1)
+        keys = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
+        objects, cells = keys.size(0), query.size(2) * query.size(3)
+        known = keys.flatten(2).transpose(1, 2).flatten(0, 1)  # [N h w, K + 4]: one product for all objects
+        similarity = torch.mm(known, query.flatten(2)[0]).exp().view(objects, -1, cells)  # [N, h w, h w]
+        value = masks.flatten(2)  # [N, 1, h w]
+        total = torch.bmm(torch.cat([value, 1.0 - value], 1), similarity)  # [N, 2, h w]
         log = torch.log(total + 1e-4)
         cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
         return cues.view(cues.size(0), 3, query.size(2), query.size(3))
@@ -266,8 +269,7 @@ def paint(proposals: Proposals, like: Tensor) -> Tensor:
 
 def beside(masks: Tensor) -> Tensor:
     """For each of the objects [N, h, w], the highest value of any other object there; zeros where there is none."""
-    if masks.size(0) < 2:
-        return torch.zeros_like(masks)
-    top, index = masks.topk(2, dim=0)
+    # A row of zeros stands for "none": asking how many objects there are would fix the answer in an export.
+    top, index = F.pad(masks, [0, 0, 0, 0, 0, 1]).topk(2, dim=0)
     own = torch.arange(masks.size(0), device=masks.device)[:, None, None] == index[0]
     return torch.where(own, top[1], top[0])

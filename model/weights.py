@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from importlib import resources
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .config import Config
+
+FORMAT = 1
+
+
+def packaged(name: str) -> Path:
+    """The file of the weights called `name` that come with the package."""
+    return Path(str(resources.files("dmm_fast"))) / "weights" / f"{name}.safetensors"
 
 
 def save_weights(net: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
@@ -27,6 +38,20 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """The settings of the network whose weights are in a safetensors file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+    if about.get("format") != FORMAT or "config" not in about:
+        raise ValueError(f"weights: {path} does not say what network it is for (format {FORMAT}); give a config or preset")
+    return Config.from_dict(about["config"])
 
 
 def load_weights(net: nn.Module, tensors: dict[str, Tensor], source: str = "weights") -> None:

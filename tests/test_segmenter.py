@@ -56,7 +56,7 @@ def light(tmp_path_factory):
 
 
 def started(**options) -> Segmenter:
-    segmenter = Segmenter(**options)
+    segmenter = Segmenter(**{"config": "iou"} | options)
     segmenter.start(frame(0), truth(0))
     return segmenter
 
@@ -89,11 +89,11 @@ def test_masks_in_any_form_give_the_same():
     planes = np.stack([ids == i for i in (3, 7, 200)])
     forms = [ids, torch.from_numpy(ids), {i: plane for i, plane in zip((3, 7, 200), planes)}]
     for masks in forms:
-        segmenter = Segmenter()
+        segmenter = Segmenter("iou")
         first = segmenter.start(torch.from_numpy(frame(0)).permute(2, 0, 1), masks)
         assert np.array_equal(first.ids, ids) and [o.id for o in first.objects] == [3, 7, 200]
         assert np.array_equal(segmenter.step(frame(1), proposals(1)).ids, truth(1))
-    segmenter = Segmenter()
+    segmenter = Segmenter("iou")
     segmenter.start(frame(0), planes)
     assert segmenter.object_ids == [1, 2, 3]
 
@@ -101,12 +101,12 @@ def test_masks_in_any_form_give_the_same():
 def test_read_only_frames():
     image = frame(0)
     image.flags.writeable = False
-    Segmenter().start(image, truth(0))
+    Segmenter("iou").start(image, truth(0))
 
 
 def test_add_and_drop():
     ids = truth(0)
-    segmenter = Segmenter()
+    segmenter = Segmenter("iou")
     segmenter.start(frame(0), np.where(ids == 7, ids, 0))
     assert segmenter.step(frame(1), proposals(1)).objects[0].id == 7
     result = segmenter.add({200: truth(1) == 200, 3: truth(1) == 3})
@@ -224,7 +224,7 @@ def test_gpu_gives_the_same(light):
 
 def test_proposer():
     calls = []
-    segmenter = Segmenter(proposer=lambda image: calls.append(image.shape) or proposals(1))
+    segmenter = Segmenter("iou", proposer=lambda image: calls.append(image.shape) or proposals(1))
     segmenter.start(frame(0), truth(0))
     assert np.array_equal(segmenter.step(frame(1)).ids, truth(1)) and calls == [(*SIZE, 3)]
 
@@ -264,7 +264,7 @@ def test_a_bad_step_loses_nothing(image, some, message):
     ],
 )
 def test_bad_first_masks(masks, message):
-    segmenter = Segmenter()
+    segmenter = Segmenter("iou")
     with pytest.raises(ValueError, match=message):
         segmenter.start(frame(0), masks)
     with pytest.raises(RuntimeError, match="Segmenter.step: call start first"):
@@ -284,8 +284,8 @@ def test_bad_add_and_drop():
     "options, message",
     [
         ({"config": "youtube-vos"}, "backbone 'resnet50' needs weights"),
-        ({"weights": "imagenet"}, "backbone 'none' takes no weights"),
-        ({"refine": "light"}, "refine must be 'none' without a backbone"),
+        ({"config": "iou", "weights": "imagenet"}, "backbone 'none' takes no weights"),
+        ({"config": "iou", "refine": "light"}, "refine must be 'none' without a backbone"),
         ({"config": LIGHT, "weights": "imagenet"}, "refine 'light' needs a weights file"),
         ({"matcher": "sinkhorn"}, "matcher must be one of"),
         ({"decision": "best"}, "decision must be one of"),
@@ -299,7 +299,7 @@ def test_bad_options(options, message):
 
 
 def test_note_says_what_results_rest_on(light):
-    assert "no trained weights" in Segmenter().note
+    assert "no trained weights" in Segmenter("iou").note
     assert "light refinement" in Segmenter(LIGHT, weights=light).note
 
 
@@ -311,7 +311,7 @@ def test_real_clip(data, matcher):
     folder = data / "clips" / "JPEGImages" / "surf"
     detections = read_coco(data / "clips" / "proposals" / "surf.json")
     overlaps = []
-    segmenter = Segmenter(matcher=matcher)
+    segmenter = Segmenter("iou", matcher=matcher)
     for path in sorted(folder.iterdir())[:15]:
         image = np.array(Image.open(path))
         gt = np.array(Image.open(data / "clips" / "Annotations_union" / "surf" / f"{path.stem}.png")) > 0
