@@ -1,18 +1,20 @@
 # make demo    set up .venv, build, segment a generated clip, print J and F
 # make test    the whole test suite
 # make bench   the benchmarks of this machine
-# make sanitize  the native library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
+# make sanitize  the tests of the native library and of the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f -not -path 'csrc/runtime/*') CMakeLists.txt setup.py pyproject.toml
+RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test bench sanitize clean
+.PHONY: demo test bench runtime sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
 
-test: $(VENV)/.built
+test: $(VENV)/.built $(VENV)/.runtime
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
@@ -25,6 +27,12 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+runtime: $(VENV)/.runtime
+
+$(VENV)/.runtime: $(VENV)/.built $(RUNTIME)
+	$(BIN)/dmm-fast runtime --build --work build/runtime
 	touch $@
 
 # The test process must start with the sanitizer's runtime; leaks of Python itself are not ours to report.
