@@ -224,17 +224,17 @@ def move_masks(masks: Tensor, grid: Tensor) -> Tensor:
 
 def shrink(clip: Clip, size: tuple[int, int]) -> Clip:
     """Halve (or third, ..) a clip that is at least twice ``size``: averaged colours, and less to resample."""
-    factor = min(clip.frames.size(2) // size[0], clip.frames.size(3) // size[1], 15)  # 15 * 15 still fits a byte
+    factor = min(clip.frames.size(2) // size[0], clip.frames.size(3) // size[1], 11)  # 2 * 11 * 11 fits a byte
     if factor < 2:
         return clip
     height, width = (side // factor * factor for side in clip.frames.shape[2:])
     frames = F.avg_pool2d(clip.frames[..., :height, :width].float(), factor)
 
     def fewer(masks: Tensor) -> Tensor:
-        """A block that is at least half full is full."""
+        """A block that is more than half full is full; of two halves the one with the corner is, so none is full twice."""
         inner = masks[..., :height, :width].view(torch.uint8)
-        blocks = (inner[..., row::factor, column::factor] for row in range(factor) for column in range(factor))
-        return sum(blocks) >= (factor * factor + 1) // 2
+        cells = [inner[..., row::factor, column::factor] for row in range(factor) for column in range(factor)]
+        return 2 * sum(cells) + cells[0] > factor * factor
 
     proposals = [tight(fewer(given.masks), given.scores) for given in clip.proposals]
     return clip._replace(frames=to_uint8(frames), masks=fewer(clip.masks), proposals=proposals)

@@ -6,6 +6,7 @@ order, the number of workers or what was asked before, so training resumes anywh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,13 +42,14 @@ def noisy_proposals(
     part: float = 0.35,
     merge: float = 0.25,
     clutter: int = 6,
-    noise: float = 0.35,
+    noise: float = 0.6,
 ) -> Proposals:
     """What a detector might find of true masks [N, H, W] bool: at most ``top`` proposals, best first.
 
     Each seen object is found unless missed, at times twice, as a part of it, or merged with another, and there is
     clutter: pieces of nothing. All go through what a mask head does, 28 x 28 values inside a box that is a little
-    off, with errors that are smooth over the mask: outlines are dilated here and eroded there. noise: how strong.
+    off, with errors that are smooth over the mask: outlines are dilated here and eroded there. noise: how strong; at the
+    default the best proposal's IoU has the median, .82, that a COCO-trained Mask R-CNN has on DAVIS 2016's videos.
     """
     there = masks[areas(masks) >= MIN_AREA]
     found: list[tuple[Tensor, float, float]] = []  # mask, strength of its noise, score
@@ -86,8 +88,8 @@ def _mask_head(masks: Tensor, strength: np.ndarray, rng: np.random.Generator, ce
     soft = roi_align(masks[:, None].float(), torch.cat([torch.arange(count)[:, None], boxes], 1), cells, aligned=True)[:, 0]
     waves = torch.from_numpy(rng.normal(size=(count, 1, 5, 5))).float()
     waves = F.interpolate(waves, (cells, cells), mode="bicubic", align_corners=True)[:, 0]  # [M, 28, 28]
-    # Outlines only move where the mask has a slope, so it gets one: a box blur of five cells.
-    slope = F.avg_pool2d(soft[:, None], 5, 1, 2, count_include_pad=False)[:, 0]
+    # Outlines only move where the mask has a slope, so it gets one: a box blur of three cells.
+    slope = F.avg_pool2d(soft[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
     cut = (slope + 0.5 * amount[:, None, None] * waves).clamp(0, 1)
     return paste_combine(torch.eye(count), cut, boxes, size) > 0.5
 
@@ -160,7 +162,8 @@ class ClipDataset(Clips):
 
     skips: annotated frames from one to the next, drawn for each step. reverse: chance of a clip that runs backwards.
     objects: at most so many of a clip's, chosen at random. noisy: share of clips with simulated proposals; where the
-    data set has no others, all. top: proposals of a frame at most. length: clips in an epoch, default one per video.
+    data set has no others, all. missed: share of frames, and in the others of proposals, that the detector is made to
+    miss. top: proposals of a frame at most. length: clips in an epoch, default one per video.
     """
 
     def __init__(
@@ -173,11 +176,13 @@ class ClipDataset(Clips):
         objects: int = 8,
         top: int = TOP,
         noisy: float = 0.0,
+        missed: float = 0.0,
         augment: Augment | None = None,
         length: int | None = None,
         seed: int = 0,
     ):
         super().__init__(length or len(videos), augment, seed, 1.0 if videos.proposals is None else noisy, top)
+        self.missed = missed
         if frames < 1 or not 1 <= skips[0] <= skips[1]:
             raise ValueError(f"a clip needs frames >= 1 and skips 1 <= least <= most, got {frames} and {skips}")
         self.videos, self.frames, self.skips, self.reverse, self.objects = videos, frames, skips, reverse, objects
@@ -190,10 +195,15 @@ class ClipDataset(Clips):
         frames = torch.from_numpy(np.stack(video.frames(chosen))).permute(0, 3, 1, 2).contiguous()
         if video.has_proposals:
             found = [video.proposals(i) for i in chosen]
-            proposals = [tight(given.masks[: self.top], given.scores[: self.top]) for given in found]
+            proposals = [self._found(given, rng) for given in found]
         else:
             proposals = [nothing(video.size)] * self.frames
         return Clip(frames, masks, proposals, video.name)
+
+    def _found(self, given: Proposals, rng: np.random.Generator) -> Proposals:
+        best = given.scores[: self.top]
+        keep = torch.from_numpy((rng.random(len(best)) >= self.missed) & (rng.random() >= self.missed))
+        return tight(given.masks[: self.top][keep], best[keep])
 
     def _choose(self, video: Video, rng: np.random.Generator) -> tuple[list[int], np.ndarray]:
         """Frames of a clip and the objects of its first, ids [N] uint8."""
@@ -221,7 +231,7 @@ class StillClips(Clips):
     """Clips of ``frames`` from one frame each, moved and bent from frame to frame as RGMP trains on images.
 
     videos: stills or any annotated data set. size: (H, W) of the clips. motion: how far a clip drifts, as a share of the
-    augmentation's ranges. settings: of `ClipDataset`.
+    augmentation's ranges, in place of its jitter. settings: of `ClipDataset`.
     """
 
     def __init__(
@@ -230,7 +240,7 @@ class StillClips(Clips):
         frames: int = 2,
         *,
         size: tuple[int, int] | None = None,
-        motion: float = 0.8,
+        motion: float = 1.0,
         augment: Augment | None = None,
         length: int | None = None,
         seed: int = 0,
@@ -238,7 +248,7 @@ class StillClips(Clips):
         noisy: float = 0.0,
         **settings,
     ):
-        augment = augment or Augment(size, rotate=20, warp=0.06, shift=0.12, jitter=motion)
+        augment = dataclasses.replace(augment or Augment(size, rotate=20, warp=0.05), jitter=motion)
         super().__init__(length or len(videos), augment, seed, 1.0 if videos.proposals is None else noisy, top)
         self.frames = frames
         self.stills = ClipDataset(videos, 1, top=top, length=len(videos), **settings)
@@ -362,7 +372,7 @@ class PasteClips(Clips):
 def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -> Clips:
     """Clips of a size to paste from and to; stills move."""
     if isinstance(videos, StillsDataset):
-        return StillClips(videos, frames, augment=Augment(size, 0, warp=0.04, hue=0, grey=0, blur=0, jitter=0.6), **settings)
+        return StillClips(videos, frames, motion=0.6, augment=Augment(size, 0, hue=0, grey=0, blur=0), **settings)
     return ClipDataset(videos, frames, augment=Augment.none(size), **settings)
 
 
