@@ -9,7 +9,7 @@ from torch import Tensor
 from dmm_fast import reference
 from dmm_fast.model import Affinity, Output, Proposals
 
-TERMS = ("refined", "matched", "cosine", "bce")
+TERMS = ("refined", "matched", "cosine", "parts", "bce")
 
 
 def step_losses(
@@ -17,13 +17,15 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """The loss terms of one frame, each a scalar >= 0; masks [N, H, W] bool is the ground truth.
 
-    refined, matched: 1 - soft IoU of `output.masks` and of `output.matched`. cosine: see `cosine_loss`. bce: binary cross
-    entropy of `output.masks`; it alone also asks for an empty mask where an object is hidden.
+    refined, matched: 1 - soft IoU of `output.masks` and of `output.matched`. cosine, parts: see `cosine_loss` and
+    `parts_loss`. bce: binary cross entropy of `output.masks`; it alone also asks for an empty mask where an object is
+    hidden.
     """
     return {
         "refined": soft_iou_loss(output.masks, masks),
         "matched": soft_iou_loss(output.matched, masks),
         "cosine": cosine_loss(affinity.cosine, proposals, masks, match_iou),
+        "parts": parts_loss(output.parts, proposals, masks),
         "bce": bce_loss(output.masks, masks),
     }
 
@@ -53,7 +55,16 @@ def greedy_target(proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -
     return reference.greedy(-iou) * (iou > match_iou)
 
 
-def bce_loss(pred: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross entropy of probabilities pred [N, H, W]; computed in float32, as autocast has it."""
+def parts_loss(parts: Tensor, proposals: Proposals, masks: Tensor) -> Tensor:
+    """Binary cross entropy of parts [N, M] to the share of each proposal that lies on the object; 0 where there are none."""
+    if parts.numel() == 0:
+        return parts.sum()
+    flat = proposals.masks.flatten(1).float()  # [M, H W]
+    share = masks.flatten(1).float() @ flat.t() / flat.sum(1).clamp(min=1)  # [N, M]
+    return bce_loss(parts, share)
+
+
+def bce_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross entropy of probabilities to targets of the same shape; in float32, as autocast wants it."""
     with torch.autocast(pred.device.type, enabled=False):
-        return F.binary_cross_entropy(pred.float().clamp(1e-6, 1 - 1e-6), masks.float())
+        return F.binary_cross_entropy(pred.float().clamp(1e-6, 1 - 1e-6), target.float())

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from dmm_fast import reference
 from dmm_fast.augment import Augment, Clip
 from dmm_fast.checkpoint import Average, read_counters, read_state, weights_of, write_state, write_weights
-from dmm_fast.clips import Clips, ClipDataset, Mixture, PasteClips, StillClips, SyntheticClips
-from dmm_fast.configs import ConfigError, Data, TrainConfig, nearest
+from dmm_fast.clips import ClipDataset, Clips, Mixture, PasteClips, StillClips, SyntheticClips
+from dmm_fast.configs import ConfigError, Data, TrainConfig, from_dict, nearest
 from dmm_fast.datasets import Video, VideoDataset, open_dataset
 from dmm_fast.evaluation import ABSENT, score_ids
 from dmm_fast.imagenet import imagenet_weights
@@ -157,7 +157,8 @@ def prepare(out: Path, config: TrainConfig, team: Team, resume: bool, overwrite:
     if there and not resume and not overwrite:
         raise ConfigError(f"{out}: holds a run already; --resume goes on with it, --overwrite replaces it")
     if there and resume:
-        old, new = (flat(values) for values in (read_counters(out / STATE)["config"], config.to_dict()))
+        began = from_dict(read_counters(out / STATE)["config"])  # a setting younger than the run has its default
+        old, new = flat(began.to_dict()), flat(config.to_dict())
         changed = sorted(key for key in {*old, *new} - set(FREE) if old.get(key) != new.get(key))
         if changed:
             told = ", ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed[:5])
@@ -450,7 +451,7 @@ class Team:
     """The processes that train together: those of torchrun, or this one alone."""
 
     def __init__(self, device: str):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.first = self.rank == 0
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if device == "cuda" and self.size > 1:
@@ -535,7 +536,7 @@ class Clock:
             raise KeyboardInterrupt
         self.asked = True
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -598,7 +599,7 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.first:
             self.bar.close()
             self.file.close()

@@ -59,6 +59,7 @@ class Loss:
     refined: float = 1.0
     matched: float = 1.0
     cosine: float = 1.0
+    parts: float = 1.0
     bce: float = 0.0
     match_iou: float = 0.3
 
