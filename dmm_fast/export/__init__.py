@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dmm_fast.model import DMMNet, digest
 
-from .loaded import Exported
+from .loaded import Exported, verify
 from .manifest import KINDS, NAME, ExportError, Manifest, Sizes, config_of, read, require_ops
 
 __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "load", "read"]
@@ -23,11 +24,9 @@ def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bo
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
     options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their
-    boxes), and the formats' own (see `dmm_fast.export.pt2` and `.onnx`). The manifest is written last: a folder without one is
-    no export. Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
+    boxes), and the formats' own (see `dmm_fast.export.pt2` and `.onnx`). One step of the result is compared with the network's,
+    at other sizes than it was traced with. The manifest is written last: a folder without one is no export. Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
     """
-    from dataclasses import replace
-
     if kind not in KINDS:
         raise ExportError(f"export: format must be one of {KINDS}, got {kind!r}")
     folder = Path(out)
@@ -39,6 +38,9 @@ def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bo
     training = net.training
     try:
         manifest = _format(kind).export(net.eval(), folder, **options)
+        if kind != "torchscript" and "step" in manifest.files:  # a script is the network itself
+            exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
+            verify(exported, net, options.get("sizes", Sizes()), options.get("soft", False))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmm_fast.model import Config, Output, Proposals, State
+from dmm_fast.model import Config, DMMNet, Output, Proposals, State
 from dmm_fast.model.network import absent
 from dmm_fast.model.state import empty_like, merge
 
-from .manifest import Manifest, config_of, flat, unflat
+from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, unflat
 
 # Runs one of the manifest's functions on its inputs, flat and in its order; returns its outputs likewise.
 Run = Callable[[str, list[Tensor]], list[Tensor]]
@@ -38,7 +39,8 @@ class Exported:
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         results = self._call("step", [frame, *self._padded(proposals, state), *flat(state)])
         count = len(Output._fields)
-        return Output(*results[:count]), unflat(results[count:])
+        output = Output(*results[:count])
+        return output._replace(parts=output.parts[:, : proposals.scores.numel()]), unflat(results[count:])
 
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
         if "add" in self.manifest.files:
@@ -67,3 +69,27 @@ class Exported:
             F.pad(proposals.scores, [0, missing], value=float("-inf")),
             torch.cat([masks, masks.new_zeros((missing, *masks.shape[1:]))]),
         )
+
+
+@torch.no_grad()
+def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False) -> None:
+    """Refuse an export that does not compute what `net` does, at sizes other than those it was traced with.
+
+    Compilers fix a size here and there without a word, and then compute something else for every other one.
+    """
+    other = Sizes(*(given or size for given, size in zip(astuple(sizes), (2, 4, 80, 112))))
+    example = Example(net, other, soft)
+    state = exported.start(example.frame, example.objects, example.valid)
+    output, after = exported.step(example.frame, example.proposals, state)
+    expected, expected_after = net.step(example.frame, example.proposals, example.state)
+    names = (*Output._fields, *(spec.name for spec in exported.manifest.state))
+    pairs = zip(names, (*output, *flat(after)), (*expected, *flat(expected_after)), strict=True)
+    for name, ours, theirs in pairs:
+        wrong = 1.0 if ours.shape != theirs.shape else 0.0
+        if ours.shape == theirs.shape and ours.numel():
+            wrong = ((ours.float() - theirs.float()).abs() > 0.01).float().mean().item()
+        if wrong > 0.001:
+            raise ExportError(
+                f"export: {name} of the exported step differs from the network's ({wrong:.1%} of its values, at {other}); "
+                "this is a fault of dmm_fast or of a compiler: give --height, --width, --objects and --proposals, or report it"
+            )

@@ -261,6 +261,12 @@ class Sizes:
     def varying(self) -> list[str]:
         return [name for name, size in asdict(self).items() if size is None]
 
+    def notes(self) -> list[str]:
+        """What is fixed, for people."""
+        what = {"N": "object slots, those not in use are not valid", "M": "proposals, padded with scores of -inf"}
+        notes = [f"always {getattr(self, name)} {text}" for name, text in what.items() if getattr(self, name) is not None]
+        return notes + ([f"frames are {self.H} x {self.W} always"] if self.H is not None else [])
+
 
 class Example:
     """A frame with objects and proposals of the sizes of an export, and what the network's functions take and give.
@@ -310,7 +316,8 @@ class Example:
         for k, tensor in enumerate(self.state.hidden):
             grid = tuple(tensor.shape[2:]) if fixed_features else (f"h{k}", f"w{k}")
             state.append(Spec.of(f"state.hidden.{k}", tensor, (N, tensor.size(1), *grid)))
-        image = {"masks": (N, H, W), "matched": (N, H, W), "labels": (H, W)}
+        parts = (N, M if self.output.parts.size(1) else 0)
+        image = {"masks": (N, H, W), "matched": (N, H, W), "labels": (H, W), "parts": parts}
         output = tuple(
             Spec.of(f"output.{name}", tensor, image.get(name, (N,))) for name, tensor in zip(Output._fields, self.output)
         )
