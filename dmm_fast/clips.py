@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -322,6 +323,13 @@ class Mixture(Clips):
 # ------------------------------------------------------------------------------------------------------------ pasting
 
 
+class Layer(NamedTuple):
+    """An object to paste: where in the frame, and RGB and opacity in [0, 1], float [T, 4, h, w]."""
+
+    window: tuple[slice, slice]  # rows, columns
+    pixels: Tensor
+
+
 class PasteClips(Clips):
     """Multi-object clips: objects of some videos pasted into others, along smooth paths, before and behind each other.
 
@@ -360,13 +368,14 @@ class PasteClips(Clips):
         layers = [self._layer(index if rng.random() < self.same else None, rng) for _ in range(count)]
         return seen(composite(ground, layers, rng, self.top))
 
-    def _layer(self, index: int | None, rng: np.random.Generator) -> Tensor:
-        """An object of some video on its way: [T, 4, H, W] float, RGB and its opacity in [0, 1]."""
+    def _layer(self, index: int | None, rng: np.random.Generator) -> Layer:
+        """An object of some video on its way."""
         clip = self.donors.draw(int(rng.integers(len(self.donors))) if index is None else index, rng)
         mask = clip.masks[:, rng.integers(clip.masks.size(1))]  # [T, H, W]
+        window, grid = _flight(mask, rng, self.scale)
         # Less a pixel all around, or the object brings a rim of its old background along.
         inner = 1 - F.max_pool2d(1 - mask[:, None].float(), 3, 1, 1)
-        return F.grid_sample(torch.cat([clip.frames.float(), inner], 1), _flight(mask, rng, self.scale), align_corners=False)
+        return Layer(window, F.grid_sample(torch.cat([clip.frames.float(), inner], 1), grid, align_corners=False))
 
 
 def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -> Clips:
@@ -376,8 +385,11 @@ def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -
     return ClipDataset(videos, frames, augment=Augment.none(size), **settings)
 
 
-def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]) -> Tensor:
-    """A smooth path for the object of mask [T, H, W]: where each pixel comes from, [T, H, W, 2] for `grid_sample`.
+def _flight(
+    mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]
+) -> tuple[tuple[slice, slice], Tensor]:
+    """A smooth path for the object of mask [T, H, W]: the window it stays in, and where each of the window's pixels comes
+    from, [T, h, w, 2] for `grid_sample`.
 
     The object starts inside the frame, then moves, turns and grows steadily, besides its motion in its own video.
     """
@@ -392,19 +404,28 @@ def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float])
     mirror = rng.choice([-1, 1])
     cos, sin = np.cos(angle) * np.exp(-log_scale), np.sin(angle) * np.exp(-log_scale)
     linear = np.stack([mirror * cos, -mirror * sin, sin, cos], 1).reshape(length, 2, 2)
-    offset = (linear @ (np.array([width, height]) / 2 - target)[:, :, None])[..., 0]
-    return affine_grid(linear, offset + ((x0 + x1) / 2, (y0 + y1) / 2), (height, width), (height, width))
+    middle = np.array([x0 + x1, y0 + y1]) / 2
+    x0, y0, x1, y1 = tight_boxes(mask.any(0, keepdim=True))[0].tolist()
+    corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) - middle
+    places = target[:, None] + corners @ np.linalg.inv(linear).transpose(0, 2, 1)  # [T, 4, 2]
+    low = np.clip(places.min((0, 1)).astype(int) - 1, 0, (width - 1, height - 1))
+    high = np.clip(places.max((0, 1)).astype(int) + 2, low + 1, (width, height))
+    source = middle + (linear @ ((low + high) / 2 - target)[:, :, None])[..., 0]
+    window = slice(low[1], high[1]), slice(low[0], high[0])
+    return window, affine_grid(linear, source, (height, width), (int(high[1] - low[1]), int(high[0] - low[0])))
 
 
-def composite(ground: Clip, layers: list[Tensor], rng: np.random.Generator, top: int = TOP) -> Clip:
-    """Paint layers, [T, 4, H, W] each, over a clip, back to front; some may be behind the clip's own objects."""
+def composite(ground: Clip, layers: Sequence[Layer], rng: np.random.Generator, top: int = TOP) -> Clip:
+    """Paint layers over a clip, back to front; some may be behind the clip's own objects."""
     own = ground.masks.any(1)  # [T, H, W]
     behind = rng.integers(len(layers) + 1) if rng.random() < 0.5 else 0  # so many layers
     frames, cover = ground.frames.float(), torch.zeros(own.shape, dtype=torch.int16)  # the pasted object on top, from 1
-    for number, layer in enumerate(layers, 1):
-        alpha = layer[:, 3] * ~own if number <= behind else layer[:, 3]  # [T, H, W]
-        frames += alpha[:, None] * (layer[:, :3] - frames)
-        cover[alpha > 0.5] = number
+    for number, (window, pixels) in enumerate(layers, 1):
+        alpha, part = pixels[:, 3], frames[(..., *window)]  # [T, h, w], [T, 3, h, w]
+        if number <= behind:
+            alpha = alpha * ~own[(..., *window)]
+        part += alpha[:, None] * (pixels[:, :3] - part)
+        cover[(..., *window)][alpha > 0.5] = number
     pasted = cover[:, None] == torch.arange(1, len(layers) + 1)[:, None, None]  # [T, K, H, W]
     open_ = cover == 0
     masks = torch.cat([ground.masks & open_[:, None], pasted], 1)

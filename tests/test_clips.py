@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dmm_fast.augment import MIN_SHARE, Augment, Clip, areas, tight
-from dmm_fast.clips import ClipDataset, Mixture, PasteClips, StillClips, SyntheticClips, composite, noisy_proposals
+from dmm_fast.clips import ClipDataset, Layer, Mixture, PasteClips, StillClips, SyntheticClips, composite, noisy_proposals
 from dmm_fast.datasets import DataError, open_dataset
 from dmm_fast.masks import write_mask
 from dmm_fast.model.masks import mask_boxes
@@ -286,11 +286,11 @@ def test_mixture(videos, stills):
 
 
 def layer(box, colour, length=2):
-    out = torch.zeros(length, 4, *SIZE)
-    out[:, :3] = torch.tensor(colour).float()[:, None, None]
     y0, x0, y1, x1 = box
-    out[:, 3, y0:y1, x0:x1] = 1
-    return out
+    out = torch.ones(length, 4, y1 - y0 + 3, x1 - x0 + 3)
+    out[:, :3] = torch.tensor(colour).float()[:, None, None]
+    out[:, 3, -3:] = out[:, 3, :, -3:] = 0
+    return Layer((slice(y0, y1 + 3), slice(x0, x1 + 3)), out)
 
 
 def test_composite_knows_who_is_in_front():
