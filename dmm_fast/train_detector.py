@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from dmm_fast.model.weights import load_weights
 from dmm_fast.proposals import MaskRCNNProposer, full_masks, read_coco
 from dmm_fast.vision import mask_iou
 
+MOST = 12  # proposals of a frame that may count as objects
 SAME = 0.7  # masks that overlap more than this show one object
 LEAST = 32  # pixels of a mask worth learning
 SEEDS = 1_000_003  # between two runs' seeds: more than a run has steps; torch keeps 32 bits of a seed
@@ -47,7 +48,8 @@ STATE, WEIGHTS, CURVE = "state.safetensors", "detector.safetensors", "curve.json
 class Schedule:
     """How to train. rate: Adam's step size, after `warmup` steps, falling to 0 at the end (a cosine); score: the least
     of a proposal that serves as ground truth; paste: how often objects of one picture are pasted into another;
-    every: steps between two rows of the curve; rois: regions per picture that the box head learns from."""
+    every: steps between two rows of the curve; rois: regions per picture that the box head learns from; amp: layers
+    compute in bfloat16."""
 
     steps: int = 10000
     batch: int = 4
@@ -58,6 +60,7 @@ class Schedule:
     score: float = 0.3
     paste: float = 0.5
     rois: int = 64
+    amp: bool = False
     every: int = 500
     seed: int = 0
 
@@ -115,7 +118,7 @@ class Example(NamedTuple):
         return masks
 
 
-_proposals_of = lru_cache(maxsize=None)(read_coco)
+_proposals_of = lru_cache(maxsize=None)(partial(read_coco, top=MOST))
 
 
 def find_examples(roots: Iterable[str | os.PathLike], pseudo: Sequence[str | os.PathLike] = ()) -> list[Example]:
@@ -277,6 +280,8 @@ class _Run:
         self.net = _initial(config, None if resuming else init, pretrained=not resuming)
         self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois
         self.net.to(device, memory_format=torch.channels_last)
+        for head in (self.net.rpn.head, self.net.roi_heads.box_predictor, self.net.roi_heads.mask_predictor):
+            head.register_forward_hook(_in_float)
         self.weights = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.weights.values(), schedule.rate, weight_decay=schedule.decay)
         out.mkdir(parents=True, exist_ok=True)
@@ -299,10 +304,10 @@ class _Run:
             group["lr"] = rate
         torch.manual_seed(self.schedule.seed * SEEDS + self.step)  # torchvision samples anchors and regions at random
         self.net.train()
-        losses = self.net(
-            [image.to(self.device) for image in images],
-            [{name: value.to(self.device) for name, value in each.items()} for each in targets],
-        )
+        images = [image.to(self.device) for image in images]
+        targets = [{name: value.to(self.device) for name, value in each.items()} for each in targets]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.amp):
+            losses = self.net(images, targets)
         loss = sum(losses.values())
         self.optimizer.zero_grad()
         loss.backward()
@@ -361,6 +366,11 @@ class _Run:
             self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **moments}
         rows = [row for row in (self.out / CURVE).read_text().splitlines() if json.loads(row)["step"] <= self.step]
         (self.out / CURVE).write_text("".join(row + "\n" for row in rows))
+
+
+def _in_float(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Boxes and losses are computed in float: bfloat16 has whole pixels only from 256 on."""
+    return output.float() if isinstance(output, Tensor) else type(output)(_in_float(_module, None, each) for each in output)
 
 
 def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained: bool) -> nn.Module:

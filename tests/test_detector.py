@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from dmm_fast.model import Proposals
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,6 @@ import dmm_fast.train_detector as training
 from dmm_fast.cli import main
 from dmm_fast.detector import Detector, DetectorConfig, build, load_detector, save_detector
 from dmm_fast.masks import read_mask, write_mask
-from dmm_fast.model import Proposals
 from dmm_fast.proposals import ProposalError, open_proposer, read_coco, write_coco
 from dmm_fast.train_detector import Batches, Schedule, find_examples, paste, recall, settings, train
 
@@ -260,8 +260,9 @@ def test_recall_counts_objects():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_training_finds_the_objects(dataset, tmp_path):
-    config, schedule = settings("small", changes(steps=40, rate=4e-3, every=20, paste=0))
+@pytest.mark.parametrize("amp", [False, True])
+def test_training_finds_the_objects(dataset, tmp_path, amp):
+    config, schedule = settings("small", changes(steps=40, rate=4e-3, every=20, paste=0, amp=amp))
     row = train(config, schedule, [dataset], tmp_path, held_out=["b"])
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [each["step"] for each in rows] == [20, 40] and rows[-1] == row
