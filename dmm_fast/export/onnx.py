@@ -4,9 +4,10 @@ the model (`dmm::match`, `dmm::match_prices`), which a runtime may replace by ke
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,19 @@ from torch import Tensor
 from dmm_fast import reference
 from dmm_fast.model import DMMNet
 
-from .flat import FUNCTIONS, traced
+from .flat import FUNCTIONS, POOLING, traced
 from .loaded import Run
-from .manifest import LIMITS, Example, ExportError, Manifest, Sizes, Spec
+from .manifest import LIMITS, Entry, Example, ExportError, Manifest, Sizes, Spec
+
+OPSET = 18
+IR = 10  # of the file's own format: what ONNX Runtime reads since 2024
+DOMAIN = "dmm"
+LAYER = (
+    Spec("cost", "float32", ("B", "N", "M")),
+    Spec("num_templates", "int64", ("B",)),
+    Spec("num_proposals", "int64", ("B",)),
+)
+ASSIGNMENT = (Spec("assignment", "float32", ("B", "N", "M")),)
 
 
 def export(
@@ -26,18 +37,123 @@ def export(
     if only is not None:
         return _export_layer(net, folder)
     example = Example(net, sizes, soft)
-    for name, program in traced(net, example, sizes).items():
-        inputs, outputs = example.specs[name]
-        _save(_convert(program, inputs, outputs), folder / f"{name}.onnx")
+    decompositions = {**torch.export.default_decompositions(), **POOLING, **_OPS}
+    entries = example.entries({name: f"{name}.onnx" for name in FUNCTIONS})
+    for name, program in traced(net, example, sizes, decompositions).items():
+        entry = entries[name]
+        taken = {spec.name for spec in entry.inputs}  # ONNX has one space of names
+        outputs = (replace(s, name=f"next.{s.name}" if s.name in taken else s.name) for s in entry.outputs)
+        entries[name] = entry = replace(entry, outputs=tuple(outputs))
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=[spec.name for spec in entry.inputs], output_names=[spec.name for spec in entry.outputs],
+        )  # fmt: skip
+        _save(converted.model_proto, entry.inputs + entry.outputs, folder / entry.file)
     return Manifest(
         kind="onnx",
         config=net.config.to_dict(),
-        files=example.entries({name: f"{name}.onnx" for name in FUNCTIONS}),
+        files=entries,
         state=example.state_specs,
         dynamic={name: LIMITS[name] for name in sizes.varying},
         proposal_masks=("soft" if soft else "full",),
         notes=(*sizes.notes(), "add and drop: where(slots, start's or zero state, state), tensor by tensor"),
     )
+
+
+def _export_layer(net: DMMNet, folder: Path) -> Manifest:
+    """The network's matching layer alone: a batch of ragged problems -> their assignments."""
+    from onnx import TensorProto, helper
+
+    attributes = {"n_grad": net.n_grad, "n_proj": net.n_proj, "lr": net.lr}
+    name = "match_prices" if net.prices else "match"
+    if not net.prices:
+        attributes["carry"] = int(net.carry)
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(s.name, types[s.dtype], s.shape) for s in specs] for specs in (LAYER, ASSIGNMENT)
+    )
+    node = helper.make_node(name, [s.name for s in LAYER], [s.name for s in ASSIGNMENT], domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], name, inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    _save(helper.make_model(graph, opset_imports=opsets, ir_version=IR), LAYER + ASSIGNMENT, folder / "match.onnx")
+    return Manifest(
+        kind="onnx",
+        config=net.config.to_dict(),
+        files={"match": Entry("match.onnx", LAYER, ASSIGNMENT)},
+        dynamic={"B": (1, 1 << 20), "N": (1, 4096), "M": (1, 4096)},
+        notes=(f"dmm::{name} with " + ", ".join(f"{key} = {value}" for key, value in attributes.items()),),
+    )
+
+
+def _save(model: Any, specs: Iterable[Spec], path: Path) -> None:
+    """Add the functions that `model` calls, name its open sizes as the manifest does, check it and write it."""
+    import onnx
+
+    from . import onnx_functions
+
+    calls = sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
+    model.functions.extend(getattr(onnx_functions, name).to_function_proto() for name in calls)
+    shapes = {spec.name: spec.shape for spec in specs}
+    for value in (*model.graph.input, *model.graph.output):
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            if isinstance(size, str):
+                dim.dim_param = size
+    del model.graph.value_info[:]  # shapes in other names; runtimes infer their own
+    model.producer_name = "dmm_fast"
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+# ---- our ops, and those that ONNX lacks, in the terms of torch.onnx ----
+
+
+def _match(
+    cost: Tensor, init: None, num_templates: Tensor, num_proposals: Tensor, lr_tensor: None,
+    n_grad: int, n_proj: int, lr: float, carry: bool = False, last: bool = False,
+) -> Tensor:  # fmt: skip
+    attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "carry": int(carry), "last": int(last)}
+    return _node("match", cost, num_templates, num_proposals, attributes)
+
+
+def _match_prices(
+    cost: Tensor, num_templates: Tensor, num_proposals: Tensor, lr_tensor: None,
+    n_grad: int, n_proj: int, lr: float, last: bool = True,
+) -> Tensor:  # fmt: skip
+    attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "last": int(last)}
+    return _node("match_prices", cost, num_templates, num_proposals, attributes)
+
+
+def _node(name: str, cost: Tensor, num_templates: Tensor, num_proposals: Tensor, attributes: dict[str, Any]) -> Tensor:
+    inputs = (cost, num_templates, num_proposals)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1
+    )
+
+
+def _mask_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Counts by one matrix product; exact, as float32 counts to 16 million pixels."""
+    a, b = a.flatten(1).float(), b.flatten(1).float()  # [N, H W], [M, H W]
+    both = a @ b.t()
+    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1.0)
+
+
+def _paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    return reference.paste_combine(assignment, masks, boxes, (height, width))
+
+
+def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """ONNX's TopK is stable: of equal values the one with the lower index comes first."""
+    values, indices = torch.topk(x.float(), x.shape[dim], dim, largest=descending)
+    return values.to(x.dtype), indices
+
+
+_OPS = {
+    torch.ops.dmm.match.default: _match,
+    torch.ops.dmm.match_prices.default: _match_prices,
+    torch.ops.dmm.mask_iou.default: _mask_iou,
+    torch.ops.dmm.paste_combine.default: _paste_combine,
+    torch.ops.aten.sort.stable: _sort,
+}
 
 
 def load(folder: Path, manifest: Manifest, device: str) -> Run:

@@ -10,9 +10,7 @@ Rounds are those of docs/matching.md and docs/variants.md, for all problems at o
 from onnxscript import script, values
 from onnxscript.onnx_opset import opset18 as op
 
-OPSET = 18
-DOMAIN = "dmm"
-dmm = values.Opset(DOMAIN, 1)
+dmm = values.Opset("dmm", 1)
 
 
 @script(dmm, default_opset=op)
