@@ -57,7 +57,7 @@ def run(a: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from dmm_fast.export import ExportError, Sizes, export
-    from dmm_fast.model import Config
+    from dmm_fast.model import Config, DMMNet
     from dmm_fast.segmenter import Segmenter
 
     check_device(a.device)
@@ -65,14 +65,17 @@ def run(a: argparse.Namespace) -> int:
     config = Config.preset(a.preset)
     if a.backbone is not None:
         config = replace(config, backbone=a.backbone)
-    net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
         raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
     if a.only is not None and a.format != "onnx":
         raise ExportError(f"export: --only is for --format onnx, got --format {a.format}")
     options: dict[str, Any] = {} if a.format == "torchscript" else {"sizes": sizes, "soft": a.soft_masks}
-    if a.only is not None:
+    if a.only is None:
+        net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
+    else:
         options = {"only": a.only}
+        settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
+        net = DMMNet(Config(**{name: getattr(config, name) for name in settings}))  # no features, no weights
     manifest = export(a.format, net, a.out, overwrite=a.overwrite, **options)
 
     files = {entry.file: entry.bytes for entry in manifest.files.values()}

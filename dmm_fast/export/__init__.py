@@ -25,7 +25,9 @@ def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bo
 
     options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their
     boxes), and the formats' own (see `dmm_fast.export.pt2` and `.onnx`). One step of the result is compared with the network's,
-    at other sizes than it was traced with. The manifest is written last: a folder without one is no export. Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
+    at other sizes than it was traced with. The manifest is written last: a folder without one is no export.
+
+    Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
     """
     if kind not in KINDS:
         raise ExportError(f"export: format must be one of {KINDS}, got {kind!r}")

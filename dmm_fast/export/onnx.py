@@ -30,9 +30,7 @@ LAYER = (
 ASSIGNMENT = (Spec("assignment", "float32", ("B", "N", "M")),)
 
 
-def export(
-    net: DMMNet, folder: Path, sizes: Sizes = Sizes(), soft: bool = False, only: str | None = None
-) -> Manifest:
+def export(net: DMMNet, folder: Path, sizes: Sizes = Sizes(), soft: bool = False, only: str | None = None) -> Manifest:
     """Write `net` as ONNX into `folder`; returns the manifest, not written yet. only="match": its matching layer alone."""
     if only is not None:
         return _export_layer(net, folder)
@@ -125,9 +123,7 @@ def _match_prices(
 
 def _node(name: str, cost: Tensor, num_templates: Tensor, num_proposals: Tensor, attributes: dict[str, Any]) -> Tensor:
     inputs = (cost, num_templates, num_proposals)
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1
-    )
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1)
 
 
 def _mask_iou(a: Tensor, b: Tensor) -> Tensor:
