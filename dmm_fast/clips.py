@@ -287,13 +287,14 @@ class SyntheticClips(Clips):
         return self._kept[number]
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
-        scene = self._scene(1000 * self.seed + self.epoch * self.scenes + index * self.scenes // self.length % self.scenes)
+        scene = self._scene(1000 * self.seed + self.epoch * self.scenes + index * self.scenes // self.length)
         while True:
             times = rng.integers(1000) + np.cumsum([0, *rng.integers(self.skips[0], self.skips[1] + 1, self.frames - 1)])
             frames, ids = (torch.from_numpy(np.stack(part)) for part in zip(*map(scene.render, times.tolist())))
             numbers = torch.arange(1, scene.config.objects + 1)
             masks = ids[:, None] == numbers[:, None, None]  # [T, N, H, W]
-            proposals = [tight(*map(torch.from_numpy, scene.proposals(time))) for time in times.tolist()]
+            found = [scene.proposals(time) for time in times.tolist()]
+            proposals = [tight(*(torch.from_numpy(part[: self.top]) for part in frame)) for frame in found]
             clip = seen(Clip(frames.permute(0, 3, 1, 2).contiguous(), masks, proposals, f"koi-{scene.seed}"))
             if clip.masks.size(1):
                 return clip
