@@ -50,7 +50,7 @@ def noisy_proposals(
     Each seen object is found unless missed, at times twice, as a part of it, or merged with another, and there is
     clutter: pieces of nothing. All go through what a mask head does, 28 x 28 values inside a box that is a little
     off, with errors that are smooth over the mask: outlines are dilated here and eroded there. noise: how strong; at the
-    default the best proposal's IoU has the median, .82, that a COCO-trained Mask R-CNN has on DAVIS 2016's videos.
+    default the best proposal's IoU has about the median, .82, of a COCO-trained segmenter on DAVIS 2016's training videos.
     """
     there = masks[areas(masks) >= MIN_AREA]
     found: list[tuple[Tensor, float, float]] = []  # mask, strength of its noise, score
