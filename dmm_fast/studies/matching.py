@@ -1,0 +1,472 @@
+"""Table 4 of the paper: greedy, Hungarian and the layer on given features, and features tuned through the layer or beside it.
+
+What is tuned is `DMMNet.embed`, a linear map of the RoI features that starts as the identity; the backbone stays frozen, so
+that the features of all proposals are computed once and a training step costs milliseconds. All variants see the same clips
+in the same order, take the same steps and have the same loss on the cosines; they differ in the assignment alone:
+
+detached   the Hungarian assignment of the detached cost: the loss of the matched masks has no gradient
+layer      the layer, and of each row its largest entry (Section 4.1)
+mixture    the layer, and Eq. 8 with all entries of X, rows scaled to sum 1: every proposal has a gradient
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dmm_fast import reference
+from dmm_fast.clips import Clip, PasteClips
+from dmm_fast.datasets import VideoDataset, open_dataset
+from dmm_fast.evaluation import boundary_f, jaccard
+from dmm_fast.imagenet import imagenet_weights
+from dmm_fast.losses import greedy_target
+from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights
+from dmm_fast.model.masks import mask_boxes
+from dmm_fast.model.network import absent
+
+from .figures import COLOURS, QUIET, figure
+
+UNTRAINED = ("greedy", "hungarian", "layer")
+TUNED = ("detached", "layer", "mixture")
+LABELS = {
+    "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours", "tuned detached": "ours, tuned with it detached",
+    "tuned layer": "ours, tuned through it", "tuned mixture": "ours, tuned through it, mixture",
+}  # fmt: skip
+INKS = {"tuned detached": COLOURS[1], "tuned layer": COLOURS[0], "tuned mixture": COLOURS[2]}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """data, proposals, layout: as `open_dataset` takes them. held_out: videos that score and are not trained on.
+
+    clips: pasted training clips, prepared once; val_clips, val_frames: pasted scoring clips and their length. unroll: matched
+    frames after the first of a training clip. short_side, iou_weight: as in `Config`. batch clips a step, `lr` of Adam.
+    """
+
+    data: str
+    proposals: str
+    held_out: tuple[str, ...]
+    layout: str = "auto"
+    backbone: str = "tf_efficientnet_lite0"
+    short_side: int = 128
+    iou_weight: float = 0.3
+    clips: int = 64
+    val_clips: int = 40
+    val_frames: int = 8
+    top: int = 50
+    unroll: tuple[int, ...] = (2, 3)
+    steps: int = 300
+    batch: int = 4
+    lr: float = 1e-3
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "val_clips", "top", "steps", "batch", "seeds", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"study: {name} must be positive, got {getattr(self, name)}")
+        if not self.unroll or min(self.unroll) < 1 or self.val_frames < 2:
+            raise ValueError(f"study: need unroll >= 1 and val_frames >= 2, got {self.unroll} and {self.val_frames}")
+        if not self.held_out:
+            raise ValueError("study: held_out must name at least one video to score on")
+
+
+class Frame(NamedTuple):
+    """One frame, ready to be matched."""
+
+    features: Tensor  # [M, C] RoI features of its proposals, before `embed`
+    packed: Tensor  # [M, ceil(H W / 8)] uint8, masks of its proposals, a bit for a pixel
+    truth: Tensor  # [H, W] uint8, ids
+
+
+class Track(NamedTuple):
+    """A clip, ready to be matched: objects 1 .. N of its first frame."""
+
+    name: str
+    templates: Tensor  # [N, C] RoI features, before `embed`
+    first: Tensor  # [H, W] uint8, ids
+    frames: list[Frame]  # those after the first
+
+    @property
+    def objects(self) -> Tensor:
+        return torch.arange(1, self.templates.size(0) + 1, dtype=torch.uint8)[:, None, None]  # [N, 1, 1]
+
+
+# --------------------------------------------------------------------------------------------------------- preparing
+
+
+@torch.no_grad()
+def track(net: DMMNet, clip: Clip) -> Track:
+    """The features of a clip's templates and proposals by `net`, whose `embed` is the identity."""
+    height, width = clip.masks.shape[2:]
+    number = torch.arange(1, clip.masks.size(1) + 1, dtype=torch.uint8)[:, None, None]
+    ids = (clip.masks * number).amax(1)  # [T, H, W]; masks of one frame do not overlap
+    levels = net.encode(clip.frames[:1])
+    templates = net.describe(levels, mask_boxes(clip.masks[0]), height, width)
+    frames = []
+    for frame, proposals, truth in zip(clip.frames[1:], clip.proposals[1:], ids[1:]):
+        features = net.describe(net.encode(frame[None]), proposals.boxes, height, width)
+        frames.append(Frame(features, _pack(proposals.masks), truth))
+    return Track(clip.name, templates, ids[0], frames)
+
+
+def _pack(masks: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(masks.flatten(1).numpy(), axis=1))
+
+
+def sequences(videos: VideoDataset) -> Iterator[Clip]:
+    """Whole videos as clips: the objects of the first frame, every annotated frame."""
+    for video in videos:
+        known = video.annotated
+        ids = np.stack([video.ids(i) for i in known])
+        numbers = np.setdiff1d(np.unique(ids[0]), [0, 255])
+        masks = torch.from_numpy(ids[:, None] == numbers[:, None, None])
+        frames = torch.from_numpy(np.stack(video.frames(known))).permute(0, 3, 1, 2)
+        yield Clip(frames, masks, [video.proposals(i) for i in known], video.name)
+
+
+def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, list[Track]]:
+    """Tracks to train on ("train") and to score on ("pasted", "videos"). Each part is kept in a file in the folder `out`, and
+    taken from there if it was made with the same settings."""
+    videos = open_dataset(settings.data, settings.layout, proposals=settings.proposals, top=settings.top)
+    held = videos.subset(settings.held_out)
+    others = videos.subset([name for name in videos.names if name not in settings.held_out])
+    if not others.names:
+        raise ValueError(f"study: held_out names all {len(held)} videos of {settings.data}; none is left to train on")
+    height, width = held.video(held.names[0]).size
+    size = (settings.short_side, round(width * settings.short_side / height))
+    pasting = {"size": size, "top": settings.top, "pasted": (1, 4)}
+    parts = {
+        "train": PasteClips(others, 1 + max(settings.unroll), length=settings.clips, seed=0, **pasting),
+        "pasted": PasteClips(held, settings.val_frames, length=settings.val_clips, seed=1, skips=(1, 3), **pasting),
+        "videos": held,
+    }
+    keys = [key for key in asdict(settings) if key not in ("steps", "batch", "lr", "seeds")]
+    wanted = json.dumps({key: getattr(settings, key) for key in keys})
+    return {name: _kept(out / f"{name}.safetensors", wanted, settings, part, progress) for name, part in parts.items()}
+
+
+def _kept(path: Path, wanted: str, settings: Settings, part: PasteClips | VideoDataset, progress: bool) -> list[Track]:
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if file.metadata()["settings"] == wanted:
+                return _unflatten(json.loads(file.metadata()["tracks"]), file.get_tensor)
+    net = frozen_net(settings)
+    clips = sequences(part) if isinstance(part, VideoDataset) else (part[i] for i in range(len(part)))
+    tracks = [track(net, clip) for clip in tqdm(clips, path.stem, len(part), unit=" clips", disable=not progress)]
+    described = [(one.name, len(one.frames)) for one in tracks]
+    save_file(_flatten(tracks), path, {"settings": wanted, "tracks": json.dumps(described)})
+    return tracks
+
+
+def _flatten(tracks: list[Track]) -> dict[str, Tensor]:
+    """The tensors of tracks by number/field and number/frame/field."""
+    tensors = {}
+    for i, one in enumerate(tracks):
+        tensors |= {f"{i}/templates": one.templates, f"{i}/first": one.first}
+        for k, frame in enumerate(one.frames):
+            tensors |= {f"{i}/{k}/{name}": tensor for name, tensor in frame._asdict().items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _unflatten(described: list[tuple[str, int]], tensor: Any) -> list[Track]:
+    tracks = []
+    for i, (name, length) in enumerate(described):
+        frames = [Frame(*(tensor(f"{i}/{k}/{field}") for field in Frame._fields)) for k in range(length)]
+        tracks.append(Track(name, tensor(f"{i}/templates"), tensor(f"{i}/first"), frames))
+    return tracks
+
+
+def frozen_net(settings: Settings) -> DMMNet:
+    """The network of the study with ImageNet's backbone, without `embed`."""
+    config = Config(backbone=settings.backbone, short_side=settings.short_side, iou_weight=settings.iou_weight)
+    net = DMMNet(config).eval()
+    load_weights(net.backbone, imagenet_weights(settings.backbone), settings.backbone)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------- matching
+
+Source = tuple[int, int]  # a mask: (frame, proposal), or (-1, object) for a template
+
+
+class Counts(NamedTuple):
+    """What the losses of a frame need to know of its pixels."""
+
+    both: Tensor  # [N, M] float, pixels of true masks and proposals in common
+    area: Tensor  # [M]
+    true_area: Tensor  # [N], 0 where the object is hidden
+    target: Tensor  # [N, M], the greedy assignment by IoU with the truth
+
+
+class Masks:
+    """The masks of a track, unpacked when asked for; what was computed from them is kept, as all variants ask the same."""
+
+    def __init__(self, track: Track) -> None:
+        self.track = track
+        self._rows: dict[tuple[Source, int], Tensor] = {}
+        self._counts: dict[int, Counts] = {}
+        self._scores: dict[tuple[Source, int, int], tuple[float, float]] = {}
+
+    def of(self, k: int) -> Tensor:
+        """Proposals of frame k, or the templates for k = -1: [M, H, W] bool."""
+        if k < 0:
+            return self.track.first == self.track.objects
+        frame = self.track.frames[k]
+        bits = np.unpackbits(frame.packed.numpy(), axis=1, count=frame.truth.numel())
+        return torch.from_numpy(bits).view(torch.bool).view(-1, *frame.truth.shape)
+
+    def true(self, k: int) -> Tensor:
+        return self.track.frames[k].truth == self.track.objects  # [N, H, W]
+
+    def iou(self, source: Source, k: int) -> Tensor:
+        """IoU of a mask with the proposals of frame k: [M]."""
+        if (source, k) not in self._rows:
+            mask = self.of(source[0])[source[1]]
+            self._rows[source, k] = torch.ops.dmm.mask_iou(mask[None], self.of(k))[0]
+        return self._rows[source, k]
+
+    def counts(self, k: int) -> Counts:
+        if k not in self._counts:
+            masks, true = self.of(k), self.true(k)
+            iou = torch.ops.dmm.mask_iou(true, masks)  # [N, M]
+            area, true_area = (part.flatten(1).sum(1).float() for part in (masks, true))
+            both = iou / (1 + iou) * (true_area[:, None] + area)
+            target = greedy_target(Proposals(torch.empty(0), torch.empty(0), masks), true)
+            self._counts[k] = Counts(both, area, true_area, target)
+        return self._counts[k]
+
+    def score(self, source: Source, k: int, number: int) -> tuple[float, float]:
+        """J and F of a mask as object `number` (from 0) of frame k."""
+        key = (source, k, number)
+        if key not in self._scores:
+            mask, true = self.of(source[0])[source[1]].numpy(), self.true(k)[number].numpy()
+            self._scores[key] = jaccard(mask, true), boundary_f(mask, true)
+        return self._scores[key]
+
+
+class Match(NamedTuple):
+    """One matched frame, number `k`."""
+
+    k: int
+    x: Tensor  # [N, >= M] the assignment
+    cosine: Tensor  # [N, M]
+    weight: Tensor  # [N], 1 with the gradient of X's entry: what Eq. 8 multiplies the matched mask by
+    proposal: Tensor  # [N] int64, -1 where lost
+    sources: list[Source]  # N of them, each object's mask: its proposal, or the last one where it is lost
+
+
+def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: int | None = None) -> Iterator[Match]:
+    """Match `length` frames after the first, or all."""
+    track = masks.track
+    n = len(track.templates)
+    sources: list[Source] = [(-1, i) for i in range(n)]
+    # The decision does not look at pixels but for the IoU, which is given: masks of one pixel stand for the real ones.
+    pixel = torch.ones(n, 1, 1, dtype=torch.bool)
+    state = State(torch.ones(n, dtype=torch.bool), embed(track.templates), pixel, pixel, [])
+    for k, frame in enumerate(track.frames[:length]):
+        m = len(frame.features)
+        if m == 0:
+            proposals, features, iou = absent(pixel), frame.features.new_zeros(1, frame.features.size(1)), torch.zeros(n, 1)
+        else:
+            proposals = Proposals(torch.zeros(m, 4), torch.zeros(m), torch.ones(m, 1, 1, dtype=torch.bool))
+            features, iou = frame.features, torch.stack([masks.iou(source, k) for source in sources])
+        cosine = F.normalize(state.features, dim=1) @ F.normalize(embed(features), dim=1).t()  # [N, M]
+        affinity = Affinity(cosine, iou)
+        cost = net.cost(affinity)
+        if matcher == "layer":
+            x = net.match(cost, proposals.scores, state.valid)
+        else:  # as in the layer, nothing is an option, at cost 0
+            x = getattr(reference, matcher)(F.pad(cost.detach(), [0, n]))
+        output, _ = net.decide([], proposals, affinity, x, state)
+        found = output.proposal.tolist()
+        sources = [(k, j) if j >= 0 else last for j, last in zip(found, sources)]
+        yield Match(k, x, cosine, output.matched[:, 0, 0], output.proposal, sources)
+
+
+def losses(match: Match, counts: Counts, soft: bool) -> Tensor:
+    """1 - soft IoU of the matched masks, and the squared difference of the cosines to the greedy assignment: [2].
+
+    soft: masks are Eq. 8 with all entries of X, rows scaled to sum 1, not the largest alone. A mask is a weighted sum of
+    proposals, so its pixels in common with the truth are the weighted sum of theirs: no pixels are needed.
+    """
+    m = len(counts.area)
+    if m == 0:
+        return torch.zeros(2)
+    if soft:
+        share = match.x[:, :m] / match.x.sum(1, keepdim=True).clamp(min=1e-6)
+    else:
+        chosen = F.one_hot(match.proposal.clamp(min=0), m) * (match.proposal >= 0)[:, None]
+        share = chosen * match.weight[:, None]  # [N, M]
+    both, area = (share * counts.both).sum(1), share @ counts.area  # [N]
+    iou = both / (area + counts.true_area - both).clamp(min=1e-6)
+    seen = counts.true_area > 0
+    matched = ((1 - iou) * seen).sum() / seen.sum().clamp(min=1)
+    return torch.stack([matched, F.mse_loss(match.cosine, counts.target)])
+
+
+def tune(
+    net: DMMNet, several: list[Masks], variant: str, length: int, seed: int, settings: Settings
+) -> tuple[nn.Linear, list[list[float]]]:
+    """Train `embed` from the identity; returns it and the two losses of each step."""
+    width = several[0].track.templates.size(1)
+    embed = nn.Linear(width, width, bias=False)
+    nn.init.eye_(embed.weight)
+    optimizer = torch.optim.Adam(embed.parameters(), settings.lr)
+    matcher = "hungarian" if variant == "detached" else "layer"
+    order = np.random.default_rng(seed).integers(len(several), size=(settings.steps, settings.batch))
+    curve = []
+    for chosen in order.tolist():
+        terms = [
+            losses(match, several[i].counts(match.k), variant == "mixture")
+            for i in chosen
+            for match in unroll(net, embed, several[i], matcher, length)
+        ]
+        mean = torch.stack(terms).mean(0)  # [2]
+        optimizer.zero_grad()
+        mean.sum().backward()
+        optimizer.step()
+        curve.append(mean.tolist())
+    return embed, curve
+
+
+@torch.no_grad()
+def score(net: DMMNet, embed: nn.Module, several: list[Masks], matcher: str, inner: bool) -> list[tuple[float, float]]:
+    """J and F of the matched masks of every object of every clip, means over the frames that show it.
+
+    inner: without the last frame, as DAVIS scores whole videos.
+    """
+    scores = []
+    for masks in several:
+        last = len(masks.track.frames) - inner
+        own: list[list[tuple[float, float]]] = [[] for _ in masks.track.templates]
+        for match in unroll(net, embed, masks, matcher, last):
+            for number in masks.counts(match.k).true_area.nonzero()[:, 0].tolist():
+                own[number].append(masks.score(match.sources[number], match.k, number))
+        scores += [tuple(np.mean(frames, 0).tolist()) for frames in own if frames]
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any]:
+    """Every variant and seed, and `matching.json` in the folder `out`; an interrupted study goes on where it was."""
+    out.mkdir(parents=True, exist_ok=True)
+    tracks = {part: [Masks(one) for one in several] for part, several in prepare(settings, out, progress).items()}
+    net = frozen_net(settings)
+    path = out / "matching.json"
+    result: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "rows": []}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["settings"] | {"seeds": settings.seeds} == result["settings"]:  # more seeds may be added
+            result["rows"] = before["rows"]
+    done = {(row["name"], row["unroll"], row["seed"]) for row in result["rows"]}
+    jobs = [(name, 0, 0) for name in UNTRAINED]
+    jobs += [(f"tuned {name}", length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
+    for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
+        embed, curve, matcher = nn.Identity(), [], name
+        if length:
+            embed, curve = tune(net, tracks["train"], name.removeprefix("tuned "), length, seed, settings)
+            matcher = "layer"
+        row = {"name": name, "unroll": length, "seed": seed, "curve": _means(curve)}
+        row |= {part: score(net, embed, tracks[part], matcher, part == "videos") for part in ("pasted", "videos")}
+        result["rows"].append(row)
+        path.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def _variants(settings: Settings) -> list[tuple[int, str]]:
+    """What is tuned: each with the first unroll, and through the layer with the others too."""
+    return [(settings.unroll[0], name) for name in TUNED] + [(length, "layer") for length in settings.unroll[1:]]
+
+
+def _means(curve: list[list[float]], width: int = 25) -> list[list[float]]:
+    """Means over stretches of so many steps."""
+    return [np.mean(curve[i : i + width], 0).round(4).tolist() for i in range(0, len(curve), width)]
+
+
+class Row(NamedTuple):
+    """A line of the table: one variant over its seeds."""
+
+    name: str
+    unroll: int
+    scores: dict[str, np.ndarray]  # by part: [seeds, objects, 2], J and F
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.name] + (f", unroll {self.unroll}" if self.unroll else "")
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """In the order of the table."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["name"], row["unroll"]), []).append(row)
+    return [
+        Row(name, length, {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")})
+        for (name, length), several in found.items()
+    ]
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of values [K] and its standard error, nan for one value."""
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, float, float]]:
+    """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips: label, mean, its
+    standard error over seeds, and over objects."""
+    table = rows(result)
+    base = next(row for row in table if row.name == "tuned detached").scores[part][..., 0]  # [seeds, objects]
+    found = []
+    for row in table:
+        if row.name in ("tuned layer", "tuned mixture"):
+            gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
+            found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Two Markdown tables: J and F of every variant, and the paired differences."""
+    lines = ["| matching | pasted clips J | F | whole videos J | F |", "|---|---|---|---|---|"]
+    for row in rows(result):
+        cells = []
+        for part in ("pasted", "videos"):
+            for means in row.scores[part].mean(1).T:  # [seeds] of J, then of F
+                mean, error = mean_and_error(means)
+                cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else ""))
+        lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+    lines += ["", "| J less that of the detached | clips | mean | s.e. over seeds | s.e. over objects |", "|---|---|---|---|---|"]
+    for part in ("pasted", "videos"):
+        lines += [
+            f"| {label} | {part} | {mean:+.4f} | {seeds:.4f} | {objects:.4f} |"
+            for label, mean, seeds, objects in differences(result, part)
+        ]
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A dot for each seed, a bar for their mean."""
+    lines = rows(result)[::-1]
+    titles = {"pasted": "Clips with several pasted objects", "videos": "Whole videos, one object"}
+    with figure(path, 1, 2, 10, 3.2) as panels:
+        for axes, (part, title) in zip(panels, titles.items()):
+            for y, row in enumerate(lines):
+                colour, values = INKS.get(row.name, QUIET), row.scores[part][..., 0].mean(1)
+                axes.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+                axes.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.2)
+            axes.set(title=title, xlabel="J of the matched masks", ylim=(-0.6, len(lines) - 0.4))
+            axes.set_yticks(range(len(lines)), [row.label for row in lines] if part == "pasted" else [""] * len(lines))
+            axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
