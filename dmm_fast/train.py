@@ -314,11 +314,10 @@ def open_source(source: dict[str, Any], data: Data, seed: int) -> tuple[Clips, f
         raise ConfigError(f"train: no kind of source {kind!r}{nearest(str(kind), KINDS)}")
     augment = {**data.augment, **settings.pop("augment", {})}
     place = {name: settings.pop(name, getattr(data, name, None)) for name in PLACE}
-    arguments: dict[str, Any] = {"frames": data.frames, "seed": seed}
-    if kind != "stills" or augment:
-        arguments["augment"] = Augment(**{name: as_tuple(value) for name, value in augment.items()})
-    arguments |= {name: as_tuple(value) for name, value in settings.items()}
+    arguments = {"frames": data.frames, "seed": seed, **tuples(settings)}
     try:
+        if kind != "stills" or augment:  # which have their own default
+            arguments["augment"] = Augment(**tuples(augment))
         if kind == "synthetic":
             return SyntheticClips(**arguments), weight
         path = place.pop("path") or required_path(data)
@@ -335,8 +334,9 @@ def required_path(data: Data) -> str:
     return data.path
 
 
-def as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """YAML's lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def parts(batch: list[Clip], count: int) -> Iterator[list[Clip]]:
