@@ -15,7 +15,7 @@ from typing import Any
 from dmm_fast.model import DMMNet, digest
 
 from .loaded import Exported, verify
-from .manifest import KINDS, NAME, ExportError, Manifest, Sizes, config_of, read, require_ops
+from .manifest import KINDS, NAME, OPEN, ExportError, Manifest, Sizes, config_of, read, require_ops
 
 __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "load", "read"]
 
@@ -42,7 +42,7 @@ def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bo
         manifest = _format(kind).export(net.eval(), folder, **options)
         if kind != "torchscript" and "step" in manifest.files:  # a script is the network itself
             exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
-            verify(exported, net, options.get("sizes", Sizes()), options.get("soft", False))
+            verify(exported, net, options.get("sizes", OPEN), options.get("soft", False))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)

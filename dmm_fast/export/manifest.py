@@ -268,6 +268,9 @@ class Sizes:
         return notes + ([f"frames are {self.H} x {self.W} always"] if self.H is not None else [])
 
 
+OPEN = Sizes()
+
+
 class Example:
     """A frame with objects and proposals of the sizes of an export, and what the network's functions take and give.
 

@@ -17,7 +17,7 @@ from dmm_fast.model import DMMNet
 
 from .flat import FUNCTIONS, POOLING, traced
 from .loaded import Run
-from .manifest import LIMITS, Entry, Example, ExportError, Manifest, Sizes, Spec
+from .manifest import LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
 
 OPSET = 18
 IR = 10  # of the file's own format: what ONNX Runtime reads since 2024
@@ -30,7 +30,7 @@ LAYER = (
 ASSIGNMENT = (Spec("assignment", "float32", ("B", "N", "M")),)
 
 
-def export(net: DMMNet, folder: Path, sizes: Sizes = Sizes(), soft: bool = False, only: str | None = None) -> Manifest:
+def export(net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, only: str | None = None) -> Manifest:
     """Write `net` as ONNX into `folder`; returns the manifest, not written yet. only="match": its matching layer alone."""
     if only is not None:
         return _export_layer(net, folder)

@@ -5,8 +5,6 @@ problems, `cost` [B, N, M] float32 or float64, and how much of each is real, `nu
 Rounds are those of docs/matching.md and docs/variants.md, for all problems at once.
 """
 
-# ruff: noqa: F821, F841  onnxscript reads this file's source; names that are only used in a loop are its loop's state
-
 from onnxscript import script, values
 from onnxscript.onnx_opset import opset18 as op
 

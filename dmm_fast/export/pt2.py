@@ -14,10 +14,10 @@ from dmm_fast.model import DMMNet
 
 from .flat import FUNCTIONS, POOLING, traced
 from .loaded import Run
-from .manifest import LIMITS, Example, Manifest, Sizes
+from .manifest import LIMITS, OPEN, Example, Manifest, Sizes
 
 
-def export(net: DMMNet, folder: Path, sizes: Sizes = Sizes(), soft: bool = False) -> Manifest:
+def export(net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False) -> Manifest:
     """Compile `net` for the device it is on into `folder`; returns the manifest, not written yet. Takes minutes."""
     from torch._inductor import aoti_compile_and_package
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmm_fast.model import DMMNet, Proposals
 
 from .loaded import Run
-from .manifest import LIMITS, Example, Manifest, Sizes, flat, unflat
+from .manifest import LIMITS, OPEN, Example, Manifest, flat, unflat
 
 FILE = "model.pt"
 FUNCTIONS = ("start", "step", "add", "drop")
@@ -33,7 +33,7 @@ def _without_warnings():
 
 def export(net: DMMNet, folder: Path) -> Manifest:
     """Script `net` (in eval mode) into `folder`; returns the manifest, not written yet."""
-    example = Example(net, Sizes())
+    example = Example(net, OPEN)
     with _without_warnings():
         torch.jit.script(net).save(folder / FILE)
     return Manifest(
