@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 import dmm_fast
 from dmm_fast import cli
-from dmm_fast.studies import convergence
+from dmm_fast.clips import Clip, noisy_proposals
+from dmm_fast.losses import cosine_loss, soft_iou_loss
+from dmm_fast.masks import write_mask
+from dmm_fast.model import Config, DMMNet
+from dmm_fast.proposals import CocoWriter
+from dmm_fast.studies import convergence, matching
 from dmm_fast.studies.convergence import bounds, descend, guarantee, project
 
 
@@ -92,3 +100,135 @@ def test_convergence_command(tmp_path, capsys):
 def test_settings_say_what_is_wrong(change: dict, words: str):
     with pytest.raises(ValueError, match=words):
         convergence.Settings(**change)
+
+
+# ----------------------------------------------------------------------------------------------------------- matching
+
+
+def squares(length: int = 4, objects: int = 3, size: tuple[int, int] = (64, 96), seed: int = 0) -> Clip:
+    """Coloured squares that move over noise, with noisy proposals; the last object is hidden in the last frame."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 80, (length, 3, *size)).astype(np.uint8)
+    ids = np.zeros((length, *size), np.uint8)
+    for number in range(1, objects + 1):
+        y, x = rng.integers(0, (size[0] - 24, size[1] - 24 - 3 * length))
+        for t in range(length - (number == objects)):
+            ids[t, y : y + 20, x + 3 * t : x + 3 * t + 22] = number
+            frames[t, :, y : y + 20, x + 3 * t : x + 3 * t + 22] = rng.integers(100, 255, (3, 1, 1))
+    masks = torch.from_numpy(ids[:, None] == np.arange(1, objects + 1)[:, None, None])
+    proposals = [noisy_proposals(mask, rng) for mask in masks]
+    return Clip(torch.from_numpy(frames), masks, proposals, "squares")
+
+
+@pytest.fixture(scope="module")
+def net() -> DMMNet:
+    torch.manual_seed(0)
+    return DMMNet(Config(backbone="tf_efficientnet_lite0", iou_weight=0.3)).eval()
+
+
+@pytest.fixture(scope="module")
+def masks(net: DMMNet) -> matching.Masks:
+    return matching.Masks(matching.track(net, squares()))
+
+
+@torch.no_grad()
+def test_matching_without_pixels_is_the_networks_own(net: DMMNet, masks: matching.Masks):
+    clip = squares()
+    state = net.start(clip.frames[0], clip.masks[0], torch.ones(3, dtype=torch.bool))
+    for match, frame, proposals in zip(matching.unroll(net, nn.Identity(), masks, "layer"), clip.frames[1:], clip.proposals[1:]):
+        output, state = net.step(frame, proposals, state)
+        assert match.proposal.tolist() == output.proposal.tolist()
+        for source, own in zip(match.sources, state.masks):
+            assert torch.equal(masks.of(source[0])[source[1]], own)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_from_counts_are_those_of_the_masks(net: DMMNet, masks: matching.Masks, soft: bool):
+    clip, checked = squares(), 0
+    for match in matching.unroll(net, nn.Identity(), masks, "layer"):
+        proposals, true = clip.proposals[match.k + 1], clip.masks[match.k + 1]
+        m = len(proposals.scores)
+        share = match.x[:, :m] / match.x.sum(1, keepdim=True)
+        if not soft:
+            if (match.proposal < 0).any():
+                continue
+            share = torch.eye(m)[match.proposal]
+        pasted = torch.einsum("nm,mhw->nhw", share, proposals.masks.float())
+        # A sum of overlapping masks may exceed 1; the soft IoU of losses.py is the same function of it.
+        expected = torch.stack([soft_iou_loss(pasted, true), cosine_loss(match.cosine, proposals, true)])
+        torch.testing.assert_close(matching.losses(match, masks.counts(match.k), soft), expected, atol=1e-4, rtol=1e-4)
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize(
+    ("matcher", "soft", "flows"), [("hungarian", False, False), ("layer", False, True), ("layer", True, True)]
+)
+def test_only_the_layer_carries_the_gradient_of_the_masks(net, masks, matcher: str, soft: bool, flows: bool):
+    width = masks.track.templates.size(1)
+    embed = nn.Linear(width, width, bias=False)
+    nn.init.eye_(embed.weight)
+    loss = sum(matching.losses(m, masks.counts(m.k), soft)[0] for m in matching.unroll(net, embed, masks, matcher))
+    loss.backward()
+    assert (float(embed.weight.grad.abs().max()) > 1e-6) == flows
+
+
+def test_scores_are_of_the_frames_that_show_an_object(net: DMMNet, masks: matching.Masks):
+    scores = matching.score(net, nn.Identity(), [masks], "hungarian", False)
+    assert len(scores) == 3 and all(0 <= value <= 1 for pair in scores for value in pair)
+    assert matching.score(net, nn.Identity(), [masks], "hungarian", True) != scores  # without the last frame
+    assert masks.score((-1, 0), 0, 0)[0] == pytest.approx(dmm_fast.mask_iou(*(squares().masks[i, :1] for i in (0, 1))).item())
+
+
+def test_tuning_lowers_its_loss_and_repeats(net: DMMNet, masks: matching.Masks):
+    settings = matching.Settings("", "", ("x",), steps=12, batch=1)
+    embed, curve = matching.tune(net, [masks], "layer", 2, 0, settings)
+    again, same = matching.tune(net, [masks], "layer", 2, 0, settings)
+    assert curve == same and torch.equal(embed.weight, again.weight)
+    assert sum(curve[-1]) < sum(curve[0])
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Three short videos with proposals in a plain folder layout."""
+    for name in ("a", "b", "c"):
+        clip = squares(length=12, objects=2, seed=ord(name))
+        for kind in ("JPEGImages", "Annotations"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        (tmp_path / "proposals").mkdir(exist_ok=True)
+        with CocoWriter(tmp_path / "proposals" / f"{name}.json", (64, 96)) as writer:
+            for t, (frame, truth, proposals) in enumerate(zip(clip.frames, clip.masks, clip.proposals)):
+                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"JPEGImages/{name}/{t:05d}.png")
+                ids = (truth * torch.arange(1, 3, dtype=torch.uint8)[:, None, None]).amax(0).numpy()
+                write_mask(tmp_path / f"Annotations/{name}/{t:05d}.png", ids)
+                writer.add(f"{t:05d}", proposals)
+    return tmp_path
+
+
+def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net: DMMNet):
+    monkeypatch.setattr(matching, "imagenet_weights", lambda name: net.backbone.state_dict())
+    out = tmp_path / "out"
+    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c", "--out", str(out)]
+    arguments += "--short-side 64 --clips 2 --val-clips 1 --val-frames 3 --unroll 1,2 --steps 2 --batch 1 --seeds 2".split()
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("| Hungarian |", "tuned with it detached, unroll 1 |", "tuned through it, unroll 2 |", "s.e. over seeds"):
+        assert words in printed
+    result = json.loads((out / "matching.json").read_text())
+    assert len(result["rows"]) == 3 + 2 * 4
+    assert "J of the matched masks" in (out / "matching.svg").read_text()
+
+    del result["rows"][-1]  # as if it had been stopped: the rest is kept, the last is run again
+    result["rows"][0]["pasted"] = [[0.125, 0.125]] * len(result["rows"][0]["pasted"])
+    (out / "matching.json").write_text(json.dumps(result))
+    assert cli.main(arguments) == 0
+    again = json.loads((out / "matching.json").read_text())
+    assert len(again["rows"]) == 11 and again["rows"][0] == result["rows"][0]
+
+
+def test_matching_says_what_is_wrong(videos: Path, tmp_path: Path, capsys):
+    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--held-out", "a,b,c"]) == 2
+    assert "none is left to train on" in capsys.readouterr().err
+    assert cli.main([*arguments, "--held-out", "z"]) == 2
+    assert "no video z" in capsys.readouterr().err
