@@ -105,17 +105,17 @@ def _save(model: Any, specs: Iterable[Spec], path: Path) -> None:
 # ---- our ops, and those that ONNX lacks, in the terms of torch.onnx ----
 
 
-def _match(
-    cost: Tensor, init: None, num_templates: Tensor, num_proposals: Tensor, lr_tensor: None,
-    n_grad: int, n_proj: int, lr: float, carry: bool = False, last: bool = False,
+def _match(  # with the schema's defaults: torch.export leaves out arguments that equal them
+    cost: Tensor, init: None = None, num_templates: Tensor | None = None, num_proposals: Tensor | None = None,
+    lr_tensor: None = None, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1, carry: bool = False, last: bool = False,
 ) -> Tensor:  # fmt: skip
     attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "carry": int(carry), "last": int(last)}
     return _node("match", cost, num_templates, num_proposals, attributes)
 
 
 def _match_prices(
-    cost: Tensor, num_templates: Tensor, num_proposals: Tensor, lr_tensor: None,
-    n_grad: int, n_proj: int, lr: float, last: bool = True,
+    cost: Tensor, num_templates: Tensor | None = None, num_proposals: Tensor | None = None, lr_tensor: None = None,
+    n_grad: int = 40, n_proj: int = 1, lr: float = 10.0, last: bool = True,
 ) -> Tensor:  # fmt: skip
     attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "last": int(last)}
     return _node("match_prices", cost, num_templates, num_proposals, attributes)
