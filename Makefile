@@ -38,6 +38,7 @@ $(VENV)/.runtime: $(VENV)/.built $(RUNTIME)
 # The test process must start with the sanitizer's runtime; leaks of Python itself are not ours to report.
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/sanitize_readers.py
 
 clean:
 	rm -rf build dist *.egg-info dmm_fast/lib demo

@@ -128,7 +128,7 @@ def _decode(segmentation: Any, size: tuple[int, int] | None, where: str) -> np.n
     if size is not None and tuple(shape) != tuple(size):
         raise ProposalError(f"{where}: masks are {shape[1]}x{shape[0]}, the frames are {size[1]}x{size[0]}")
     if isinstance(counts, str):
-        runs = _uncompress(counts.encode())
+        runs = _uncompress(counts.encode(errors="surrogatepass"))
     else:
         integers = isinstance(counts, list) and all(type(run) is int and abs(run) < 1 << 31 for run in counts)
         runs = np.array(counts, dtype=np.int64) if integers else None

@@ -32,7 +32,8 @@ std::string read(const std::string& kind, const std::string& path) {
 int main(int argc, char** argv) {
   for (int k = 2; k < argc; ++k) {
     try {
-      std::cout << "read " << read(argv[1], argv[k]) << "\n";
+      const std::string got = read(argv[1], argv[k]);
+      std::cout << "read " << got << "\n";
     } catch (const dmm::Error& error) {
       std::cout << "refused " << error.what() << "\n";
     }

@@ -11,11 +11,31 @@ namespace {
 
 constexpr int kDepth = 64;  // nesting; a hostile text must not exhaust the stack
 
+/// The code point that begins at text[at], which is moved behind it; U+FFFFFFFF where the bytes are not UTF-8.
+constexpr uint32_t kNone = 0xFFFFFFFF;
+uint32_t code_point(std::string_view text, size_t& at) {
+  static constexpr uint32_t kLeast[] = {0, 0x80, 0x800, 0x10000};  // fewer bytes would do below
+  const auto byte = [&](size_t k) -> uint32_t { return static_cast<unsigned char>(text[k]); };
+  const uint32_t lead = byte(at++);
+  const int more = lead < 0x80 ? 0 : lead >> 5 == 6 ? 1 : lead >> 4 == 14 ? 2 : lead >> 3 == 30 ? 3 : -1;
+  if (more < 0 || at + more > text.size()) return kNone;
+  uint32_t code = more == 0 ? lead : lead & (0x3F >> more);
+  for (int k = 0; k < more; ++k, ++at) {
+    if (byte(at) >> 6 != 2) return kNone;
+    code = code << 6 | (byte(at) & 0x3F);
+  }
+  return code < kLeast[more] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000) ? kNone : code;
+}
+
 class Parser {
  public:
   Parser(std::string_view text, const std::string& source) : text_(text), source_(source) {}
 
   Json document() {
+    while (at_ < text_.size()) {
+      if (code_point(text_, at_) == kNone) fail(source_, ": not a text: a byte before ", at_, " is not UTF-8");
+    }
+    at_ = 0;
     Json result = value(0);
     space();
     if (at_ < text_.size()) wrong("nothing may follow the value");
@@ -163,21 +183,6 @@ class Parser {
   const std::string& source_;
   size_t at_ = 0;
 };
-
-/// The code point that begins at text[at], which is moved behind it; U+FFFD for a byte that is not UTF-8.
-uint32_t code_point(std::string_view text, size_t& at) {
-  const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[k]); };
-  const uint32_t lead = byte(at++);
-  const int more = lead < 0x80 ? 0 : lead >> 5 == 6 ? 1 : lead >> 4 == 14 ? 2 : lead >> 3 == 30 ? 3 : -1;
-  if (more < 0 || at + more > text.size()) return 0xFFFD;
-  uint32_t code = more == 0 ? lead : lead & (0x3F >> more);
-  for (int k = 0; k < more; ++k) {
-    if (byte(at + k) >> 6 != 2) return 0xFFFD;
-    code = code << 6 | (byte(at + k) & 0x3F);
-  }
-  at += more;
-  return code;
-}
 
 void write(const std::string& text, std::string& out) {
   const auto unit = [&out](uint32_t code) {

@@ -229,10 +229,16 @@ int run(const std::map<std::string, std::string>& options) {
   std::vector<Times> spent;
   dmm::Json::Array rows;
   std::string last = segmenter.last_frame();
+  int height = 0, width = 0;
   for (; next < frames.size() && !stop_asked; ++next) {
     const auto& [stem, path] = frames[next];
     Times times{};
     const auto image = timed(times, decode, [&, &path = path] { return dmm::read_frame(path); });
+    if (spent.empty()) height = image.height, width = image.width;
+    if (image.height != height || image.width != width) {
+      dmm::fail(path, ": is ", image.width, "x", image.height, ", the first frame is ", width, "x", height,
+                "; all frames of a video must have one size");
+    }
     const auto frame = timed(times, decode, [&] { return dmm::to_tensor(image); });
     dmm::FrameResult result{at::zeros({image.height, image.width}, at::kByte), {}};
     if (segmenter.started()) {

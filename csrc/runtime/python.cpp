@@ -2,16 +2,19 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <ATen/Functions.h>
 #include <torch/version.h>
 
+#include <filesystem>
 #include <optional>
 #include <tuple>
 
 #include "dmm/segmenter.h"
 
 namespace py = pybind11;
+using Path = std::filesystem::path;
 
 namespace {
 
@@ -63,14 +66,14 @@ PYBIND11_MODULE(_runtime, module) {
       .def_readonly("objects", &dmm::FrameResult::objects);
 
   py::class_<dmm::Segmenter>(module, "Segmenter")
-      .def(py::init([](const std::string& folder, const std::string& device, const std::string& ops, int slots) {
-             return dmm::Segmenter(folder, {device, ops, slots});
+      .def(py::init([](const Path& folder, const std::string& device, const std::string& ops, int slots) {
+             return dmm::Segmenter(folder.string(), {device, ops, slots});
            }),
            py::arg("folder"), py::kw_only(), py::arg("device") = "cpu", py::arg("ops") = "", py::arg("slots") = 1)
       .def_static(
           "load",
-          [](const std::string& path, const std::string& folder, const std::string& device, const std::string& ops) {
-            return dmm::Segmenter::load(path, folder, {device, ops, 1});
+          [](const Path& path, const Path& folder, const std::string& device, const std::string& ops) {
+            return dmm::Segmenter::load(path.string(), folder.string(), {device, ops, 1});
           },
           py::arg("path"), py::arg("folder"), py::kw_only(), py::arg("device") = "cpu", py::arg("ops") = "")
       .def("start", [](dmm::Segmenter& s, const py::array& image, const py::array& ids) { return s.start(frame(image), tensor(ids)); },
@@ -94,20 +97,20 @@ PYBIND11_MODULE(_runtime, module) {
            py::arg("frame"))
       .def("add", [](dmm::Segmenter& s, const py::array& ids) { return s.add(tensor(ids)); }, py::arg("ids"))
       .def("drop", &dmm::Segmenter::drop, py::arg("ids"))
-      .def("save", &dmm::Segmenter::save, py::arg("path"), py::arg("last_frame") = "")
+      .def("save", [](const dmm::Segmenter& s, const Path& path, const std::string& last) { s.save(path.string(), last); }, py::arg("path"), py::arg("last_frame") = "")
       .def_property_readonly("object_ids", &dmm::Segmenter::object_ids)
       .def_property_readonly("proposes", &dmm::Segmenter::proposes)
       .def_property_readonly("last_frame", &dmm::Segmenter::last_frame);
 
   module.def(
       "read_proposals",
-      [](const std::string& path, const std::string& stem, int height, int width, int top) {
-        const auto p = dmm::to_tensors(dmm::ProposalFile(path, top).frame(stem, height, width));
+      [](const Path& path, const std::string& stem, int height, int width, int top) {
+        const auto p = dmm::to_tensors(dmm::ProposalFile(path.string(), top).frame(stem, height, width));
         return Arrays(array<float>(p.boxes), array<float>(p.scores), array<bool>(p.masks));
       },
       py::arg("path"), py::arg("stem"), py::arg("height"), py::arg("width"), py::arg("top") = 50);
-  module.def("read_frame", [](const std::string& path) { return array<uint8_t>(dmm::to_tensor(dmm::read_frame(path)).permute({1, 2, 0})); });
-  module.def("read_mask", [](const std::string& path, int height, int width) {
-    return array<uint8_t>(dmm::to_tensor(dmm::read_mask(path, height, width)));
+  module.def("read_frame", [](const Path& path) { return array<uint8_t>(dmm::to_tensor(dmm::read_frame(path.string())).permute({1, 2, 0})); });
+  module.def("read_mask", [](const Path& path, int height, int width) {
+    return array<uint8_t>(dmm::to_tensor(dmm::read_mask(path.string(), height, width)));
   });
 }
