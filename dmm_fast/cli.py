@@ -108,6 +108,10 @@ def _add_segment(commands: Any) -> None:
         help="mask proposals: a COCO results file whose image_id is the frame's name, or the live detector (default)",
     )  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.mp4", help="write a video of the frames with the masks drawn on them")
+    parser.add_argument(
+        "--online", metavar="SECONDS|EPOCHS",
+        help="first fit the network to the first frame, for so many seconds (30) or epochs of 8 steps (20e)",
+    )  # fmt: skip
     _add_model_options(parser)
     _add_detector_options(parser)
     again = parser.add_mutually_exclusive_group()
@@ -213,7 +217,7 @@ def _segment(a: argparse.Namespace) -> int:
     check_device(a.device)
     try:
         report = segment(
-            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
+            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay, online=a.online,
             resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **_model_options(a),
         )  # fmt: skip
     except Interrupted as stop:

@@ -60,6 +60,7 @@ def segment(
     matcher: str = "dmm",
     decision: str = "confident",
     weights: str | os.PathLike | None = None,
+    online: str | None = None,
     device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
@@ -70,6 +71,7 @@ def segment(
 
     frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
     frames (see `GivenMasks`). proposals: a COCO results file or "torchvision". video: an overlay video to write.
+    online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
     save_every: seconds between saved states.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
@@ -78,12 +80,13 @@ def segment(
     given = GivenMasks(Path(masks), frames)
     if video is not None:
         check_video_name(video, coming=out)
+    budget = online_budget(online) if online is not None else None
     settings = {
         "frames": str(frames.path.resolve()),
         "masks": str(given.path.resolve()),
         "proposals": proposals if proposals == "torchvision" else str(Path(proposals).resolve()),
         "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
-        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
+        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
     }  # fmt: skip
     _check_out(out, frames, given)
@@ -96,15 +99,28 @@ def segment(
     checkpoint = folder.find(frames.stems, resume, overwrite)
     propose = _proposal_source(proposals, detector_weights, frames, device)
     if checkpoint and checkpoint["started"]:
-        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=weights, device=device)
+        kept = folder.tuned if online is not None else weights
+        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device)
     else:
         segmenter = _make_segmenter(
             preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision
         )
     folder.begin(frames.stems, checkpoint)
-    run = _Run(frames, given, propose, segmenter, folder, checkpoint)
+    run = _Run(frames, given, propose, segmenter, folder, checkpoint, budget)
     run.forward(progress, save_every)
     return run.finish(video, {**settings, "device": device})
+
+
+def online_budget(text: str) -> dict[str, float]:
+    """ "30" -> {"seconds": 30.0}, "20e" -> {"epochs": 20}: how long `dmm_fast.online.tune` takes."""
+    kind, number = ("epochs", text[:-1]) if text.endswith("e") else ("seconds", text)
+    try:
+        value = {"epochs": int, "seconds": float}[kind](number)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise RunError(f"online learning takes seconds such as 30, or epochs such as 20e, got {text!r}")
+    return {kind: value}
 
 
 class _Run:
@@ -118,8 +134,10 @@ class _Run:
         segmenter: Segmenter,
         folder: RunFolder,
         checkpoint: dict | None,
+        online: dict[str, float] | None,
     ):
         self.frames, self.given, self.propose, self.segmenter, self.folder = frames, given, propose, segmenter, folder
+        self.online = online
         checkpoint = checkpoint or {"next": 0, "seconds": {}, "notes": [], "started": False}
         self.next: int = checkpoint["next"]
         self.seconds = Counter(checkpoint["seconds"])
@@ -127,6 +145,7 @@ class _Run:
         self.started: bool = checkpoint["started"]
 
     def forward(self, progress: bool, save_every: float) -> None:
+        self.progress = progress
         bar = tqdm(total=len(self.frames), initial=self.next, unit=" frames", disable=None if progress else True)
         source = iter(prefetch(self.frames.read(self.next)))
         saved = time.monotonic()
@@ -161,8 +180,7 @@ class _Run:
             ids = np.array(result.ids)
             objects = [_row(entry) for entry in result.objects]
         if stem in self.given:
-            with self._clock("step"):
-                self._take_in(stem, frame, ids, objects)
+            self._take_in(stem, frame, ids, objects)
         with self._clock("write"):
             write_mask(self.folder.mask(stem), ids)
             self.folder.append({"frame": stem, "objects": objects})
@@ -174,14 +192,27 @@ class _Run:
         known = self.segmenter.object_ids if self.started else []
         new = {int(label): masks == label for label in np.unique(masks) if label and label not in known}
         if not self.started:
-            self.segmenter.start(frame, new)
+            if self.online:
+                self._learn(stem, frame, new)
+            with self._clock("step"):
+                self.segmenter.start(frame, new)
             self.started = True
         elif new:
-            self.segmenter.add(new)
+            with self._clock("step"):
+                self.segmenter.add(new)
             self.notes.append(f"{stem}: new object{'s' * (len(new) > 1)} {', '.join(map(str, new))}")
         for label, mask in new.items():
             ids[mask] = label
             objects.append({"id": label, "given": True})
+
+    def _learn(self, stem: str, frame: np.ndarray, objects: dict[int, np.ndarray]) -> None:
+        """Online learning; what was learnt is kept beside the checkpoints, for --resume."""
+        with self._clock("proposals"):
+            proposals = self.propose(stem, frame)
+        with self._clock("online"):
+            steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, **self.online)
+        self.segmenter.save_weights(self.folder.tuned)
+        self.notes.append(f"{stem}: the network was fitted to this frame, {steps} steps in {self.seconds['online']:.0f} s")
 
     def _save(self) -> None:
         with self._clock("save"):
@@ -322,6 +353,11 @@ class RunFolder:
 
     def state(self, index: int) -> Path:
         return self._work / f"state-{index}.safetensors"
+
+    @property
+    def tuned(self) -> Path:
+        """Weights after online learning."""
+        return self._work / "online.safetensors"
 
     @property
     def finished(self) -> bool:

@@ -19,8 +19,17 @@ from torch import Tensor
 
 from dmm_fast import reference
 from dmm_fast.model import (
-    Config, DMMNet, Proposals, State, digest, load_weights, packaged, read_config, read_weights,
-)  # fmt: skip
+    Config,
+    DMMNet,
+    Proposals,
+    State,
+    digest,
+    load_weights,
+    packaged,
+    read_config,
+    read_weights,
+    save_weights,
+)
 from dmm_fast.model.network import absent
 from dmm_fast.model.state import grow
 
@@ -101,6 +110,27 @@ class Segmenter:
     def object_ids(self) -> list[int]:
         """Ids of the objects being followed, ascending."""
         return sorted(i for i in self._slot_ids if i)
+
+    def tune(self, frame: Frame, masks: Masks, proposals: Proposals | None = None, **budget: Any) -> int:
+        """Online learning: fit the network to a first frame with its masks, then call `start`; returns the steps taken.
+
+        budget: seconds=30 or epochs=20, and further settings of `dmm_fast.online.tune`.
+        """
+        from dmm_fast.online import tune  # training is not needed otherwise
+
+        frame = _frame(frame, None)
+        size = tuple(frame.shape[1:])
+        ids, masks = _masks(masks, size)
+        if not ids:
+            raise ValueError("Segmenter.tune: no object in the masks")
+        if proposals is not None:
+            proposals, _ = _proposals(proposals, size, self.config.top, self.device)
+        self.__dict__.pop("_digest", None)
+        return tune(self.net, frame.to(self.device), masks.to(self.device), proposals, **budget)
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the network's weights, as after `tune`, to a file that `Segmenter(weights=path)` takes."""
+        save_weights(self.net, path, {"dmm_fast": json.dumps({"format": FORMAT, "config": self.config.to_dict()})})
 
     @torch.no_grad()
     def start(self, frame: Frame, masks: Masks) -> FrameResult:
