@@ -2,11 +2,13 @@
 
 What is tuned is `DMMNet.embed`, a linear map of the RoI features that starts as the identity; the backbone stays frozen, so
 that the features of all proposals are computed once and a training step costs milliseconds. All variants see the same clips
-in the same order, take the same steps and have the same loss on the cosines; they differ in the assignment alone:
+in the same order and take the same steps. The first three have the same loss on the cosines too, and differ in the
+assignment alone:
 
 detached   the Hungarian assignment of the detached cost: the loss of the matched masks has no gradient
 layer      the layer, and of each row its largest entry (Section 4.1)
 mixture    the layer, and Eq. 8 with all entries of X, rows scaled to sum 1: every proposal has a gradient
+alone      layer or mixture without the loss on the cosines, so that all there is to learn from comes through the layer
 """
 
 from __future__ import annotations
@@ -38,12 +40,32 @@ from dmm_fast.model.network import absent
 from .figures import COLOURS, QUIET, figure
 
 UNTRAINED = ("greedy", "hungarian", "layer")
-TUNED = ("detached", "layer", "mixture")
+
+
+class Variant(NamedTuple):
+    """How to tune: what assigns, whether masks are Eq. 8 with all entries of X, and the weight of the loss on the cosines."""
+
+    matcher: str
+    soft: bool
+    cosine: float
+
+
+TUNED = {
+    "tuned detached": Variant("hungarian", False, 1.0),
+    "tuned layer": Variant("layer", False, 1.0),
+    "tuned mixture": Variant("layer", True, 1.0),
+    "tuned layer alone": Variant("layer", False, 0.0),
+    "tuned mixture alone": Variant("layer", True, 0.0),
+}
 LABELS = {
     "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours", "tuned detached": "ours, tuned with it detached",
     "tuned layer": "ours, tuned through it", "tuned mixture": "ours, tuned through it, mixture",
+    "tuned layer alone": "ours, tuned through it alone", "tuned mixture alone": "ours, tuned through it alone, mixture",
 }  # fmt: skip
-INKS = {"tuned detached": COLOURS[1], "tuned layer": COLOURS[0], "tuned mixture": COLOURS[2]}
+INKS = {
+    "tuned detached": COLOURS[1], "tuned layer": COLOURS[0], "tuned mixture": COLOURS[2], "tuned layer alone": COLOURS[5],
+    "tuned mixture alone": COLOURS[4],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -316,25 +338,25 @@ def losses(match: Match, counts: Counts, soft: bool) -> Tensor:
 
 
 def tune(
-    net: DMMNet, several: list[Masks], variant: str, length: int, seed: int, settings: Settings
+    net: DMMNet, several: list[Masks], variant: Variant, length: int, seed: int, settings: Settings
 ) -> tuple[nn.Linear, list[list[float]]]:
     """Train `embed` from the identity; returns it and the two losses of each step."""
     width = several[0].track.templates.size(1)
     embed = nn.Linear(width, width, bias=False)
     nn.init.eye_(embed.weight)
     optimizer = torch.optim.Adam(embed.parameters(), settings.lr)
-    matcher = "hungarian" if variant == "detached" else "layer"
+    weights = torch.tensor([1.0, variant.cosine])
     order = np.random.default_rng(seed).integers(len(several), size=(settings.steps, settings.batch))
     curve = []
     for chosen in order.tolist():
         terms = [
-            losses(match, several[i].counts(match.k), variant == "mixture")
+            losses(match, several[i].counts(match.k), variant.soft)
             for i in chosen
-            for match in unroll(net, embed, several[i], matcher, length)
+            for match in unroll(net, embed, several[i], variant.matcher, length)
         ]
         mean = torch.stack(terms).mean(0)  # [2]
         optimizer.zero_grad()
-        mean.sum().backward()
+        (weights * mean).sum().backward()
         optimizer.step()
         curve.append(mean.tolist())
     return embed, curve
@@ -373,11 +395,11 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
             result["rows"] = before["rows"]
     done = {(row["name"], row["unroll"], row["seed"]) for row in result["rows"]}
     jobs = [(name, 0, 0) for name in UNTRAINED]
-    jobs += [(f"tuned {name}", length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
+    jobs += [(name, length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
     for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
         embed, curve, matcher = nn.Identity(), [], name
         if length:
-            embed, curve = tune(net, tracks["train"], name.removeprefix("tuned "), length, seed, settings)
+            embed, curve = tune(net, tracks["train"], TUNED[name], length, seed, settings)
             matcher = "layer"
         row = {"name": name, "unroll": length, "seed": seed, "curve": _means(curve)}
         row |= {part: score(net, embed, tracks[part], matcher, part == "videos") for part in ("pasted", "videos")}
@@ -388,7 +410,7 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
 
 def _variants(settings: Settings) -> list[tuple[int, str]]:
     """What is tuned: each with the first unroll, and through the layer with the others too."""
-    return [(settings.unroll[0], name) for name in TUNED] + [(length, "layer") for length in settings.unroll[1:]]
+    return [(settings.unroll[0], name) for name in TUNED] + [(length, "tuned layer") for length in settings.unroll[1:]]
 
 
 def _means(curve: list[list[float]], width: int = 25) -> list[list[float]]:
@@ -410,12 +432,13 @@ class Row(NamedTuple):
 
 def rows(result: dict[str, Any]) -> list[Row]:
     """In the order of the table."""
+    order = [*UNTRAINED, *TUNED]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         found.setdefault((row["name"], row["unroll"]), []).append(row)
     return [
         Row(name, length, {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")})
-        for (name, length), several in found.items()
+        for (name, length), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
     ]
 
 
@@ -427,11 +450,11 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, float, float]]:
     """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips: label, mean, its
     standard error over seeds, and over objects."""
-    table = rows(result)
-    base = next(row for row in table if row.name == "tuned detached").scores[part][..., 0]  # [seeds, objects]
+    lines = rows(result)
+    base = next(row for row in lines if row.name == "tuned detached").scores[part][..., 0]  # [seeds, objects]
     found = []
-    for row in table:
-        if row.name in ("tuned layer", "tuned mixture"):
+    for row in lines:
+        if row.name in TUNED and row.name != "tuned detached":
             gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
             found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
     return found
@@ -460,7 +483,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """A dot for each seed, a bar for their mean."""
     lines = rows(result)[::-1]
     titles = {"pasted": "Clips with several pasted objects", "videos": "Whole videos, one object"}
-    with figure(path, 1, 2, 10, 3.2) as panels:
+    with figure(path, 1, 2, 10, 3.6) as panels:
         for axes, (part, title) in zip(panels, titles.items()):
             for y, row in enumerate(lines):
                 colour, values = INKS.get(row.name, QUIET), row.scores[part][..., 0].mean(1)
