@@ -23,7 +23,7 @@ CONFIGS = {
     "dykstra": Config(n_grad=10),
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light"),
-    "heavy": Config(**SMALL, refine="heavy", layer="prices", n_grad=80, n_proj=1, lr=5.0),
+    "heavy": Config(**SMALL, refine="heavy", follow="refined", layer="prices", n_grad=80, n_proj=1, lr=5.0),
 }
 
 
@@ -312,9 +312,9 @@ def test_fuzzed_manifests_are_read_or_refused(copy):
 
 def test_command(tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 0
+    assert cli.main(["export", "--format", "torchscript", "--preset", "iou", "--out", str(out)]) == 0
     assert "model.pt" in capsys.readouterr().out and load(out).config == Config.preset("iou")
-    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 2
+    assert cli.main(["export", "--format", "torchscript", "--preset", "iou", "--out", str(out)]) == 2
     assert "holds an export already" in capsys.readouterr().err
     for options, message in (
         (["--objects", "3"], "a TorchScript takes every size"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import add_command, check_device, count
 
-PRESETS = ("iou", "youtube-vos", "davis", "segtrack")
+PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 FORMATS = ("torchscript", "pt2", "onnx")
 
 
@@ -20,7 +20,8 @@ def add(commands: Any) -> None:
         "torchscript  one file for C++ with libtorch; every size may vary; CPU and CUDA\n"
         "pt2          compiled for this machine's kind of processor (AOTInductor), the fastest; the device is chosen now\n"
         "onnx         for ONNX Runtime and its like, without torch; matching is a function a runtime may replace",
-        ("dmm-fast export --format torchscript --out exported", "matching on overlap alone, which needs no weights"),
+        ("dmm-fast export --format torchscript --out exported", "the trained network in the package"),
+        ("dmm-fast export --format torchscript --preset iou --out exported", "matching on overlap alone"),
         ("dmm-fast export --format pt2 --preset youtube-vos --weights net.safetensors --out exported",
          "compiled; objects, proposals and the frame's size may vary"),
         ("dmm-fast export --format pt2 --height 480 --width 854 --objects 5 --proposals 50 --out exported",
@@ -32,12 +33,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--preset", default="iou", choices=PRESETS,
-        help="iou: overlap alone, needs no weights (default); the others are the paper's settings",
+        "--preset", choices=PRESETS,
+        help="small: the trained network in the package (default); iou: overlap alone, no network; the others are the "
+        "paper's settings and need weights. Default with --weights FILE: what the file is for",
     )  # fmt: skip
     model.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
-    model.add_argument("--weights", metavar="imagenet|FILE", help="for a backbone: ImageNet's, or a .safetensors file")
-    model.add_argument("--refine", metavar="KIND", help="mask refinement in place of the preset's: none, light, ..")
+    model.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
+    model.add_argument("--refine", choices=("none", "light", "heavy"), help="mask refinement in place of the preset's")
     model.add_argument(
         "--device", default="cpu", help="pt2: where it will run, cpu (default) or cuda; the other formats run on both"
     )
@@ -54,26 +56,23 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from dmm_fast.export import ExportError, Sizes, export
     from dmm_fast.model import Config, DMMNet
     from dmm_fast.segmenter import Segmenter
 
     check_device(a.device)
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
-    config = Config.preset(a.preset)
-    if a.backbone is not None:
-        config = replace(config, backbone=a.backbone)
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
         raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
     if a.only is not None and a.format != "onnx":
         raise ExportError(f"export: --only is for --format onnx, got --format {a.format}")
     options: dict[str, Any] = {} if a.format == "torchscript" else {"sizes": sizes, "soft": a.soft_masks}
     if a.only is None:
+        config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
     else:
         options = {"only": a.only}
+        config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
         net = DMMNet(Config(**{name: getattr(config, name) for name in settings}))  # no features, no weights
     manifest = export(a.format, net, a.out, overwrite=a.overwrite, **options)
