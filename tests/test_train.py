@@ -233,12 +233,10 @@ def test_the_gradient_passes_the_layer(pond, tmp_path, assignment):
     clips, _ = open_data(config)
     loss = unroll_all(net, [clips[0], clips[1]], config)[:, 0].sum()
     assert loss > 0
-    if assignment == "detached":
-        assert not loss.requires_grad
-        return
-    loss.backward()
-    gradients = [p.grad.abs().sum() for p in net.backbone.parameters() if p.grad is not None]
-    assert len(gradients) > 20 and sum(gradients) > 0
+    loss.backward()  # the other terms depend on the features too, with weight 0
+    gradients = [float(p.grad.abs().sum()) for p in net.backbone.parameters() if p.grad is not None]
+    assert len(gradients) > 20
+    assert (sum(gradients) > 0) == (assignment == "layer")
 
 
 @pytest.mark.parametrize("refine", ["light", "heavy"])
