@@ -180,6 +180,11 @@ def test_scores_are_of_the_frames_that_show_an_object(net: DMMNet, masks: matchi
     assert masks.score((-1, 0), 0, 0)[0] == pytest.approx(dmm_fast.mask_iou(*(squares().masks[i, :1] for i in (0, 1))).item())
 
 
+def test_no_matcher_beats_the_best_proposals(net: DMMNet, masks: matching.Masks):
+    mean = {m: np.mean(matching.score(net, nn.Identity(), [masks], m, False), 0)[0] for m in matching.UNTRAINED}
+    assert mean["truth"] == max(mean.values()) > 0.5
+
+
 def test_tuning_lowers_its_loss_and_repeats(net: DMMNet, masks: matching.Masks):
     settings = matching.Settings("", "", ("x",), steps=12, batch=1)
     embed, curve = matching.tune(net, [masks], matching.TUNED["tuned layer"], 2, 0, settings)
@@ -215,7 +220,7 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
     for words in ("| Hungarian |", "tuned with it detached, unroll 1 |", "tuned through it, unroll 2 |", "s.e. over seeds"):
         assert words in printed
     result = json.loads((out / "matching.json").read_text())
-    assert len(result["rows"]) == 3 + 2 * 6
+    assert len(result["rows"]) == 4 + 2 * 6
     assert "J of the matched masks" in (out / "matching.svg").read_text()
 
     del result["rows"][-1]  # as if it had been stopped: the rest is kept, the last is run again
@@ -223,7 +228,7 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
     (out / "matching.json").write_text(json.dumps(result))
     assert cli.main(arguments) == 0
     again = json.loads((out / "matching.json").read_text())
-    assert len(again["rows"]) == 15 and again["rows"][0] == result["rows"][0]
+    assert len(again["rows"]) == 16 and again["rows"][0] == result["rows"][0]
 
 
 def test_matching_says_what_is_wrong(videos: Path, tmp_path: Path, capsys):
