@@ -36,7 +36,6 @@ from dmm_fast.evaluation import ABSENT, score_ids
 from dmm_fast.imagenet import imagenet_weights
 from dmm_fast.losses import TERMS, step_losses
 from dmm_fast.model import DMMNet, Proposals, load_weights, read_weights
-from dmm_fast.model.network import absent
 from dmm_fast.overlay import overlay
 from dmm_fast.segmenter import Segmenter
 
@@ -269,7 +268,7 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], config: TrainConfig) -
     steps = []
     for t in range(1, len(clip.frames)):
         features = [level[t : t + 1] for level in levels]
-        proposals = clip.proposals[t] if len(clip.proposals[t].scores) else absent(state.masks)
+        proposals = net.prepare(clip.proposals[t], state)
         affinity = net.compare(features, proposals, state)
         cost = net.cost(affinity)  # [N, M]
         if config.assignment == "layer":
@@ -573,7 +572,8 @@ class Log:
     def validation(self, counters: dict[str, Any], scores: dict[str, Any]) -> bool:
         """Log the scores of an epoch; True (and noted in the counters) where they are the best so far."""
         j, f = np.mean(list(scores["objects"].values()), 0).tolist()
-        line = {"step": counters["step"], "epoch": counters["epochs"], "seconds": round(counters["seconds"], 2), "J": j, "F": f, "G": (j + f) / 2}
+        line = {"step": counters["step"], "epoch": counters["epochs"], "seconds": round(counters["seconds"], 2)}
+        line |= {"J": j, "F": f, "G": (j + f) / 2}
         best = counters["best"] is None or line["G"] > counters["best"]["G"]
         if best:
             counters["best"] = line

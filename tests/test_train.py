@@ -32,6 +32,15 @@ SIZE = (64, 112)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that the tests start: what is computed depends on the number of threads, in its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pond(tmp_path_factory):
     """Two videos of the koi pond in the folder layout, with proposals."""
@@ -316,12 +325,6 @@ def start(path, *arguments, processes=1):
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def run_to_end(path, *arguments, processes=1):
-    process = start(path, *arguments, processes=processes)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
 @pytest.fixture(scope="module")
 def whole(pond, tmp_path_factory):
     """A run that nothing disturbs: its settings and its folder."""
@@ -331,9 +334,8 @@ def whole(pond, tmp_path_factory):
         data={"held_out": ["two"], "workers": 1, "augment": {"size": list(SIZE)},
               "sources": [{"kind": "clips"}, {"kind": "synthetic", "size": list(SIZE), "length": 20, "scenes": 2}]},
     )  # fmt: skip
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    run_to_end(path)
+    result = train(from_dict(values), progress=False)
+    assert result.stopped is None
     return values, folder / "run"
 
 
@@ -371,7 +373,7 @@ def test_resume_after_sigkill(whole, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     assert len(read_lines_that_are_whole(curve)) < 15
-    run_to_end(path, "--resume")
+    train(read_config(path), resume=True, progress=False)
     same_run(tmp_path / "run", out)
 
 
@@ -384,7 +386,7 @@ def test_time_and_ctrl_c_save_and_stop(whole, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**values, "out": str(tmp_path / "run"), "save_seconds": 1000.0}))
     curve = tmp_path / "run" / "curve.jsonl"
-    run_to_end(path, "--minutes", "0.0001")  # after the first step
+    assert train(read_config(path), minutes=1e-4, progress=False).stopped == "time"
     assert len(read_lines(curve)) == 1
     process = start(path, "--resume")
     while process.poll() is None and curve.read_text().count("\n") < 4:
@@ -392,7 +394,7 @@ def test_time_and_ctrl_c_save_and_stop(whole, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume goes on" in errors
-    run_to_end(path, "--resume")
+    train(read_config(path), resume=True, progress=False)
     same_run(tmp_path / "run", out)
 
 
@@ -416,11 +418,16 @@ def test_two_processes_do_what_one_does(pond, tmp_path):
     """torchrun with two processes and half the batch each, against one process with all of it."""
     curves = []
     for processes in (1, 2):
-        out = tmp_path / str(processes)
         path = tmp_path / f"{processes}.yaml"
-        path.write_text(yaml.safe_dump(settings(pond, out, batch=4, epochs=2, data={"held_out": ["two"]})))
-        run_to_end(path, processes=processes)
-        curves.append(read_lines(out / "curve.jsonl"))
+        values = settings(pond, tmp_path / str(processes), batch=4, epochs=2, data={"held_out": ["two"]})
+        path.write_text(yaml.safe_dump(values))
+        if processes == 1:
+            train(from_dict(values), progress=False)
+        else:
+            process = start(path, processes=processes)
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+        curves.append(read_lines(tmp_path / str(processes) / "curve.jsonl"))
     one, two = ([line["loss"] for line in curve if "loss" in line] for curve in curves)
     assert len(one) == 4 and two == pytest.approx(one, rel=2e-4)
     assert [line.get("J") for line in curves[1]] == pytest.approx([line.get("J") for line in curves[0]], abs=0.02)
