@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import export, proposals, runtime, study, train, train_proposals
+from dmm_fast.commands import export, proposals, runtime, study, train, train_proposals, weights
 from dmm_fast.commands import Help, add_command, check_device, count, examples
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     own = (_add_segment, _add_evaluate, _add_demo, _add_doctor)
-    for add in (*own, *(module.add for module in (proposals, train_proposals, train, study, export, runtime))):
+    for add in (*own, *(module.add for module in (proposals, train_proposals, train, weights, study, export, runtime))):
         add(commands)
     return parser
 
@@ -104,8 +104,9 @@ def _add_segment(commands: Any) -> None:
     parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR", help="the objects to follow")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
     parser.add_argument(
-        "--proposals", default="torchvision", metavar="FILE|torchvision",
-        help="mask proposals: a COCO results file whose image_id is the frame's name, or the live detector (default)",
+        "--proposals", default="small", metavar="FILE|DETECTOR",
+        help="mask proposals: a COCO results file whose image_id is the frame's name, or a live detector: small (in the "
+        "package, default), torchvision, a FILE.safetensors of train-proposals, detectron2:CONFIG[:WEIGHTS]",
     )  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.mp4", help="write a video of the frames with the masks drawn on them")
     parser.add_argument(

@@ -29,7 +29,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dmm_fast.model.network import make_backbone
-from dmm_fast.model.weights import load_weights, read_weights, save_weights
+from dmm_fast.model.weights import load_weights, packaged, read_weights, save_weights
 from dmm_fast.proposals import TOP, MaskRCNNProposer, ProposalError
 
 FORMAT = 1
@@ -226,3 +226,13 @@ class Detector(MaskRCNNProposer):
         if short_side is not None:
             net.transform.min_size = (short_side,)
         super().__init__(net.to(memory_format=torch.channels_last), top, threshold, device)
+
+
+def packaged_detector(**options: Any) -> Detector:
+    """The small detector in the package, whose backbone is that of the packaged network (both frozen, stored once)."""
+    shared = {
+        name.removeprefix("backbone."): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in read_weights(packaged("small")).items()
+        if name.startswith("backbone.")
+    }
+    return Detector(packaged("small-proposals"), body=shared, **options)

@@ -278,7 +278,7 @@ def _result(stem: str, box: Tensor, score: Tensor, mask: Tensor) -> dict:
 
 def is_detector(name: str | os.PathLike) -> bool:
     """Whether `name` is one that `open_proposer` knows, rather than a proposals file."""
-    return str(name) == "torchvision" or str(name).startswith("detectron2:") or Path(name).suffix == ".safetensors"
+    return str(name) in ("small", "torchvision") or str(name).startswith("detectron2:") or Path(name).suffix == ".safetensors"
 
 
 def open_proposer(
@@ -289,7 +289,7 @@ def open_proposer(
     short_side: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Callable[[np.ndarray | Tensor], Proposals]:
-    """The live detector called `name`: "torchvision" (with `weights`), a FILE.safetensors of `dmm-fast train-proposals`,
+    """The live detector called `name`: "small" (the one in the package), "torchvision" (with `weights`), a FILE.safetensors of `dmm-fast train-proposals`,
     or "detectron2:CONFIG[:WEIGHTS]". short_side: of the frames inside it, None for its own.
     """
     name = str(name)
@@ -301,10 +301,12 @@ def open_proposer(
         _, config, *rest = name.split(":", 2)
         return Detectron2Proposer(config, *rest, top=top, short_side=short_side, device=device)
     if is_detector(name):
-        from dmm_fast.detector import Detector
+        from dmm_fast.detector import Detector, packaged_detector
 
+        if name == "small":
+            return packaged_detector(top=top, short_side=short_side, device=device)
         return Detector(name, top=top, short_side=short_side, device=device)
-    raise ProposalError(f"a detector is torchvision, FILE.safetensors or detectron2:CONFIG[:WEIGHTS], got {name!r}")
+    raise ProposalError(f"a detector is small, torchvision, FILE.safetensors or detectron2:CONFIG[:WEIGHTS], got {name!r}")
 
 
 class MaskRCNNProposer:

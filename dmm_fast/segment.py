@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dmm_fast.masks import MaskWarning, read_first_masks, read_mask, whole_file, write_mask
 from dmm_fast.model import Config
 from dmm_fast.overlay import ContactSheet, overlay
-from dmm_fast.proposals import ProposalError, TorchvisionProposer, read_coco
+from dmm_fast.proposals import ProposalError, is_detector, open_proposer, read_coco
 from dmm_fast.segmenter import ObjectResult, Segmenter
 from dmm_fast.video import ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
 
@@ -51,7 +51,7 @@ def segment(
     masks: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    proposals: str | os.PathLike = "torchvision",
+    proposals: str | os.PathLike = "small",
     detector_weights: str | os.PathLike = "DEFAULT",
     video: str | os.PathLike | None = None,
     preset: str | None = None,
@@ -70,7 +70,7 @@ def segment(
     """Segment a clip; returns the report that is also written to OUT/report.json.
 
     frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
-    frames (see `GivenMasks`). proposals: a COCO results file or "torchvision". video: an overlay video to write.
+    frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
     save_every: seconds between saved states.
 
@@ -84,7 +84,7 @@ def segment(
     settings = {
         "frames": str(frames.path.resolve()),
         "masks": str(given.path.resolve()),
-        "proposals": proposals if proposals == "torchvision" else str(Path(proposals).resolve()),
+        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
         "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
@@ -273,8 +273,8 @@ def _proposal_source(
     proposals: str | os.PathLike, weights: str | os.PathLike, frames: ImageFrames | VideoFrames, device: str
 ) -> Callable:
     """(stem, frame) -> Proposals."""
-    if proposals == "torchvision":
-        proposer = TorchvisionProposer(weights, device=device)
+    if is_detector(proposals):
+        proposer = open_proposer(proposals, weights, device=device)
         return lambda stem, frame: proposer(frame)
     file = read_coco(proposals)
     if not file.covers(frames.stems):

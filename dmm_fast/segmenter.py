@@ -167,6 +167,7 @@ class Segmenter:
         proposals, kept = _proposals(proposals, size, self.config.top, self.device)
         tensor = tensor.to(self.device)
 
+        proposals = self.net.prepare(proposals, state)
         features = self.net.encode(tensor[None])
         affinity = self.net.compare(features, proposals, state)
         assignment = self._assignment(self.net.cost(affinity), proposals.scores, state.valid)

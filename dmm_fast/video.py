@@ -64,12 +64,7 @@ class ImageFrames:
 
     def read(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         for file in self.files[start:]:
-            try:
-                with Image.open(file) as image:
-                    frame = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            except OSError as error:
-                raise FramesError(f"{file}: cannot be read as an image ({error})") from None
-            yield file.stem, frame
+            yield file.stem, read_image(file)
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
         for index in sorted(indices):
@@ -131,6 +126,15 @@ def _open_video(path: Path):
         container.close()
         raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
     return container
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """An image as uint8 [H, W, 3], the way up it is meant to be seen."""
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError as error:
+        raise FramesError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def image_size(file: Path) -> tuple[int, int]:

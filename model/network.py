@@ -9,7 +9,7 @@ from dmm_fast import ops, vision  # noqa: F401  they register torch.ops.dmm.*
 from .config import Config
 from .features import roi_means
 from .masks import label_map, mask_boxes
-from .refinement import HeavyRefinement, LightRefinement, paint
+from .refinement import HeavyRefinement, LightRefinement
 from .state import Affinity, Output, Proposals, State, empty_like, merge
 
 
@@ -67,6 +67,7 @@ class DMMNet(nn.Module):
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, config.lr
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
+        self.paste = config.refine == "heavy"
         self.follow_refined = config.follow == "refined"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -124,13 +125,23 @@ class DMMNet(nn.Module):
         return merge(gone, state, empty_like(state))
 
     @torch.jit.export
+    def prepare(self, proposals: Proposals, state: State) -> Proposals:
+        """What the stages of a step can use: with no proposal, one of padding; a heavy refinement, which needs every mask
+        at the frame's size, gets soft ones pasted, once.
+        """
+        if proposals.scores.numel() == 0:
+            return absent(state.masks)
+        if self.paste and proposals.masks.dtype != torch.bool:
+            return Proposals(proposals.boxes, proposals.scores, paint(proposals, state.masks) > 0.5)
+        return proposals
+
+    @torch.jit.export
     def compare(self, features: list[Tensor], proposals: Proposals, state: State) -> Affinity:
         """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
         height, width = state.masks.size(1), state.masks.size(2)
         full = proposals.masks
         if full.dtype != torch.bool:
-            each = torch.eye(full.size(0), dtype=full.dtype, device=full.device)
-            full = torch.ops.dmm.paste_combine(each, full, proposals.boxes, height, width) > 0.5  # [M, H, W]
+            full = paint(proposals, state.masks) > 0.5  # [M, H, W]
         described = self.describe(features, proposals.boxes, height, width)  # [M, C]
         cosine = F.normalize(state.features, dim=1) @ F.normalize(described, dim=1).t()
         return Affinity(cosine, torch.ops.dmm.mask_iou(state.masks, full))
@@ -234,8 +245,7 @@ class DMMNet(nn.Module):
     @torch.jit.export
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         """One frame. With M = 0 proposals every object is lost."""
-        if proposals.scores.numel() == 0:
-            proposals = absent(state.masks)
+        proposals = self.prepare(proposals, state)
         features = self.encode(frame[None])
         affinity = self.compare(features, proposals, state)
         assignment = self.match(self.cost(affinity), proposals.scores, state.valid)
@@ -243,6 +253,12 @@ class DMMNet(nn.Module):
 
     def forward(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         return self.step(frame, proposals, state)
+
+
+def paint(proposals: Proposals, masks: Tensor) -> Tensor:
+    """Soft masks of proposals pasted into frames of the size of `masks` [N, H, W]: [M, H, W] float."""
+    each = torch.eye(proposals.masks.size(0), dtype=proposals.masks.dtype, device=masks.device)
+    return torch.ops.dmm.paste_combine(each, proposals.masks, proposals.boxes, masks.size(1), masks.size(2))
 
 
 def absent(masks: Tensor) -> Proposals:

@@ -204,7 +204,8 @@ class HeavyRefinement(nn.Module):
     def forward(
         self, features: list[Tensor], proposals: Proposals, affinity: Affinity, matched: Tensor, state: State
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] -> masks [N, H, W], parts [N, M]."""
+        """features: each [1, C_l, h_l, w_l], fine to coarse; proposals at full size; matched [N, H, W] -> masks [N, H, W],
+        parts [N, M]."""
         keys = self.keys(features)
         cues = torch.cat(
             [
@@ -217,7 +218,7 @@ class HeavyRefinement(nn.Module):
         last = state.masks.to(matched.dtype) * state.valid[:, None, None]
         own = F.adaptive_avg_pool2d(torch.stack([matched, last], 1), fine)  # [N, 2, h1, w1]
         others = beside(own[:, 1])  # [N, h1, w1]
-        candidates = F.adaptive_avg_pool2d(paint(proposals, matched)[None], fine)[0]  # [M, h1, w1]
+        candidates = F.adaptive_avg_pool2d(proposals.masks.to(matched.dtype)[None], fine)[0]  # [M, h1, w1]
         logits = self.parts(candidates, proposals.scores, affinity, own[:, 1], others, cues)
         share = torch.sigmoid(logits)  # [N, M]
         inside = (share[:, :, None, None] * candidates).amax(1)
@@ -257,14 +258,6 @@ class HeavyRefinement(nn.Module):
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x)
-
-
-def paint(proposals: Proposals, like: Tensor) -> Tensor:
-    """The proposals' masks at the size of masks `like` [N, H, W] and in its dtype, [M, H, W]."""
-    if proposals.masks.dtype == torch.bool:
-        return proposals.masks.to(like.dtype)
-    each = torch.eye(proposals.masks.size(0), dtype=proposals.masks.dtype, device=like.device)
-    return torch.ops.dmm.paste_combine(each, proposals.masks, proposals.boxes, like.size(1), like.size(2)).to(like.dtype)
 
 
 def beside(masks: Tensor) -> Tensor:

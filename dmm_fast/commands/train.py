@@ -24,16 +24,45 @@ def add(commands: Any) -> None:
          "the paper's training, shorter"),
         ("dmm-fast train youtube-vos .. --resume --minutes 60", "go on for an hour, save, stop"),
         ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs; the batch is shared out"),
+        ("dmm-fast train --online frames/00000.jpg --masks first.png --out mine.safetensors --seconds 60",
+         "online learning: the packaged network (or --weights FILE) fitted to one frame, for segment --weights mine.safetensors"),
         ("dmm-fast train small --show", "the whole configuration as YAML, to start one's own from"),
     )  # fmt: skip
-    parser.add_argument("config", metavar="CONFIG", help="a preset's name or a .yaml file")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in OUT, if there is one")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
+    online = parser.add_argument_group("online learning, in place of CONFIG")
+    online.add_argument("--online", metavar="FRAME", help="the image to fit a trained network to")
+    online.add_argument("--masks", metavar="FIRST.png|DIR", help="its objects")
+    online.add_argument("--proposals", metavar="FILE", help="a COCO results file with its proposals (default: simulated ones)")
+    online.add_argument("--weights", metavar="FILE", help="where to begin (default: the network in the package)")
+    online.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
+    online.add_argument("--out", metavar="FILE", help="the weights to write")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def learn_online(a: argparse.Namespace) -> int:
+    from dmm_fast.masks import read_first_masks
+    from dmm_fast.proposals import read_coco
+    from dmm_fast.segmenter import Segmenter
+    from dmm_fast.video import read_image
+
+    if a.config is not None or a.masks is None or a.out is None:
+        raise ValueError("train --online takes --masks and --out, and no CONFIG")
+    frame = read_image(a.online)
+    ids, notes = read_first_masks(a.masks, frame.shape[:2])
+    proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
+    segmenter = Segmenter(weights=a.weights)
+    steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
+    segmenter.save_weights(a.out)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{steps} steps: {a.out}")
+    return 0
 
 
 def run(a: argparse.Namespace) -> int:
@@ -41,6 +70,10 @@ def run(a: argparse.Namespace) -> int:
 
     from dmm_fast.configs import read_config
 
+    if a.online is not None:
+        return learn_online(a)
+    if a.config is None:
+        raise ValueError("train needs a CONFIG (small, youtube-vos, davis or a .yaml file), or --online FRAME")
     config = read_config(a.config, a.settings)
     if a.show:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")

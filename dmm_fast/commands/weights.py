@@ -1,0 +1,57 @@
+"""``dmm-fast weights``: what a weights file holds, and a smaller copy of it for use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import add_command
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "weights", run, "say what a weights file is, or make a half-precision copy of it",
+        "Say what network a weights file is for, how it was trained, and how large it is. With --pack, write a copy in half\n"
+        "precision, which is what the package ships; settings that do not touch the weights can be changed in it.",
+        ("dmm-fast weights", "the network in the package"),
+        ("dmm-fast weights runs/small/last.safetensors --pack small.safetensors --set layer=prices n_grad=80 n_proj=1 lr=5",
+         "a copy of half the size that matches by prices"),
+        ("dmm-fast weights detector.safetensors --pack small-proposals.safetensors --without backbone.body.",
+         "without the weights that another file has"),
+    )  # fmt: skip
+    parser.add_argument("file", nargs="?", default="small", metavar="FILE", help="(default: the file in the package)")
+    parser.add_argument("--pack", metavar="OUT", help="write a half-precision copy")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network in the copy")
+    parser.add_argument("--without", metavar="PREFIX", help="leave out of the copy what begins so")
+
+
+def run(a: argparse.Namespace) -> int:
+    import yaml
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from dmm_fast.model import Config, packaged, read_weights
+
+    path = packaged("small") if a.file == "small" else Path(a.file)
+    tensors = read_weights(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
+    if a.pack is None:
+        if a.set or a.without:
+            raise ValueError("--set and --without are for the copy that --pack writes")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        print(f"{path}: {count:,} values, {path.stat().st_size / 1e6:.1f} MB")
+        print(yaml.safe_dump(about, sort_keys=False).rstrip())
+        return 0
+    changes = dict(change.split("=", 1) for change in a.set if "=" in change)
+    if len(changes) < len(a.set):
+        raise ValueError(f"--set takes NAME=VALUE, got {a.set}")
+    if changes:
+        about["config"] = Config.from_dict(about["config"] | {k: yaml.safe_load(v) for k, v in changes.items()}).to_dict()
+    kept = {name: tensor for name, tensor in tensors.items() if not (a.without and name.startswith(a.without))}
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+    save_file({name: tensor.contiguous() for name, tensor in half.items()}, a.pack, {"dmm_fast": json.dumps(about)})
+    print(f"{a.pack}: {Path(a.pack).stat().st_size / 1e6:.1f} MB")
+    return 0
