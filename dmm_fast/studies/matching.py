@@ -486,14 +486,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A dot for each seed, a bar for their mean."""
-    lines = rows(result)[::-1]
+    """A dot for each seed, a bar for their mean; without the best proposals, which are far to the right."""
+    lines = [row for row in rows(result)[::-1] if row.name != "truth"]
     titles = {"pasted": "Clips with several pasted objects", "videos": "Whole videos, one object"}
     with figure(path, 1, 2, 10, 3.6) as panels:
         for axes, (part, title) in zip(panels, titles.items()):
             for y, row in enumerate(lines):
                 colour, values = INKS.get(row.name, QUIET), row.scores[part][..., 0].mean(1)
-                axes.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+                if row.unroll:
+                    axes.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
                 axes.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.2)
             axes.set(title=title, xlabel="J of the matched masks", ylim=(-0.6, len(lines) - 0.4))
             axes.set_yticks(range(len(lines)), [row.label for row in lines] if part == "pasted" else [""] * len(lines))
