@@ -288,14 +288,16 @@ class Example:
         x, y = torch.arange(w) + 0.5, torch.arange(h)[:, None] + 0.5
         inside = [(x > x0) & (x < x1) & (y > y0) & (y < y1) for x0, y0, x1, y1 in boxes]
         masks = torch.stack(inside)  # [M, H, W]
-        objects = masks[torch.arange(n) % m]  # [N, H, W]
+        objects = masks[torch.arange(n) % m].roll(2, 2)  # [N, H, W], near proposals
         if soft:
             masks = torch.rand((m, 28, 28), generator=generator)
         proposals = Proposals(boxes, torch.linspace(0.9, 0.1, m), masks)
         self.frame, self.objects, self.valid = (t.to(device) for t in (frame, objects, torch.ones(n, dtype=torch.bool)))
         self.proposals = Proposals(*(t.to(device) for t in proposals))
         with torch.no_grad():
-            self.state = net.start(self.frame, self.objects, self.valid)
+            state = net.start(self.frame, self.objects, self.valid)
+            # Copies: two of these are one tensor, and a tracer would take the two inputs for one as well.
+            self.state = unflat(tensor.clone() for tensor in flat(state))
             self.output, _ = net.step(self.frame, self.proposals, self.state)
         self.specs, self.state_specs = self._specs(sizes, fixed_features=sizes.H is not None or net.input_size[0] > 0)
         self.inputs = {
