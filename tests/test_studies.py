@@ -135,7 +135,8 @@ def masks(net: DMMNet) -> matching.Masks:
 def test_matching_without_pixels_is_the_networks_own(net: DMMNet, masks: matching.Masks):
     clip = squares()
     state = net.start(clip.frames[0], clip.masks[0], torch.ones(3, dtype=torch.bool))
-    for match, frame, proposals in zip(matching.unroll(net, nn.Identity(), masks, "layer"), clip.frames[1:], clip.proposals[1:]):
+    matches = matching.unroll(net, nn.Identity(), masks, "layer")
+    for match, frame, proposals in zip(matches, clip.frames[1:], clip.proposals[1:]):
         output, state = net.step(frame, proposals, state)
         assert match.proposal.tolist() == output.proposal.tolist()
         for source, own in zip(match.sources, state.masks):
@@ -213,7 +214,8 @@ def videos(tmp_path: Path) -> Path:
 def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net: DMMNet):
     monkeypatch.setattr(matching, "imagenet_weights", lambda name: net.backbone.state_dict())
     out = tmp_path / "out"
-    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c", "--out", str(out)]
+    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c"]
+    arguments += ["--out", str(out)]
     arguments += "--short-side 64 --clips 2 --val-clips 1 --val-frames 3 --unroll 1,2 --steps 2 --batch 1 --seeds 2".split()
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -58,8 +58,9 @@ TUNED = {
     "tuned mixture alone": Variant("layer", True, 0.0),
 }
 LABELS = {
-    "truth": "best proposals", "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours", "tuned detached": "ours, tuned with it detached",
-    "tuned layer": "ours, tuned through it", "tuned mixture": "ours, tuned through it, mixture",
+    "truth": "best proposals", "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours",
+    "tuned detached": "ours, tuned with it detached", "tuned layer": "ours, tuned through it",
+    "tuned mixture": "ours, tuned through it, mixture",
     "tuned layer alone": "ours, tuned through it alone", "tuned mixture alone": "ours, tuned through it alone, mixture",
 }  # fmt: skip
 INKS = {
@@ -476,7 +477,8 @@ def table(result: dict[str, Any]) -> str:
                 mean, error = mean_and_error(means)
                 cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else ""))
         lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
-    lines += ["", "| J less that of the detached | clips | mean | s.e. over seeds | s.e. over objects |", "|---|---|---|---|---|"]
+    lines += ["", "| J less that of the detached | clips | mean | s.e. over seeds | s.e. over objects |"]
+    lines += ["|---|---|---|---|---|"]
     for part in ("pasted", "videos"):
         lines += [
             f"| {label} | {part} | {mean:+.4f} | {seeds:.4f} | {objects:.4f} |"
