@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import export, proposals, runtime, study, train, train_proposals, weights
+from dmm_fast.commands import bench, export, proposals, runtime, study, train, train_proposals, weights
 from dmm_fast.commands import Help, add_command, check_device, count, examples
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     own = (_add_segment, _add_evaluate, _add_demo, _add_doctor)
-    for add in (*own, *(module.add for module in (proposals, train_proposals, train, weights, study, export, runtime))):
+    for add in (*own, *(module.add for module in (proposals, train_proposals, train, weights, study, export, runtime, bench))):
         add(commands)
     return parser
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -52,6 +54,9 @@ def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in ("lib/libdmm_cpu.so", "lib/build.json", "ops.py", "cli.py", "kernels/match.py", "model/network.py"):
         assert f"dmm_fast/{needed}" in names
+    for needed in ("dmm-config.cmake", "dmm-config-version.cmake", "dmm/segmenter.h", "segmenter.cpp", "CMakeLists.txt"):
+        assert f"dmm_fast/cpp/{needed}" in names
+    assert not any("_runtime" in name or name.endswith("dmm-segment") for name in names), "compiled for one torch only"
     top = {name.split("/")[0] for name in names}
     assert len(top) == 2 and "dmm_fast" in top, top
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -88,3 +93,41 @@ def test_a_missing_library_says_how_to_mend_it(tmp_path):
         (copy / name).write_text((ROOT / "dmm_fast" / name).read_text())
     result = subprocess.run([sys.executable, copy / "_library.py"], capture_output=True, text=True)
     assert result.returncode and "libdmm_cpu.so is missing" in result.stderr and "pip install" in result.stderr
+
+
+def test_a_cpp_program_builds_against_the_wheel(wheel, tmp_path):
+    """examples/cpp by find_package(dmm), out of the tree: with the sources of an installed wheel, and this torch."""
+    import numpy as np
+    import torch
+    from dmm_fast.export import export
+    from dmm_fast.masks import write_mask
+    from dmm_fast.model import Config, DMMNet, Proposals
+    from dmm_fast.model.masks import mask_boxes
+    from dmm_fast.proposals import write_coco
+    from PIL import Image
+
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
+    package, example = tmp_path / "site" / "dmm_fast", tmp_path / "example"
+    shutil.copytree(ROOT / "examples" / "cpp", example)
+    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    where = [f"-Ddmm_DIR={package / 'cpp'}", f"-DDMM_TORCH={Path(torch.__file__).parent}", "-DCMAKE_BUILD_TYPE=Debug"]
+    run("cmake", "-S", example, "-B", example / "build", *where, env=environment)
+    run("cmake", "--build", example / "build", "--parallel", "2", env=environment)
+
+    ids = np.zeros((48, 80), np.uint8)
+    ids[10:30, 20:50] = 5
+    write_mask(tmp_path / "first.png", ids)
+    mask = torch.from_numpy(ids > 0)[None]
+    write_coco(tmp_path / "p.json", {"1": Proposals(mask_boxes(mask), torch.ones(1), mask)}, ids.shape)
+    (tmp_path / "frames").mkdir()
+    for k in range(2):
+        Image.fromarray(np.zeros((48, 80, 3), np.uint8)).save(tmp_path / "frames" / f"{k}.jpg")
+    export("torchscript", DMMNet(Config.preset("iou")), tmp_path / "export")
+    words = (tmp_path / "export", tmp_path / "frames", tmp_path / "first.png", tmp_path / "p.json")
+    told = run(example / "build" / "follow", *words, env={**environment, "DMM_OPS": str(package / "lib")})
+    assert told == "0 object 5: 600 pixels, score 1.000\n1 object 5: 600 pixels, score 1.000\n"
+
+
+def test_the_cmake_package_has_the_version_of_the_project():
+    version = re.search(r'^version = "([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    assert f"set(PACKAGE_VERSION {version})" in (ROOT / "csrc" / "runtime" / "dmm-config-version.cmake").read_text()

@@ -1,0 +1,83 @@
+"""``dmm-fast bench``: what a frame costs here, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import add_command, check_device, count
+
+PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
+RUNTIMES = ("eager", "torchscript", "pt2", "c++ torchscript", "c++ pt2")
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "bench", run, "what a frame costs on this machine: stages, objects, runtimes",
+        "Follow 1, 5, 10 and 20 objects through a clip made on the spot, with each runtime, and tell the milliseconds of\n"
+        "decoding, proposals, features, matching, refinement and writing: median and 99th percentile. Proposals come from\n"
+        "a file, so a detector's own time is not in them, unless --detector names one. The figures are those of a busy\n"
+        "machine if it is busy: the load is told with them.\n\n"
+        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build.",
+        ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),
+        ("dmm-fast bench --runtimes eager,pt2,'c++ pt2' --out bench", "with bench/bench.json and bench/bench.svg"),
+        ("dmm-fast bench --preset youtube-vos --weights net.safetensors --device cuda --objects 5", "on a GPU"),
+        ("dmm-fast bench --runtimes eager --detector small", "the live proposal network included"),
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.svg here")
+    parser.add_argument(
+        "--objects", type=_counts, default=[1, 5, 10, 20], metavar="N,...", help="how many objects (default: 1,5,10,20)"
+    )
+    parser.add_argument(
+        "--runtimes", type=_runtimes, default=["eager", "torchscript"], metavar="NAME,...",
+        help=f"of {', '.join(RUNTIMES)} (default: eager,torchscript)",
+    )  # fmt: skip
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="the network (default: small)")
+    parser.add_argument("--weights", metavar="FILE|imagenet", help="its weights, where the preset has none of its own")
+    parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="of the frames (default: 255x448)")
+    parser.add_argument("--frames", type=count, default=40, metavar="N", help="frames that count (default: 40)")
+    parser.add_argument("--proposals", type=count, default=50, metavar="M", help="proposals a frame (default: 50)")
+    parser.add_argument("--detector", metavar="NAME", help="a live one in place of the file: small, torchvision, FILE, ..")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
+
+
+def run(a: argparse.Namespace) -> int:
+    import torch
+
+    from dmm_fast.bench import bench, plot, table
+    from dmm_fast.segmenter import Segmenter
+
+    check_device(a.device)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    net = Segmenter(a.preset, weights=a.weights, device=a.device).net
+    report = bench(
+        net, objects=a.objects, runtimes=a.runtimes, size=a.size, frames=a.frames, proposals=a.proposals, detector=a.detector,
+        progress=partial(print, flush=True),
+    )  # fmt: skip
+    print(table(report))
+    if a.out:
+        Path(a.out).mkdir(parents=True, exist_ok=True)
+        (Path(a.out) / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+        plot(report, Path(a.out) / "bench.svg")
+    return 0
+
+
+def _counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def _runtimes(text: str) -> list[str]:
+    names = text.split(",")
+    if wrong := [name for name in names if name not in RUNTIMES]:
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(RUNTIMES)}, got {', '.join(wrong)}")
+    return names
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return count(height, least=32), count(width, least=32)

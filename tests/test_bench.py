@@ -1,0 +1,32 @@
+"""dmm-fast bench: every stage of every runtime is timed, and the report says what it belongs to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dmm_fast.cli import main
+
+
+def test_bench_times_every_stage(tmp_path, capsys):
+    words = ["bench", "--preset", "iou", "--objects", "1,3", "--frames", "4", "--size", "96x128", "--proposals", "8"]
+    words += ["--runtimes", "eager,torchscript,c++ torchscript", "--out", str(tmp_path), "--threads", "1"]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    told = capsys.readouterr().out
+    assert report["machine"]["CPU"] in told and "its own time is not included" in told
+    stages = {"eager": ["decode", "proposals", "features", "matching", "refinement", "step", "write"]}
+    for runtime in ("eager", "torchscript", "c++ torchscript"):
+        for objects in (1, 3):
+            rows = [row for row in report["rows"] if (row["runtime"], row["objects"]) == (runtime, objects)]
+            assert [row["stage"] for row in rows] == stages.get(runtime, ["decode", "proposals", "step", "write"])
+            assert all(0 < row["p50"] <= row["p99"] for row in rows)
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+
+
+def test_a_detector_is_not_for_the_program(capsys):
+    assert main(["bench", "--preset", "iou", "--runtimes", "c++ pt2", "--detector", "small"]) == 2
+    assert "proposals from a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--runtimes", "onnx"])
