@@ -218,7 +218,8 @@ def _segment(a: argparse.Namespace) -> int:
     check_device(a.device)
     try:
         report = segment(
-            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay, online=a.online,
+            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
+            online=a.online,
             resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **_model_options(a),
         )  # fmt: skip
     except Interrupted as stop:

@@ -25,7 +25,9 @@ from dmm_fast.model import Proposals
 from dmm_fast.synthetic import Scene
 from dmm_fast.vision import paste_combine
 
-__all__ = ["Augment", "Clip", "ClipDataset", "Clips", "Mixture", "PasteClips", "StillClips", "SyntheticClips", "noisy_proposals"]
+__all__ = [
+    "Augment", "Clip", "ClipDataset", "Clips", "Mixture", "PasteClips", "StillClips", "SyntheticClips", "noisy_proposals",
+]  # fmt: skip
 
 TOP = 20  # proposals of a frame that training sees
 

@@ -289,8 +289,8 @@ def open_proposer(
     short_side: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Callable[[np.ndarray | Tensor], Proposals]:
-    """The live detector called `name`: "small" (the one in the package), "torchvision" (with `weights`), a FILE.safetensors of `dmm-fast train-proposals`,
-    or "detectron2:CONFIG[:WEIGHTS]". short_side: of the frames inside it, None for its own.
+    """The live detector called `name`: "small" (the one in the package), "torchvision" (with `weights`), a FILE.safetensors
+    of `dmm-fast train-proposals`, or "detectron2:CONFIG[:WEIGHTS]". short_side: of the frames inside it, None for its own.
     """
     name = str(name)
     if name == "torchvision":

@@ -70,7 +70,8 @@ def segment(
     """Segment a clip; returns the report that is also written to OUT/report.json.
 
     frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
-    frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay video to write.
+    frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay
+    video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
     save_every: seconds between saved states.
 

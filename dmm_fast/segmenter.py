@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmm_fast import reference
+from dmm_fast.graph import GraphStep
 from dmm_fast.model import (
     Config,
     DMMNet,
@@ -73,6 +74,8 @@ class Segmenter:
     an exported step does); "assign" rounds the assignment with the Hungarian algorithm, so that no two objects take
     the same proposal.
     slots: object slots to start with; more are added when needed.
+    graph: on a GPU, run the step as a CUDA graph (`dmm_fast.graph`): proposals are padded to the config's `top`, and a change
+    of shape captures again. Needs the matcher "dmm" and the decision "confident".
     proposer: called with the frame when `step` gets no proposals.
 
     A call that raises leaves the session as it was.
@@ -89,6 +92,7 @@ class Segmenter:
         matcher: str = "dmm",
         decision: str = "confident",
         slots: int = 1,
+        graph: bool = False,
     ) -> None:
         config, weights = _resolve(config, weights, refine)
         for name, value, allowed in (("matcher", matcher, MATCHERS), ("decision", decision, DECISIONS)):
@@ -99,7 +103,10 @@ class Segmenter:
         self.config, self.matcher, self.decision, self.slots = config, matcher, decision, slots
         self.device = torch.device(device)
         self.proposer = proposer
+        if graph and (self.device.type != "cuda" or (matcher, decision) != ("dmm", "confident")):
+            raise ValueError("Segmenter: graph needs a CUDA device, the matcher 'dmm' and the decision 'confident'")
         self.net = _build(config, weights).to(self.device).eval()
+        self._graph = GraphStep(self.net, config.top) if graph else None
         self.note = _note(config, weights)
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
@@ -167,11 +174,14 @@ class Segmenter:
         proposals, kept = _proposals(proposals, size, self.config.top, self.device)
         tensor = tensor.to(self.device)
 
-        proposals = self.net.prepare(proposals, state)
-        features = self.net.encode(tensor[None])
-        affinity = self.net.compare(features, proposals, state)
-        assignment = self._assignment(self.net.cost(affinity), proposals.scores, state.valid)
-        output, state = self.net.decide(features, proposals, affinity, assignment, state)
+        if self._graph is not None:
+            output, state = self._graph(tensor, proposals, state)
+        else:
+            proposals = self.net.prepare(proposals, state)
+            features = self.net.encode(tensor[None])
+            affinity = self.net.compare(features, proposals, state)
+            assignment = self._assignment(self.net.cost(affinity), proposals.scores, state.valid)
+            output, state = self.net.decide(features, proposals, affinity, assignment, state)
 
         table = np.array([0, *self._slot_ids], np.uint8)
         ids = table[output.labels.cpu().numpy()]

@@ -244,7 +244,8 @@ def train(
     (detector.safetensors), curve.jsonl and the state from which the same call goes on after an interruption.
 
     held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
-    weights to start from or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of the curve.
+    weights to start from or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of
+    the curve.
     """
     examples = find_examples(data, pseudo)
     if unknown := {*held_out, *leave_out} - {example.video.name for example in examples}:

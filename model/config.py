@@ -99,8 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "iou": {"layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0},
     # Not the paper's either: what the weights in the package were trained for, in real time on a CPU.
     "small": {
-        "backbone": "tf_efficientnet_lite0", "short_side": 240, "iou_weight": 0.7, "refine": "heavy", "hidden": 64,
-        "follow": "refined", "layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0,
+        "backbone": "tf_efficientnet_lite0", "short_side": 240, "embed": 128, "iou_weight": 0.7,
+        "refine": "heavy", "hidden": 64, "follow": "refined", "layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0,
     },
     "youtube-vos": {"backbone": "resnet50", "input_size": (255, 448), "iou_weight": 0.3, "refine": "light"},
     "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3, "refine": "heavy", "hidden": 128},

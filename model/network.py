@@ -97,8 +97,9 @@ class DMMNet(nn.Module):
     def describe(self, features: list[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
         """RoI features [R, C] from conv2-5 of boxes [R, 4] in pixels of the frame."""
         resized = self.resized(height, width)
-        scale = torch.tensor([resized[1] / width, resized[0] / height], dtype=boxes.dtype, device=boxes.device)
-        return self.embed(roi_means(features[-4:], self.strides[-4:], boxes * scale.repeat(2)))
+        tall, wide = resized[0] / height, resized[1] / width
+        scaled = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
+        return self.embed(roi_means(features[-4:], self.strides[-4:], scaled))
 
     @torch.jit.export
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
@@ -203,6 +204,7 @@ class DMMNet(nn.Module):
         rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
             masks, parts, hidden = self.refinement(features, proposals, affinity, matched, state)
+            masks = masks * state.valid[:, None, None]
             labels = label_map(masks, rank)
             if self.follow_refined:
                 binary = masks > 0.5

@@ -39,7 +39,7 @@ def options(clip, out, **more):
     """Arguments of `segment` for the clip."""
     return {
         "frames": frames(clip), "masks": clip / "Annotations/koi/00000.png", "out": out,
-        "proposals": clip / "proposals/koi.json", **more,
+        "proposals": clip / "proposals/koi.json", "preset": "iou", **more,
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def command(clip, out, *more):
     """The same as a command line."""
     asked = options(clip, out)
     return ["segment", str(asked["frames"]), "--masks", str(asked["masks"]), "--out", str(out),
-            "--proposals", str(asked["proposals"]), "--quiet", *map(str, more)]  # fmt: skip
+            "--proposals", str(asked["proposals"]), "--preset", "iou", "--quiet", *map(str, more)]  # fmt: skip
 
 
 def contents(out):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dmm_fast.model import (
     PRESETS,
     Affinity,
@@ -19,6 +20,7 @@ from dmm_fast.model import (
 )
 from dmm_fast.model.features import roi_means
 from dmm_fast.model.masks import label_map, mask_boxes
+from dmm_fast.model.refinement import Memory, beside
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -31,6 +33,7 @@ CONFIGS = {
     "prices": Config.preset("iou"),
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light", hidden=16),
+    "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
 }
 
@@ -191,7 +194,8 @@ def test_decide_by_hand():
     output, following = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]])  # no overlap: lost
     assert output.proposal.tolist() == [1, -1] and output.lost.tolist() == [False, True]
     assert output.score.tolist() == [1, 0] and output.runner_up.tolist() == [0.5, 1.0]
-    assert torch.equal(following.masks[1], state.masks[1])
+    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
+    assert torch.equal(following.masks[1], last)
 
     output, _ = decide(net, state, proposals, [[0, 1, 0, 0, 0], [0, 0, 0.4, 0, 0.5]])  # the empty proposal is preferred
     assert output.lost.tolist() == [False, True]
@@ -225,7 +229,8 @@ def test_few_proposals(scene, name, kind):
     output, following = net.step(frame, proposals, state)
     assert output.lost.tolist() == ([False, True, False] if kind == "one" else [True, True, False])
     assert torch.isfinite(output.masks).all() and not output.labels.eq(3).any()
-    assert torch.equal(following.masks[1], state.masks[1])
+    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
+    assert torch.equal(following.masks[1], last)
 
 
 def test_gradient_reaches_cost_and_features(scene):
@@ -285,6 +290,55 @@ def test_untrained_refinement_returns_the_matched_mask(scene):
             output, state = net.step(frame, proposals, state)
             assert torch.equal(output.masks > 0.5, output.matched > 0.5)
     assert len(state.hidden) == 8 and all(h.abs().sum() > 0 for h in state.hidden)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_memory_is_a_sum_over_cells(near):
+    """The products of laid-in keys against the sum they stand for, written out."""
+    torch.manual_seed(0)
+    memory = Memory(near).double()
+    query, keys = (F.normalize(torch.randn(n, 8, 5, 7, dtype=torch.float64), dim=1) for n in (1, 2))
+    masks = torch.rand(2, 1, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        found = memory(query, keys, masks).flatten(2) / 0.2  # [N, 3, h w]
+        place = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
+        exponent = memory.sharpness.exp() * (torch.einsum("kp,nkq->npq", query[0].flatten(1), keys.flatten(2)) - 1)
+        if near:
+            exponent = exponent - torch.cdist(place, place).square() / (2 * memory.reach.exp() ** 2)
+        value = masks.flatten(2)  # [N, 1, h w]
+        yes, no = ((exponent.exp() * weight).sum(2).add(1e-4).log() for weight in (value, 1 - value))
+    torch.testing.assert_close(found, torch.stack([yes - no, yes, no], 1))
+
+
+def test_heavy_refinement_tells_objects_apart(scene):
+    """Parts are a share in [0, 1] of every proposal; another object is seen where it is, and a free slot changes nothing."""
+    frame, first, valid, proposals = scene
+    net = make("heavy")
+    with torch.no_grad():
+        output, state = net.step(frame, proposals, net.start(frame, first, valid))
+        alone, _ = net.step(frame, proposals, net.start(frame, first[:2], valid[:2]))
+        without, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
+    assert output.parts.shape == (3, 7) and ((output.parts > 0) & (output.parts < 1)).all()
+    torch.testing.assert_close(output.masks[:2], alone.masks, atol=1e-5, rtol=1e-4)
+    assert (output.masks[0] - without.masks[0]).abs().max() > 1e-3
+    assert torch.equal(state.masks, output.masks > 0.5)
+    assert [h.shape[1] for h in state.hidden] == [16, 1, 16, 1]
+
+
+def test_soft_proposals_are_pasted_once_for_the_heavy_refinement(scene):
+    frame, first, valid, proposals = scene
+    net = make("heavy")
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        ready = net.prepare(soft(proposals), state)
+        assert ready.masks.dtype == torch.bool and ready.masks.shape[1:] == SIZE
+        assert equal(net.step(frame, soft(proposals), state), net.step(frame, ready, state))
+
+
+def test_beside():
+    masks = torch.tensor([0.2, 0.9, 0.5])[:, None, None].expand(3, 2, 2)
+    assert beside(masks)[:, 0, 0].tolist() == pytest.approx([0.9, 0.5, 0.9])
+    assert not beside(masks[:1]).any()
 
 
 def test_refined_objects_do_not_depend_on_each_other(scene):
@@ -365,12 +419,14 @@ def test_presets_carry_the_papers_numbers():
     for name in PRESETS:
         config = Config.preset(name)
         assert Config.from_dict(config.to_dict()) == config and config.top == 50
-        if name != "iou":
+        if name not in ("iou", "small"):
             assert (config.layer, config.n_grad, config.n_proj, config.lr) == ("dykstra", 40, 5, 0.1)
             assert config.backbone == "resnet50"
     assert Config.preset("youtube-vos").input_size == (255, 448) and Config.preset("youtube-vos").iou_weight == 0.3
     assert Config.preset("davis").short_side == 480 and Config.preset("davis").iou_weight == 0.3
     assert Config.preset("segtrack").short_side == 800 and Config.preset("segtrack").iou_weight == 0.9
+    refined = {name: Config.preset(name).refine for name in ("youtube-vos", "davis", "segtrack")}
+    assert refined == {"youtube-vos": "light", "davis": "heavy", "segtrack": "heavy"}
     assert Config.preset("davis", backbone="resnet101").backbone == "resnet101"
 
 

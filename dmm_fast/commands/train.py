@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         ("dmm-fast train youtube-vos .. --resume --minutes 60", "go on for an hour, save, stop"),
         ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs; the batch is shared out"),
         ("dmm-fast train --online frames/00000.jpg --masks first.png --out mine.safetensors --seconds 60",
-         "online learning: the packaged network (or --weights FILE) fitted to one frame, for segment --weights mine.safetensors"),
+         "online learning: the packaged network fitted to one frame, for segment --weights mine.safetensors"),
         ("dmm-fast train small --show", "the whole configuration as YAML, to start one's own from"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")

@@ -1,0 +1,66 @@
+"""A step as a CUDA graph: every kernel of it in one launch, at fixed shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dmm_fast.model import DMMNet, Output, Proposals, State
+
+
+class GraphStep:
+    """`net.step` on a GPU for one frame size, number of object slots and kind of proposal masks, with up to `top` proposals.
+
+    The first call for a shape runs the step a few times and captures it, which takes seconds; later ones copy their inputs
+    in and replay it. The state that a call returns lies in the graph's own memory and is overwritten by the next one: pass it
+    back as it is, or copy it. What the network is trained to do must not change in between.
+    """
+
+    def __init__(self, net: DMMNet, top: int):
+        if next(net.parameters()).device.type != "cuda":
+            raise ValueError("GraphStep: CUDA graphs need a network on a GPU")
+        self.net, self.top = net, top
+        self._key: Any = None
+
+    @torch.no_grad()
+    def __call__(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """As `net.step`; the masks of absent proposals are padding, so `Output.parts` has `top` columns."""
+        inputs = (frame, pad(proposals, self.top), state)
+        key = [(leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs)]
+        if key != self._key:
+            self._capture(inputs)
+            self._key = key
+        for own, given in zip(tree_leaves(self._inputs), tree_leaves(inputs)):
+            if own is not given:
+                own.copy_(given)
+        self._graph.replay()
+        return tree_map(torch.clone, self._output), self._inputs[2]
+
+    def _capture(self, inputs: tuple[Tensor, Proposals, State]) -> None:
+        self._inputs = tree_map(torch.clone, inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose their algorithms and allocate now, not while capturing
+                self.net.step(*self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output, following = self.net.step(*self._inputs)
+            for own, new in zip(tree_leaves(self._inputs[2]), tree_leaves(following)):
+                own.copy_(new)
+
+
+def pad(proposals: Proposals, top: int) -> Proposals:
+    """Exactly `top` proposals: padding, of score -inf and with empty masks, follows the real ones."""
+    count = proposals.scores.numel()
+    if count > top:
+        raise ValueError(f"GraphStep: at most {top} proposals, got {count}")
+    boxes, scores, masks = (
+        torch.cat([part, part.new_full((top - count, *part.shape[1:]), fill)])
+        for part, fill in zip(proposals, (0.0, float("-inf"), 0))
+    )
+    return Proposals(boxes, scores, masks)
