@@ -16,6 +16,7 @@ from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load
 from dmm_fast.export.flat import POOLING, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
+from dmm_fast.export.onnx import _resize
 
 SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
 CONFIGS = {
@@ -384,6 +385,13 @@ def test_pooling_is_torchs():
     masks = torch.rand((2, 3, 37, 50))
     for size in ([5, 7], [37, 50], [40, 61], [1, 1]):
         torch.testing.assert_close(pool(masks, size), torch.nn.functional.adaptive_avg_pool2d(masks, size))
+
+
+@pytest.mark.parametrize("size", [(96, 160), (240, 427), (300, 500), (33, 99)])
+def test_resizing_is_torchs(size):
+    frame = torch.rand((1, 3, 240, 427))
+    expected = torch.nn.functional.interpolate(frame, size=size, mode="bilinear", antialias=True)
+    torch.testing.assert_close(_resize(frame, list(size), False), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sizes_that_cannot_vary_are_named():

@@ -143,12 +143,27 @@ def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool
     return values.to(x.dtype), indices
 
 
+def _resize(x: Tensor, size: list[int], align_corners: bool, *scales: Any) -> Tensor:
+    """`F.interpolate(mode="bilinear", antialias=True)` as one matrix product per axis: runtimes resample a little differently."""
+
+    def weights(cells: int, pixels: int) -> Tensor:
+        scale = x.new_ones(pixels).sum() / cells  # pixels per cell
+        centre = (torch.arange(cells, dtype=x.dtype, device=x.device) + 0.5) * scale
+        pixel = torch.arange(pixels, dtype=x.dtype, device=x.device) + 0.5
+        tent = (1.0 - (pixel - centre[:, None]).abs() / scale.clamp(min=1.0)).clamp(min=0.0)  # [cells, pixels]
+        return tent / tent.sum(1, keepdim=True)
+
+    return weights(size[0], x.shape[-2]) @ x @ weights(size[1], x.shape[-1]).t()
+
+
 _OPS = {
     torch.ops.dmm.match.default: _match,
     torch.ops.dmm.match_prices.default: _match_prices,
     torch.ops.dmm.mask_iou.default: _mask_iou,
     torch.ops.dmm.paste_combine.default: _paste_combine,
     torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten._upsample_bilinear2d_aa.default: _resize,
+    torch.ops.aten._upsample_bilinear2d_aa.vec: _resize,
 }
 
 
