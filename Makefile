@@ -2,7 +2,7 @@
 # make test    the whole test suite
 # make bench   the benchmarks of this machine
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
-# make sanitize  the tests of the native library and of the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize  the native library and the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,7 +1,7 @@
 """What a frame costs, stage by stage, by number of objects and by runtime: ``dmm-fast bench``.
 
-Every runtime follows the same objects through the same clip, with the same files in and out. Times are wall-clock milliseconds of
-one frame, one stage after the other; the first frames (compilation, caches) do not count.
+Every runtime follows the same objects through the same clip, with the same files in and out. Times are wall-clock
+milliseconds of one frame, one stage after the other; the first frames (compilation, caches) do not count.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def bench(
     if detector is not None and any(name.startswith("c++") for name in runtimes):
         raise ValueError("bench: the C++ runtimes take proposals from a file; leave them out, or the detector")
     device = net.mean.device
-    source = "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
+    source = (
+        "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
+    )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
         exports = _Exports(net, Path(folder), progress)
@@ -70,15 +72,17 @@ def bench(
                     rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
                 progress(f"{count} objects, {name}: step {rows[-2]['p50']:.2f} ms")
     settings = {
-        "config": net.config.to_dict(), "device": str(device), "frames": frames, "size": list(size), "proposals a frame": proposals,
-        "proposals": source,
+        "config": net.config.to_dict(), "device": str(device), "frames": frames, "size": list(size),
+        "proposals a frame": proposals, "proposals": source,
     }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
     facts = {
         "dmm_fast": __version__, "torch": torch.__version__, "CPU": cpu or platform.machine(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "load before": round(os.getloadavg()[0], 1),

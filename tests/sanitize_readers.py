@@ -1,6 +1,6 @@
 """make sanitize, second half: the runtime's readers on damaged files, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize_readers.py [COUNT]      mutations per kind of file, 2000 by default
+python tests/sanitize_readers.py [COUNT]      mutations per kind of file, 2000 by default
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def main(count: int) -> None:
     for kind, blobs in {**samples(), "manifest": manifests()}.items():
         with tempfile.TemporaryDirectory() as folder:
             paths = []
-            for index, blob in enumerate(change for k, whole in enumerate(blobs) for change in mutations(whole, count // len(blobs), k)):
+            for index, blob in enumerate(
+                change for k, whole in enumerate(blobs) for change in mutations(whole, count // len(blobs), k)
+            ):
                 path = Path(folder) / str(index)
                 if kind == "manifest":  # is read from its folder
                     path.mkdir()
@@ -108,7 +110,9 @@ def main(count: int) -> None:
                 paths.append(path)
             told = []
             for at in range(0, len(paths), 500):
-                result = subprocess.run([program, kind, *paths[at : at + 500]], capture_output=True, text=True, errors="replace")
+                result = subprocess.run(
+                    [program, kind, *paths[at : at + 500]], capture_output=True, text=True, errors="replace"
+                )
                 if result.returncode:
                     raise SystemExit(f"{kind}: {result.stderr[-4000:]}")
                 told += result.stdout.splitlines()

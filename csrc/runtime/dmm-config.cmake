@@ -10,7 +10,8 @@ include_guard(GLOBAL)
 foreach(library JPEG PNG)
   find_package(${library} QUIET)
   if(NOT ${library}_FOUND)
-    message(FATAL_ERROR "dmm: ${library} and its headers are missing; on Debian and Ubuntu: apt-get install libjpeg-dev libpng-dev")
+    message(FATAL_ERROR "dmm: ${library} and its headers are missing; on Debian and Ubuntu: apt-get install libjpeg-dev "
+                        "libpng-dev")
   endif()
 endforeach()
 
@@ -28,7 +29,8 @@ set_target_properties(dmm_readers PROPERTIES POSITION_INDEPENDENT_CODE ON)
 
 if(NOT TARGET torch AND DMM_TORCH AND NOT DMM_READERS_ONLY)
   if(NOT EXISTS "${DMM_TORCH}/lib/libtorch_cpu.so")
-    message(FATAL_ERROR "dmm: DMM_TORCH must name a torch package (python -c 'import torch; print(torch.__path__[0])'), got '${DMM_TORCH}'")
+    message(FATAL_ERROR "dmm: DMM_TORCH must name a torch package (python -c 'import torch; print(torch.__path__[0])'), "
+                        "got '${DMM_TORCH}'")
   endif()
   add_library(torch INTERFACE IMPORTED)
   target_include_directories(torch SYSTEM INTERFACE "${DMM_TORCH}/include" "${DMM_TORCH}/include/torch/csrc/api/include")

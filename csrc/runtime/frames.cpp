@@ -49,13 +49,16 @@ std::vector<std::pair<std::string, std::string>> list_frames(const std::string& 
     std::string suffix = entry.path().extension().string();
     for (char& c : suffix) c = c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
     if (entry.path().filename().string()[0] == '.') continue;
-    if (std::count(kOther.begin(), kOther.end(), suffix)) fail(entry.path().string(), ": frames are read as JPEG and PNG here, not as ", suffix);
-    if (std::count(kRead.begin(), kRead.end(), suffix)) frames.emplace_back(entry.path().stem().string(), entry.path().string());
+    if (std::count(kOther.begin(), kOther.end(), suffix))
+      fail(entry.path().string(), ": frames are read as JPEG and PNG here, not as ", suffix);
+    if (std::count(kRead.begin(), kRead.end(), suffix))
+      frames.emplace_back(entry.path().stem().string(), entry.path().string());
   }
   if (frames.empty()) fail(folder, ": no images (jpg, jpeg, png) here");
   std::sort(frames.begin(), frames.end(), [](const auto& a, const auto& b) { return before(a.first, b.first); });
   for (size_t k = 1; k < frames.size(); ++k) {
-    if (frames[k].first == frames[k - 1].first) fail(frames[k - 1].second, " and ", frames[k].second, " are the same frame twice");
+    if (frames[k].first == frames[k - 1].first)
+      fail(frames[k - 1].second, " and ", frames[k].second, " are the same frame twice");
   }
   return frames;
 }

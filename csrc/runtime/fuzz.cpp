@@ -1,5 +1,5 @@
-// Runs one reader on each file: dmm-read json|manifest|proposals|safetensors|frame|mask FILE... Prints one line a file, what was
-// read or why it was refused. Made for fuzzing under sanitizers; it needs no torch.
+// Runs one reader on each file: dmm-read json|manifest|proposals|safetensors|frame|mask FILE... Prints one line a file, what
+// was read or why it was refused. Made for fuzzing under sanitizers; it needs no torch.
 #include <iostream>
 
 #include "dmm/error.h"

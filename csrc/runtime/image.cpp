@@ -51,7 +51,8 @@ int orientation(std::string_view segment) {
   const auto number = [&](uint64_t at, int bytes) -> uint64_t {  // 0 outside
     uint64_t value = 0;
     if (at + bytes > segment.size()) return 0;
-    for (int k = 0; k < bytes; ++k) value |= uint64_t(static_cast<unsigned char>(segment[at + (big ? bytes - 1 - k : k)])) << (8 * k);
+    for (int k = 0; k < bytes; ++k)
+      value |= uint64_t(static_cast<unsigned char>(segment[at + (big ? bytes - 1 - k : k)])) << (8 * k);
     return value;
   };
   const uint64_t directory = number(4, 4), count = number(directory, 2);
@@ -194,7 +195,8 @@ Image read_png(const std::string& bytes, const std::string& path, As as, int& co
     png_structp png;
     png_infop info;
     explicit Decoder(PngSource* source)
-        : png(png_create_read_struct(PNG_LIBPNG_VER_STRING, source, png_failed, png_warned)), info(png_create_info_struct(png)) {}
+        : png(png_create_read_struct(PNG_LIBPNG_VER_STRING, source, png_failed, png_warned)),
+          info(png_create_info_struct(png)) {}
     ~Decoder() { png_destroy_read_struct(&png, &info, nullptr); }
   } decoder(&source);
   Image image;
@@ -233,7 +235,8 @@ void check_grey(const std::string& path, const Image& mask, const std::array<int
     }
   }
   if (2 * flat < between) {
-    fail(path, ": ", levels, " grey levels, most of them only along edges: anti-aliased or interpolated; save the mask as an "
+    fail(path, ": ", levels,
+         " grey levels, most of them only along edges: anti-aliased or interpolated; save the mask as an "
          "indexed PNG and resize it with nearest neighbour only");
   }
 }
@@ -300,7 +303,8 @@ Image read_mask(const std::string& path, int height, int width) {
     if (count[255] && !objects) in_place_of_void = 1;  // a mask of 0 and 255
     const bool dense = std::all_of(count.begin() + 1, count.begin() + 1 + objects, [](int64_t n) { return n > 0; });
     if (count[255] && objects && !dense) {
-      fail(path, ": its grey values may be object ids with void (255) or several grey levels of one mask; save the mask as an "
+      fail(path,
+           ": its grey values may be object ids with void (255) or several grey levels of one mask; save the mask as an "
            "indexed PNG with ids 1, 2, ...");
     }
   }

@@ -270,9 +270,9 @@ bool Json::operator==(const Json& other) const {
   const auto *mine = get<Object>(), *theirs = other.get<Object>();
   if (!mine || !theirs) return value_ == other.value_;
   return mine->size() == theirs->size() && std::all_of(mine->begin(), mine->end(), [&](const auto& member) {
-    const Json* value = other.find(member.first);
-    return value && *value == member.second;
-  });
+           const Json* value = other.find(member.first);
+           return value && *value == member.second;
+         });
 }
 
 }  // namespace dmm

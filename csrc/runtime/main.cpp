@@ -61,8 +61,8 @@ examples:
 
 /// The command line: every option takes a value but --help and --quiet.
 std::map<std::string, std::string> parse(int count, char** words) {
-  static const std::string kKnown[] = {"model", "frames", "masks", "proposals", "out", "report", "save", "every",
-                                       "resume", "after", "device", "threads", "ops", "quiet", "help"};
+  static const std::string kKnown[] = {"model",  "frames", "masks",  "proposals", "out", "report", "save", "every",
+                                       "resume", "after",  "device", "threads",   "ops", "quiet",  "help"};
   std::map<std::string, std::string> options;
   for (int k = 1; k < count; ++k) {
     std::string word = words[k];
@@ -147,8 +147,11 @@ dmm::Json row(const std::string& stem, const dmm::FrameResult& result, const Tim
   using dmm::Json;
   Json::Array objects;
   for (const auto& o : result.objects) {
-    objects.push_back(Json::Object{{"id", o.id}, {"proposal", o.proposal < 0 ? Json() : Json(o.proposal)}, {"score", o.score},
-                                   {"runner_up", o.runner_up}, {"lost", o.lost}});
+    objects.push_back(Json::Object{{"id", o.id},
+                                   {"proposal", o.proposal < 0 ? Json() : Json(o.proposal)},
+                                   {"score", o.score},
+                                   {"runner_up", o.runner_up},
+                                   {"lost", o.lost}});
   }
   Json::Object milliseconds;
   for (int k = 0; k < stages; ++k) milliseconds.emplace_back(kStages[k], times[k]);
@@ -171,7 +174,8 @@ void summarise(const std::vector<Times>& frames) {
   const double count = double(frames.size());
   const auto fps = [count](double milliseconds) { return milliseconds > 0 ? 1000 * count / milliseconds : 0.0; };
   std::printf("%zu frames, %.1f frames/s\n", frames.size(), fps(total));
-  for (int k = 0; k < stages; ++k) std::printf("  %-10s %8.2f ms a frame %10.1f frames/s\n", kStages[k], sum[k] / count, fps(sum[k]));
+  for (int k = 0; k < stages; ++k)
+    std::printf("  %-10s %8.2f ms a frame %10.1f frames/s\n", kStages[k], sum[k] / count, fps(sum[k]));
 }
 
 int run(const std::map<std::string, std::string>& options) {
@@ -197,12 +201,13 @@ int run(const std::map<std::string, std::string>& options) {
     std::vector<std::string> stems;
     for (const auto& frame : frames) stems.push_back(frame.first);
     if (!file->covers(stems)) {
-      dmm::fail(text("proposals"), ": no proposals for these frames: image_id must be a frame's name such as ", dmm::excerpt(stems[0]),
-                ", the file holds ", file->example());
+      dmm::fail(text("proposals"), ": no proposals for these frames: image_id must be a frame's name such as ",
+                dmm::excerpt(stems[0]), ", the file holds ", file->example());
     }
   }
   const fs::path out = text("out");
-  if (fs::exists(out) && fs::equivalent(out, text("frames"))) dmm::fail(out.string(), ": this is where the frames are read from");
+  if (fs::exists(out) && fs::equivalent(out, text("frames")))
+    dmm::fail(out.string(), ": this is where the frames are read from");
   if (fs::exists(out) && masks) {
     const fs::path given = text("masks");
     if (fs::equivalent(out, fs::is_directory(given) || !given.has_parent_path() ? given : given.parent_path())) {
@@ -248,7 +253,8 @@ int run(const std::map<std::string, std::string>& options) {
       result = timed(times, step, [&] { return segmenter.step(frame, found); });
     }
     if (const auto given = masks ? masks->of(stem, image, segmenter.object_ids()) : std::nullopt) {
-      const auto joined = timed(times, step, [&] { return segmenter.started() ? segmenter.add(*given) : segmenter.start(frame, *given); });
+      const auto joined =
+          timed(times, step, [&] { return segmenter.started() ? segmenter.add(*given) : segmenter.start(frame, *given); });
       result.ids = joined.ids;
       result.objects.insert(result.objects.end(), joined.objects.begin(), joined.objects.end());
     }
@@ -262,7 +268,8 @@ int run(const std::map<std::string, std::string>& options) {
   }
   if (!segmenter.started() && !stop_asked) dmm::fail(text("masks"), ": no object in any mask");
   if (!text("save").empty() && segmenter.started()) segmenter.save(text("save"), last);
-  if (!text("report").empty()) dmm::write_file(text("report"), dmm::Json(dmm::Json::Object{{"frames", std::move(rows)}}).dump() + "\n");
+  if (!text("report").empty())
+    dmm::write_file(text("report"), dmm::Json(dmm::Json::Object{{"frames", std::move(rows)}}).dump() + "\n");
   if (!options.count("quiet")) spent.empty() ? void(std::puts("nothing left to do")) : summarise(spent);
   return stop_asked ? 130 : 0;
 }

@@ -57,7 +57,8 @@ class Reader {
     Function result{text(value, "file"), 0, text(value, "sha256"), specs(value, "inputs"), specs(value, "outputs")};
     const int64_t bytes = integer(value, "bytes");
     const bool plain = result.file.find_first_not_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-") ==
-                           std::string::npos && !result.file.empty() && result.file[0] != '.';
+                           std::string::npos &&
+                       !result.file.empty() && result.file[0] != '.';
     if (!plain) wrong("'file' must be a plain name in the export's own folder", value.find("file"));
     if (bytes < 0) wrong("'bytes' must be >= 0", value.find("bytes"));
     result.bytes = uint64_t(bytes);

@@ -55,7 +55,8 @@ void load_ops(const Manifest& manifest, at::Device device, const std::string& gi
   load_library(path.string());
   if (device.is_cuda()) load_library((path.parent_path() / "libdmm_cuda.so").string());
   if (missing() != manifest.ops.end()) {
-    fail(path.string(), ": has no op ", excerpt(*missing()), ", which ", manifest.folder, " needs: a library of another version");
+    fail(path.string(), ": has no op ", excerpt(*missing()), ", which ", manifest.folder,
+         " needs: a library of another version");
   }
 }
 
@@ -145,8 +146,8 @@ void Model::check(const std::string& function, const std::vector<TensorSpec>& sp
     const TensorSpec& spec = specs[k];
     const at::Tensor& tensor = tensors[k];
     const auto wrong = [&](const std::string& why) {
-      fail(function, ": ", spec.name, " must be ", spec.dtype, " ", text(spec.shape), why, ", got ", c10::toString(tensor.scalar_type()),
-           " ", tensor.sizes());
+      fail(function, ": ", spec.name, " must be ", spec.dtype, " ", text(spec.shape), why, ", got ",
+           c10::toString(tensor.scalar_type()), " ", tensor.sizes());
     };
     if (tensor.dim() != int64_t(spec.shape.size())) wrong("");
     const bool soft = manifest_.soft && spec.name == "proposals.masks" && tensor.is_floating_point();
@@ -158,7 +159,8 @@ void Model::check(const std::string& function, const std::vector<TensorSpec>& sp
       if (extent.size >= 0 ? size != extent.size : sizes.emplace(extent.name, size).first->second != size) wrong("");
       const auto range = manifest_.dynamic.find(extent.name);
       if (extent.size < 0 && range != manifest_.dynamic.end() && (size < range->second.first || size > range->second.second)) {
-        wrong(" with " + extent.name + " in " + std::to_string(range->second.first) + ".." + std::to_string(range->second.second));
+        wrong(" with " + extent.name + " in " + std::to_string(range->second.first) + ".." +
+              std::to_string(range->second.second));
       }
     }
   }

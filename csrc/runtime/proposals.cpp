@@ -101,7 +101,8 @@ std::array<float, 4> box_of(const Json& bbox, const std::array<int, 4>& tight, c
   if (bbox.get<std::monostate>()) return {float(tight[0]), float(tight[1]), float(tight[2]), float(tight[3])};
   const auto* list = bbox.get<Json::Array>();
   double x, y, w, h;
-  if (!list || list->size() != 4 || !(*list)[0].number(x) || !(*list)[1].number(y) || !(*list)[2].number(w) || !(*list)[3].number(h)) {
+  if (!list || list->size() != 4 || !(*list)[0].number(x) || !(*list)[1].number(y) || !(*list)[2].number(w) ||
+      !(*list)[3].number(h)) {
     fail(where, ": bbox must be [x, y, width, height], got ", excerpt(bbox.dump()));
   }
   return {float(x), float(y), float(x + w), float(y + h)};

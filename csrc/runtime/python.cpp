@@ -23,12 +23,13 @@ at::Tensor tensor(const py::array& given) {
   const py::array array = py::array::ensure(given, py::array::c_style);
   const auto type = array.dtype();
   const auto is = [&type](const py::dtype& other) { return type.equal(other); };
-  const at::ScalarType kind = is(py::dtype::of<uint8_t>()) ? at::kByte
-                              : is(py::dtype::of<bool>()) ? at::kBool
-                              : is(py::dtype::of<float>()) ? at::kFloat
+  const at::ScalarType kind = is(py::dtype::of<uint8_t>())  ? at::kByte
+                              : is(py::dtype::of<bool>())   ? at::kBool
+                              : is(py::dtype::of<float>())  ? at::kFloat
                               : is(py::dtype::of<double>()) ? at::kDouble
                                                             : at::ScalarType::Undefined;
-  if (kind == at::ScalarType::Undefined) dmm::fail("an array must be uint8, bool, float32 or float64, got ", py::str(type).cast<std::string>());
+  if (kind == at::ScalarType::Undefined)
+    dmm::fail("an array must be uint8, bool, float32 or float64, got ", py::str(type).cast<std::string>());
   const std::vector<int64_t> shape(array.shape(), array.shape() + array.ndim());
   return at::from_blob(const_cast<void*>(array.data()), shape, kind).clone();
 }
@@ -56,7 +57,8 @@ PYBIND11_MODULE(_runtime, module) {
 
   py::class_<dmm::ObjectResult>(module, "ObjectResult")
       .def_readonly("id", &dmm::ObjectResult::id)
-      .def_property_readonly("proposal", [](const dmm::ObjectResult& o) { return o.proposal < 0 ? std::nullopt : std::optional(o.proposal); })
+      .def_property_readonly(
+          "proposal", [](const dmm::ObjectResult& o) { return o.proposal < 0 ? std::nullopt : std::optional(o.proposal); })
       .def_readonly("score", &dmm::ObjectResult::score)
       .def_readonly("runner_up", &dmm::ObjectResult::runner_up)
       .def_readonly("lost", &dmm::ObjectResult::lost);
@@ -76,28 +78,36 @@ PYBIND11_MODULE(_runtime, module) {
             return dmm::Segmenter::load(path.string(), folder.string(), {device, ops, 1});
           },
           py::arg("path"), py::arg("folder"), py::kw_only(), py::arg("device") = "cpu", py::arg("ops") = "")
-      .def("start", [](dmm::Segmenter& s, const py::array& image, const py::array& ids) { return s.start(frame(image), tensor(ids)); },
-           py::arg("frame"), py::arg("ids"))
-      .def("step",
-           [](dmm::Segmenter& s, const py::array& image, const std::optional<Arrays>& given) {
-             const at::Tensor next = frame(image);
-             const auto proposals = !given ? s.propose(next)
-                                           : dmm::Proposals{tensor(std::get<0>(*given)), tensor(std::get<1>(*given)), tensor(std::get<2>(*given))};
-             const py::gil_scoped_release release;
-             return s.step(next, proposals);
-           },
-           py::arg("frame"), py::arg("proposals") = py::none())
-      .def("propose",
-           [](dmm::Segmenter& s, const py::array& image) {
-             const auto found = s.propose(frame(image));
-             const bool full = found.masks.scalar_type() == at::kBool;
-             return Arrays(array<float>(found.boxes), array<float>(found.scores),
-                           full ? py::array(array<bool>(found.masks)) : py::array(array<float>(found.masks)));
-           },
-           py::arg("frame"))
-      .def("add", [](dmm::Segmenter& s, const py::array& ids) { return s.add(tensor(ids)); }, py::arg("ids"))
+      .def(
+          "start",
+          [](dmm::Segmenter& s, const py::array& image, const py::array& ids) { return s.start(frame(image), tensor(ids)); },
+          py::arg("frame"), py::arg("ids"))
+      .def(
+          "step",
+          [](dmm::Segmenter& s, const py::array& image, const std::optional<Arrays>& given) {
+            const at::Tensor next = frame(image);
+            const auto proposals =
+                !given ? s.propose(next)
+                       : dmm::Proposals{tensor(std::get<0>(*given)), tensor(std::get<1>(*given)), tensor(std::get<2>(*given))};
+            const py::gil_scoped_release release;
+            return s.step(next, proposals);
+          },
+          py::arg("frame"), py::arg("proposals") = py::none())
+      .def(
+          "propose",
+          [](dmm::Segmenter& s, const py::array& image) {
+            const auto found = s.propose(frame(image));
+            const bool full = found.masks.scalar_type() == at::kBool;
+            return Arrays(array<float>(found.boxes), array<float>(found.scores),
+                          full ? py::array(array<bool>(found.masks)) : py::array(array<float>(found.masks)));
+          },
+          py::arg("frame"))
+      .def(
+          "add", [](dmm::Segmenter& s, const py::array& ids) { return s.add(tensor(ids)); }, py::arg("ids"))
       .def("drop", &dmm::Segmenter::drop, py::arg("ids"))
-      .def("save", [](const dmm::Segmenter& s, const Path& path, const std::string& last) { s.save(path.string(), last); }, py::arg("path"), py::arg("last_frame") = "")
+      .def(
+          "save", [](const dmm::Segmenter& s, const Path& path, const std::string& last) { s.save(path.string(), last); },
+          py::arg("path"), py::arg("last_frame") = "")
       .def_property_readonly("object_ids", &dmm::Segmenter::object_ids)
       .def_property_readonly("proposes", &dmm::Segmenter::proposes)
       .def_property_readonly("last_frame", &dmm::Segmenter::last_frame);
@@ -109,7 +119,9 @@ PYBIND11_MODULE(_runtime, module) {
         return Arrays(array<float>(p.boxes), array<float>(p.scores), array<bool>(p.masks));
       },
       py::arg("path"), py::arg("stem"), py::arg("height"), py::arg("width"), py::arg("top") = 50);
-  module.def("read_frame", [](const Path& path) { return array<uint8_t>(dmm::to_tensor(dmm::read_frame(path.string())).permute({1, 2, 0})); });
+  module.def("read_frame", [](const Path& path) {
+    return array<uint8_t>(dmm::to_tensor(dmm::read_frame(path.string())).permute({1, 2, 0}));
+  });
   module.def("read_mask", [](const Path& path, int height, int width) {
     return array<uint8_t>(dmm::to_tensor(dmm::read_mask(path.string(), height, width)));
   });

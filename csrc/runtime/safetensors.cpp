@@ -53,7 +53,8 @@ SafeTensors SafeTensors::read(const std::string& path) {
   uint64_t length = 0;
   if (file.size() < 8) damaged(path, "it is shorter than its first eight bytes");
   for (int k = 0; k < 8; ++k) length |= uint64_t(static_cast<unsigned char>(file[k])) << (8 * k);
-  if (length > kHeaderLimit || length > file.size() - 8) damaged(path, "its header would be " + std::to_string(length) + " bytes");
+  if (length > kHeaderLimit || length > file.size() - 8)
+    damaged(path, "its header would be " + std::to_string(length) + " bytes");
 
   SafeTensors result;
   result.data_.assign(file.begin() + 8 + length, file.end());
@@ -96,8 +97,8 @@ SafeTensors SafeTensors::read(const std::string& path) {
   return result;
 }
 
-void write_safetensors(
-    const std::string& path, const Metadata& metadata, const std::vector<std::pair<std::string, TensorBytes>>& tensors) {
+void write_safetensors(const std::string& path, const Metadata& metadata,
+                       const std::vector<std::pair<std::string, TensorBytes>>& tensors) {
   // Wide elements first, as the format's own writer has it: then each tensor begins at a multiple of its element.
   std::vector<const std::pair<std::string, TensorBytes>*> order;
   for (const auto& tensor : tensors) order.push_back(&tensor);
@@ -113,7 +114,8 @@ void write_safetensors(
     const auto& [name, tensor] = *entry;
     const int64_t end = begin + int64_t(tensor.bytes.size());
     const Json::Array shape(tensor.shape.begin(), tensor.shape.end());
-    header.emplace_back(name, Json::Object{{"dtype", tensor.dtype}, {"shape", shape}, {"data_offsets", Json::Array{begin, end}}});
+    header.emplace_back(name,
+                        Json::Object{{"dtype", tensor.dtype}, {"shape", shape}, {"data_offsets", Json::Array{begin, end}}});
     data += tensor.bytes;
     begin = end;
   }

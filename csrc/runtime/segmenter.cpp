@@ -51,7 +51,8 @@ at::Tensor checked_frame(const at::Tensor& frame) {
 
 Objects checked_objects(const at::Tensor& given, at::IntArrayRef size) {
   if (given.scalar_type() != at::kByte || given.sizes() != size) {
-    fail("Segmenter: ids must be uint8 of the frame's size ", size, ", got ", c10::toString(given.scalar_type()), " ", given.sizes());
+    fail("Segmenter: ids must be uint8 of the frame's size ", size, ", got ", c10::toString(given.scalar_type()), " ",
+         given.sizes());
   }
   const at::Tensor ids = given.cpu().contiguous();
   const auto* pixels = ids.const_data_ptr<uint8_t>();
@@ -100,7 +101,7 @@ int64_t integer(const Json& config, const char* name, int64_t otherwise) {
 }
 
 const std::vector<std::pair<const char*, at::ScalarType>> kDtypes = {
-    {"BOOL", at::kBool}, {"U8", at::kByte},    {"I64", at::kLong},  {"F16", at::kHalf},
+    {"BOOL", at::kBool},     {"U8", at::kByte},   {"I64", at::kLong},  {"F16", at::kHalf},
     {"BF16", at::kBFloat16}, {"F32", at::kFloat}, {"F64", at::kDouble}};
 
 at::Tensor tensor_of(const TensorBytes& bytes, const std::string& where) {
@@ -114,7 +115,8 @@ at::Tensor tensor_of(const TensorBytes& bytes, const std::string& where) {
 }
 
 TensorBytes bytes_of(const at::Tensor& tensor) {  // which must live on, contiguous, on the CPU
-  const auto type = std::find_if(kDtypes.begin(), kDtypes.end(), [&](const auto& d) { return d.second == tensor.scalar_type(); });
+  const auto type =
+      std::find_if(kDtypes.begin(), kDtypes.end(), [&](const auto& d) { return d.second == tensor.scalar_type(); });
   return {type->first, tensor.sizes().vec(), {static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()}};
 }
 
@@ -177,9 +179,10 @@ struct Segmenter::Session {
 std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Proposals& given) const {
   const auto& [boxes, scores, masks] = given;
   const int64_t count = scores.numel();
-  if (scores.dim() != 1 || boxes.dim() != 2 || boxes.size(0) != count || boxes.size(1) != 4 || masks.dim() != 3 || masks.size(0) != count) {
-    fail("Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .], got ", boxes.sizes(), ", ", scores.sizes(), " and ",
-         masks.sizes());
+  if (scores.dim() != 1 || boxes.dim() != 2 || boxes.size(0) != count || boxes.size(1) != 4 || masks.dim() != 3 ||
+      masks.size(0) != count) {
+    fail("Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .], got ", boxes.sizes(), ", ", scores.sizes(),
+         " and ", masks.sizes());
   }
   std::vector<int64_t> kept(count);
   for (int64_t k = 0; k < count; ++k) kept[k] = k;
@@ -189,8 +192,8 @@ std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Prop
   }
   const bool full = masks.scalar_type() == at::kBool;
   if (full ? masks.sizes().slice(1) != ids.sizes() : !masks.is_floating_point() || masks.size(1) != masks.size(2)) {
-    fail("Segmenter: proposal masks must be bool [M, H, W] of the frame's size ", ids.sizes(), ", or float [M, S, S] in their boxes, got ",
-         c10::toString(masks.scalar_type()), " ", masks.sizes());
+    fail("Segmenter: proposal masks must be bool [M, H, W] of the frame's size ", ids.sizes(),
+         ", or float [M, S, S] in their boxes, got ", c10::toString(masks.scalar_type()), " ", masks.sizes());
   }
   Proposals result = given;
   if (count > most_proposals) {
@@ -222,7 +225,8 @@ Proposals Segmenter::Session::padded(Proposals proposals) const {
           at::cat({proposals.masks, at::zeros(shape, proposals.masks.options())})};
 }
 
-Segmenter::Segmenter(const std::string& folder, const Options& options) : session_(std::make_unique<Session>(folder, options)) {}
+Segmenter::Segmenter(const std::string& folder, const Options& options)
+    : session_(std::make_unique<Session>(folder, options)) {}
 Segmenter::Segmenter(Segmenter&&) noexcept = default;
 Segmenter& Segmenter::operator=(Segmenter&&) noexcept = default;
 Segmenter::~Segmenter() = default;
@@ -288,7 +292,8 @@ FrameResult Segmenter::add(const at::Tensor& given_ids) {
   s.require_start("add");
   const Objects objects = checked_objects(given_ids, s.ids.sizes());
   for (int id : objects.ids) {
-    if (std::count(s.slot_ids.begin(), s.slot_ids.end(), id)) fail("Segmenter::add: object ", id, " is followed already; drop it first");
+    if (std::count(s.slot_ids.begin(), s.slot_ids.end(), id))
+      fail("Segmenter::add: object ", id, " is followed already; drop it first");
   }
   std::vector<int> slot_ids = s.slot_ids;
   std::vector<int64_t> free;
@@ -347,15 +352,14 @@ void Segmenter::save(const std::string& path, const std::string& last_frame) con
   for (size_t k = 0; k < s.state.size(); ++k) put(state_name(k), s.state[k]);
   put("frame", s.frame);
   put("ids", s.ids);
-  const Json session(Json::Object{
-      {"format", kFormat},
-      {"config", s.model.manifest().config},
-      {"weights", s.model.manifest().weights},
-      {"slot_ids", Json::Array(s.slot_ids.begin(), s.slot_ids.end())},
-      {"matcher", "dmm"},
-      {"decision", "confident"},
-      {"slots", s.slots},
-      {"last_frame", last_frame}});
+  const Json session(Json::Object{{"format", kFormat},
+                                  {"config", s.model.manifest().config},
+                                  {"weights", s.model.manifest().weights},
+                                  {"slot_ids", Json::Array(s.slot_ids.begin(), s.slot_ids.end())},
+                                  {"matcher", "dmm"},
+                                  {"decision", "confident"},
+                                  {"slots", s.slots},
+                                  {"last_frame", last_frame}});
   write_safetensors(path, {{"dmm_fast", session.dump()}}, tensors);
 }
 
@@ -408,13 +412,15 @@ Segmenter Segmenter::load(const std::string& path, const std::string& folder, co
   }
   // What the network makes of an empty start on this frame has the layout that every state of the session must have.
   const int64_t count = int64_t(slot_ids.size()), slots = s.slots_for(count);
-  const Tensors layout = s.model.call("start", {frame, at::zeros({slots, ids.size(0), ids.size(1)}, at::kBool), at::zeros({slots}, at::kBool)});
-  if (layout.size() != state.size()) fail(path, ": holds ", state.size(), " tensors of state where the network has ", layout.size());
+  const Tensors layout =
+      s.model.call("start", {frame, at::zeros({slots, ids.size(0), ids.size(1)}, at::kBool), at::zeros({slots}, at::kBool)});
+  if (layout.size() != state.size())
+    fail(path, ": holds ", state.size(), " tensors of state where the network has ", layout.size());
   for (size_t k = 0; k < state.size(); ++k) {
     const bool rows = state[k].dim() == layout[k].dim() && state[k].size(0) == count;
     if (!rows || state[k].scalar_type() != layout[k].scalar_type() || state[k].sizes().slice(1) != layout[k].sizes().slice(1)) {
-      fail(path, ": ", state_name(k), " is ", c10::toString(state[k].scalar_type()), " ", state[k].sizes(), ", the network's is ",
-           c10::toString(layout[k].scalar_type()), " ", layout[k].sizes());
+      fail(path, ": ", state_name(k), " is ", c10::toString(state[k].scalar_type()), " ", state[k].sizes(),
+           ", the network's is ", c10::toString(layout[k].scalar_type()), " ", layout[k].sizes());
     }
     state[k] = state[k].to(s.model.device());
   }
@@ -430,7 +436,8 @@ Segmenter Segmenter::load(const std::string& path, const std::string& folder, co
 
 std::vector<int> Segmenter::object_ids() const {
   std::vector<int> result;
-  std::copy_if(session_->slot_ids.begin(), session_->slot_ids.end(), std::back_inserter(result), [](int id) { return id != 0; });
+  std::copy_if(session_->slot_ids.begin(), session_->slot_ids.end(), std::back_inserter(result),
+               [](int id) { return id != 0; });
   std::sort(result.begin(), result.end());
   return result;
 }
@@ -440,7 +447,8 @@ bool Segmenter::started() const { return !session_->state.empty(); }
 const std::string& Segmenter::last_frame() const { return session_->last_frame; }
 
 at::Tensor to_tensor(const Image& image) {
-  const at::Tensor rows = at::from_blob(const_cast<uint8_t*>(image.pixels.data()), {image.height, image.width, image.channels}, at::kByte);
+  const at::Tensor rows =
+      at::from_blob(const_cast<uint8_t*>(image.pixels.data()), {image.height, image.width, image.channels}, at::kByte);
   return image.channels == 1 ? rows.squeeze(2).clone() : rows.permute({2, 0, 1}).clone(at::MemoryFormat::Contiguous);
 }
 
@@ -449,7 +457,8 @@ Proposals to_tensors(const FrameProposals& p) {
   const auto copy = [](const auto& values, at::IntArrayRef shape, at::ScalarType type) {
     return at::from_blob(const_cast<void*>(static_cast<const void*>(values.data())), shape, type).clone();
   };
-  return {copy(p.boxes, {count, 4}, at::kFloat), copy(p.scores, {count}, at::kFloat), copy(p.masks, {count, p.height, p.width}, at::kBool)};
+  return {copy(p.boxes, {count, 4}, at::kFloat), copy(p.scores, {count}, at::kFloat),
+          copy(p.masks, {count, p.height, p.width}, at::kBool)};
 }
 
 }  // namespace dmm

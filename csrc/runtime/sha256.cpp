@@ -26,7 +26,8 @@ void block(const unsigned char* in, State& state) {
   }
   for (int t = 16; t < 64; ++t) {
     const uint32_t a = w[t - 15], b = w[t - 2];
-    w[t] = w[t - 16] + w[t - 7] + (std::rotr(a, 7) ^ std::rotr(a, 18) ^ a >> 3) + (std::rotr(b, 17) ^ std::rotr(b, 19) ^ b >> 10);
+    w[t] =
+        w[t - 16] + w[t - 7] + (std::rotr(a, 7) ^ std::rotr(a, 18) ^ a >> 3) + (std::rotr(b, 17) ^ std::rotr(b, 19) ^ b >> 10);
   }
   auto [a, b, c, d, e, f, g, h] = state;
   for (int t = 0; t < 64; ++t) {

@@ -1,6 +1,8 @@
-// TorchScript: one file with all functions as methods of a module; its tuples and lists of tensors are packed from flat lists.
+// TorchScript: functions are methods of a module; their tuples and lists of tensors are packed from flat lists.
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/serialization/import.h>
+
+#include <map>
 
 #include "dmm/error.h"
 #include "model.h"
@@ -20,7 +22,7 @@ c10::IValue pack(const c10::TypePtr& type, const Tensors& flat, size_t& at) {
     while (at < flat.size()) list.push_back(flat[at++]);
     return list;
   }
-  if (at >= flat.size()) fail("model.pt: takes more tensors than manifest.json lists");
+  if (at >= flat.size()) fail("a function takes more tensors than manifest.json lists");
   return flat[at++];
 }
 
@@ -32,35 +34,41 @@ void unpack(const c10::IValue& value, Tensors& flat) {
   } else if (value.isTuple()) {
     for (const auto& element : value.toTupleRef().elements()) unpack(element, flat);
   } else {
-    fail("model.pt: gives a ", value.tagKind(), ", not tensors alone");
+    fail("a function gives a ", value.tagKind(), ", not tensors alone");
   }
 }
 
 class TorchScript : public Program {
  public:
-  TorchScript(const Manifest& manifest, at::Device device)
-      : module_(torch::jit::load(manifest.path(manifest.files.at("step")), device)) {
-    module_.eval();
+  TorchScript(const Manifest& manifest, at::Device device) {
+    std::map<std::string, torch::jit::Module> modules;  // by file
     for (const auto& [name, function] : manifest.files) {
-      if (function.file != manifest.files.at("step").file) fail(manifest.folder, ": 'torchscript' has all functions in one file");
-      if (!module_.find_method(name)) fail(manifest.path(function), ": has no method ", excerpt(name));
+      auto found = modules.find(function.file);
+      if (found == modules.end()) {
+        found = modules.emplace(function.file, torch::jit::load(manifest.path(function), device)).first;
+        found->second.eval();
+      }
+      auto method = found->second.find_method(name);
+      if (!method) method = found->second.find_method("forward");  // of a file that holds this function alone
+      if (!method) fail(manifest.path(function), ": has no method ", excerpt(name));
+      methods_.emplace(name, *method);
     }
   }
 
   Tensors run(const std::string& function, Tensors inputs) override {
-    const auto method = module_.get_method(function);
+    const torch::jit::Method& method = methods_.at(function);
     const auto& arguments = method.function().getSchema().arguments();
     std::vector<c10::IValue> stack;
     size_t at = 0;
     for (size_t k = 1; k < arguments.size(); ++k) stack.push_back(pack(arguments[k].type(), inputs, at));  // 0 is the module
-    if (at != inputs.size()) fail("model.pt: takes fewer tensors than manifest.json lists");
+    if (at != inputs.size()) fail(function, ": takes fewer tensors than manifest.json lists");
     Tensors flat;
     unpack(method(std::move(stack)), flat);
     return flat;
   }
 
  private:
-  torch::jit::Module module_;
+  std::map<std::string, torch::jit::Method> methods_;  // by function; each keeps its module alive
 };
 
 }  // namespace

@@ -12,11 +12,12 @@ int main(int argc, char** argv) try {
     const dmm::Image image = dmm::read_frame(path);
     const at::Tensor frame = dmm::to_tensor(image);
     const auto result = segmenter.started()
-        ? segmenter.step(frame, dmm::to_tensors(proposals.frame(stem, image.height, image.width)))
-        : segmenter.start(frame, dmm::to_tensor(dmm::read_mask(argv[3], image.height, image.width)));
+                            ? segmenter.step(frame, dmm::to_tensors(proposals.frame(stem, image.height, image.width)))
+                            : segmenter.start(frame, dmm::to_tensor(dmm::read_mask(argv[3], image.height, image.width)));
     for (const auto& object : result.objects) {
       const long pixels = result.ids.eq(object.id).sum().item<int64_t>();
-      std::printf("%s object %d: %ld pixels, score %.3f%s\n", stem.c_str(), object.id, pixels, object.score, object.lost ? ", lost" : "");
+      std::printf("%s object %d: %ld pixels, score %.3f%s\n", stem.c_str(), object.id, pixels, object.score,
+                  object.lost ? ", lost" : "");
     }
   }
 } catch (const dmm::Error& error) {

@@ -38,7 +38,7 @@ class SafeTensors {
 /// Bytes of one element; 0 for a dtype that is not among those above.
 int64_t element_bytes(std::string_view dtype);
 
-void write_safetensors(
-    const std::string& path, const Metadata& metadata, const std::vector<std::pair<std::string, TensorBytes>>& tensors);
+void write_safetensors(const std::string& path, const Metadata& metadata,
+                       const std::vector<std::pair<std::string, TensorBytes>>& tensors);
 
 }  // namespace dmm
