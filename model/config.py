@@ -24,8 +24,9 @@ class Config:
     Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.
-    Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. `follow` says
-    which masks the next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
+    Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. A light one that
+    is `serial` passes its state from object to object too, as the authors' code does. `follow` says which masks the
+    next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
     """
 
     backbone: str = "none"
@@ -43,6 +44,7 @@ class Config:
     min_cosine: float = 0.7
     refine: str = "none"
     hidden: int = 128
+    serial: bool = False
     follow: str = "matched"
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class Config:
         require(self.refine == "none" or self.backbone != "none", "refine", "'none' without a backbone")
         require(self.follow in FOLLOW, "follow", f"one of {FOLLOW}")
         require(self.refine != "none" or self.follow == "matched", "follow", "'matched' without a refinement")
+        require(self.refine == "light" or not self.serial, "serial", "False unless the refinement is light")
         require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a positive multiple of 8")
 
     @classmethod

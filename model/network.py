@@ -54,8 +54,10 @@ class DMMNet(nn.Module):
             self.backbone, channels, self.strides, mean, std = make_backbone(config.backbone, pretrained, levels)
         self.refinement = None
         if config.refine != "none":
-            kind = LightRefinement if config.refine == "light" else HeavyRefinement
-            self.refinement = kind(channels, config.hidden)
+            light = config.refine == "light"
+            self.refinement = (
+                LightRefinement(channels, config.hidden, config.serial) if light else HeavyRefinement(channels, config.hidden)
+            )
         self.channels = sum(channels[-4:])
         self.embed = nn.Linear(self.channels, config.embed, bias=False) if config.embed else nn.Identity()
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)

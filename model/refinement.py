@@ -12,16 +12,19 @@ class ConvLSTM(nn.Module):
 
     Its input is the image's features, the same for all objects, beside maps of each object. A convolution over stacked
     maps is the sum of convolutions over the parts, so the image's part is computed once however many objects there are.
+    serial: it also sees the hidden state of another object, the one before.
     """
 
-    def __init__(self, shared: int, own: int, hidden: int) -> None:
+    def __init__(self, shared: int, own: int, hidden: int, serial: bool = False) -> None:
         super().__init__()
         self.shared = nn.Conv2d(shared, 4 * hidden, 3, padding=1)
-        self.own = nn.Conv2d(own + hidden, 4 * hidden, 3, padding=1, bias=False)
+        self.own = nn.Conv2d(own + hidden * (2 if serial else 1), 4 * hidden, 3, padding=1, bias=False)
 
-    def forward(self, shared: Tensor, own: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """shared [1, C, y, x], own [N, K, y, x], hidden and cell state [N, D, y, x] -> the next h and c."""
-        gates = self.shared(shared) + self.own(torch.cat([own, h], 1))  # [N, 4D, y, x]
+    def forward(self, shared: Tensor, own: list[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
+        """shared [1, C, y, x]; own: maps and hidden states of the objects, [N, ., y, x] each; cell state c [N, D, y, x]
+        -> the next h and c.
+        """
+        gates = self.shared(shared) + self.own(torch.cat(own, 1))  # [N, 4D, y, x]
         i, f, o, g = gates.chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
@@ -33,18 +36,22 @@ class LightRefinement(nn.Module):
     Each layer sees its level's features, the coarser layer's output, and the matched and template masks. The result is
     added to the matched mask as a change of its logit: the last convolution starts at zero, so that an untrained
     refinement returns the matched mask, and fine detail of a proposal survives the coarse grid of conv2.
+
+    serial: as in the authors' code, each layer also sees the hidden state of the object before, in the same frame. Objects
+    are then refined one after the other, and depend on their order.
     """
 
-    def __init__(self, channels: list[int], hidden: int) -> None:
+    def __init__(self, channels: list[int], hidden: int, serial: bool = False) -> None:
         super().__init__()
         widths = [hidden, hidden // 2, hidden // 4, hidden // 8]  # conv5 .. conv2
         self.widths = widths
+        self.serial = serial
         squeezes: list[nn.Module] = []
         layers: list[nn.Module] = []
         above = 0  # beside it, a layer sees two masks: matched and template
         for level, width in zip(reversed(channels), widths):
             squeezes.append(nn.Sequential(nn.Conv2d(level, width, 1), nn.GroupNorm(1, width)))
-            layers.append(ConvLSTM(width, above + 2, width))
+            layers.append(ConvLSTM(width, above + 2, width, serial))
             above = width
         self.squeezes, self.layers = nn.ModuleList(squeezes), nn.ModuleList(layers)
         self.head = nn.Conv2d(above, 1, 3, padding=1)
@@ -67,22 +74,43 @@ class LightRefinement(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] float -> masks [N, H, W]; no parts."""
         masks = torch.stack([matched, state.templates.to(matched.dtype)], 1)  # [N, 2, H, W]
-        hidden = state.hidden
+        levels: list[Tensor] = []
+        for k, squeeze in enumerate(self.squeezes):
+            levels.append(squeeze(features[len(features) - 1 - k]))
+        before: list[Tensor] = []
+        if self.serial:
+            rows: list[list[Tensor]] = []
+            for h in state.hidden[::2]:
+                before.append(torch.zeros_like(h[:1]))
+            for n in range(masks.size(0)):
+                row = self.run(levels, masks[n : n + 1], [h[n : n + 1] for h in state.hidden], before)
+                before = [torch.where(state.valid[n], h, b) for h, b in zip(row[::2], before)]
+                rows.append(row)
+            following = [torch.cat([row[k] for row in rows]) for k in range(2 * len(levels))]
+        else:
+            following = self.run(levels, masks, state.hidden, before)
+        finest = following[len(following) - 2]
+        change = F.interpolate(self.head(finest), size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+        refined = torch.sigmoid(change + self.gain * (2.0 * matched - 1.0))
+        return refined, affinity.iou.new_zeros((matched.size(0), 0)), following
+
+    def run(self, levels: list[Tensor], masks: Tensor, hidden: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        """The next h and c of each layer, coarse to fine; masks [N, 2, H, W]; before: h of the object before, if serial."""
         above: list[Tensor] = []
         following: list[Tensor] = []
-        for k, (squeeze, layer) in enumerate(zip(self.squeezes, self.layers)):
-            level = features[len(features) - 1 - k]
-            size = [level.size(2), level.size(3)]
+        for k, layer in enumerate(self.layers):
+            size = [levels[k].size(2), levels[k].size(3)]
             own = [F.adaptive_avg_pool2d(masks, size)]
             for h in above:
                 own.append(F.interpolate(h, size=size, mode="bilinear", align_corners=False))
-            h, c = layer(squeeze(level), torch.cat(own, 1), hidden[2 * k], hidden[2 * k + 1])
+            own.append(hidden[2 * k])
+            if len(before) > 0:
+                own.append(before[k])
+            h, c = layer(levels[k], own, hidden[2 * k + 1])
             above = [h]
             following.append(h)
             following.append(c)
-        change = F.interpolate(self.head(above[0]), size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        refined = torch.sigmoid(change + self.gain * (2.0 * matched - 1.0))
-        return refined, affinity.iou.new_zeros((matched.size(0), 0)), following
+        return following
 
 
 class Residual(nn.Module):

@@ -33,6 +33,7 @@ CONFIGS = {
     "prices": Config.preset("iou"),
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light", hidden=16),
+    "serial": Config(**SMALL, refine="light", hidden=16, serial=True),
     "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
 }
@@ -290,6 +291,18 @@ def test_untrained_refinement_returns_the_matched_mask(scene):
             output, state = net.step(frame, proposals, state)
             assert torch.equal(output.masks > 0.5, output.matched > 0.5)
     assert len(state.hidden) == 8 and all(h.abs().sum() > 0 for h in state.hidden)
+
+
+def test_serial_refinement_passes_state_to_the_next_object(scene):
+    """The second object's mask depends on the first object, not the other way round."""
+    frame, first, valid, proposals = scene
+    net = make("serial")
+    with torch.no_grad():
+        both, _ = net.step(frame, proposals, net.start(frame, first, valid))
+        one, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
+        other, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([False, True, False])))
+    torch.testing.assert_close(both.masks[0], one.masks[0])
+    assert (both.masks[1] - other.masks[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("near", [False, True])
