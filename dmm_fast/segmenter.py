@@ -263,8 +263,11 @@ class Segmenter:
     ) -> Segmenter:
         """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
+        config = Config.from_dict(session["config"])
+        if weights is None and config.backbone == Config.preset("small").backbone:
+            weights = packaged("small")
         segmenter = cls(
-            Config.from_dict(session["config"]), weights=weights, device=device, proposer=proposer,
+            config, weights=weights, device=device, proposer=proposer,
             matcher=session["matcher"], decision=session["decision"], slots=session["slots"],
         )
         if segmenter._digest != session["weights"]:
