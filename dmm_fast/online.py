@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmm_fast.augment import Augment, Clip
+from dmm_fast.augment import Augment, Clip, tight
 from dmm_fast.checkpoint import Average
 from dmm_fast.clips import noisy_proposals, nothing
 from dmm_fast.configs import Loss, TrainConfig
 from dmm_fast.model import DMMNet, Proposals
+from dmm_fast.proposals import full_masks
 from dmm_fast.train import to_device, unroll_all
 
 LOSS = Loss(refined=1.0, matched=0.5, cosine=0.5, parts=0.5, bce=2.0)  # as in configs/small.yaml
 EPOCH = 8  # steps: there is one image, so an epoch is a round number of views of it
 
 
+@torch.enable_grad()
 def tune(
     net: DMMNet,
     frame: Tensor,
@@ -32,47 +36,54 @@ def tune(
     frames: int = 3,
     seed: int = 0,
     progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Fit `net` in place to a first frame [3, H, W] uint8 with objects `masks` [N, H, W] bool; returns the steps taken.
 
     Each step unrolls a clip of `frames` views of that frame, turned, bent, recoloured and shifted from one to the next, as
     `StillClips` are, with its `proposals`, or at times simulated ones; without `proposals` always. Everything but the
     backbone learns, and the average of the weights over the last steps is kept. It ends after so many `seconds`, or
-    `epochs` of 8 steps; one of them must be given.
+    `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves `net` as
+    it was.
     """
-    if (seconds is None) == (epochs is None) or (seconds or epochs) <= 0:
+    if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
         raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
     if masks.dtype != torch.bool or masks.ndim != 3 or not masks.flatten(1).any(1).all():
         raise ValueError("online learning needs masks [N, H, W] bool, none of them empty")
     config = TrainConfig(model=net.config, freeze=True, loss=LOSS)
-    learned = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
+    learned = {name: p for name, p in net.named_parameters() if not name.startswith("backbone.")}
     if not learned:
         raise ValueError("online learning: this network has nothing to learn but its backbone")
-    clip = Clip(frame[None].cpu(), masks[None].cpu(), [_on_cpu(proposals, masks)], "first frame")
+    clip = Clip(frame[None].cpu(), masks[None].cpu(), [_whole(proposals, tuple(masks.shape[1:]))], "first frame")
     views = Views(clip, net.resized(*frame.shape[1:]), frames, seed)
+    kept = {name: p.detach().clone() for name, p in learned.items()}
     flags = [p.requires_grad for p in net.parameters()]
-    for p in net.parameters():
-        p.requires_grad_(False)
-    for p in learned:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name in learned)
+    optimizer = torch.optim.AdamW(learned.values(), lr=rate, weight_decay=0.0)
     average = Average(net, 0.95)
     began, step = time.monotonic(), 0
     total = epochs * EPOCH if epochs else None
-    with tqdm(total=total, desc="learning the first frame", unit=" steps", disable=None if progress else True) as bar:
-        while step < total if total else time.monotonic() - began < seconds:
-            loss = unroll_all(net, [to_device(views(step), frame.device)], config)[0, 0]
-            loss.backward()
-            nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            average.update(step)
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
-    net.load_state_dict({**net.state_dict(), **average.shadow})
-    for p, flag in zip(net.parameters(), flags):
-        p.requires_grad_(flag)
+    try:
+        with tqdm(total=total, desc="learning the first frame", unit=" steps", disable=None if progress else True) as bar:
+            while not stop() and (step < total if total else step == 0 or time.monotonic() - began < seconds):
+                loss = unroll_all(net, [to_device(views(step), frame.device)], config)[0, 0]
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RuntimeError(f"online learning: the loss is {value} at step {step + 1}; try a rate below {rate:g}")
+                loss.backward()
+                nn.utils.clip_grad_norm_(learned.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                average.update(step)
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                bar.update()
+        kept = average.shadow
+    finally:
+        net.load_state_dict({**net.state_dict(), **kept})
+        for p, flag in zip(net.parameters(), flags):
+            p.requires_grad_(flag)
     return step
 
 
@@ -95,5 +106,9 @@ class Views:
         return clip
 
 
-def _on_cpu(proposals: Proposals | None, masks: Tensor) -> Proposals:
-    return nothing(masks.shape[1:]) if proposals is None else Proposals(*(part.cpu() for part in proposals))
+def _whole(proposals: Proposals | None, size: tuple[int, int]) -> Proposals:
+    """Proposals on the CPU, with masks of the frame's size; padding is left out."""
+    if proposals is None:
+        return nothing(size)
+    _, scores, masks = full_masks(proposals, size)
+    return tight(masks, scores)

@@ -151,6 +151,7 @@ class _Run:
         source = iter(prefetch(self.frames.read(self.next)))
         saved = time.monotonic()
         with bar, _stop_requested() as stop:
+            self.stop = stop
             while True:
                 with self._clock("decode"):
                     stem, frame = next(source, (None, None))
@@ -211,7 +212,9 @@ class _Run:
         with self._clock("proposals"):
             proposals = self.propose(stem, frame)
         with self._clock("online"):
-            steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, **self.online)
+            steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, stop=self.stop, **self.online)
+        if self.stop():
+            raise Interrupted("stopped while the first frame was learnt; --resume begins with that again")
         self.segmenter.save_weights(self.folder.tuned)
         self.notes.append(f"{stem}: the network was fitted to this frame, {steps} steps in {self.seconds['online']:.0f} s")
 

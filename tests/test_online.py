@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from dmm_fast.evaluation import evaluate, jaccard
 from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_config, save_weights
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.online import tune
-from dmm_fast.segment import RunError, online_budget, segment
+from dmm_fast.segment import Interrupted, RunError, online_budget, segment
 from dmm_fast.segmenter import Segmenter
 from dmm_fast.synthetic import Scene
 
@@ -76,6 +78,33 @@ def test_tuning_stops_with_its_budget_and_repeats(pond):
         tune(first, image, masks)
 
 
+@pytest.mark.parametrize("budget", [{"seconds": 0}, {"seconds": float("nan")}, {"epochs": 0}, {"seconds": 1, "epochs": 1}])
+def test_budgets_that_are_refused(pond, budget):
+    frame, ids, _ = pond
+    with pytest.raises(ValueError, match="seconds or epochs above 0"):
+        tune(DMMNet(TINY), torch.from_numpy(frame).permute(2, 0, 1), torch.from_numpy(ids == 1)[None], **budget)
+
+
+def test_tuning_that_fails_leaves_the_network_alone(pond):
+    frame, ids, proposals = pond
+    net = DMMNet(TINY).eval()
+    before, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
+    image, masks = torch.from_numpy(frame).permute(2, 0, 1), torch.from_numpy(ids == 1)[None]
+    with pytest.raises(RuntimeError, match="the loss is (nan|inf) at step 2"):
+        tune(net, image, masks, proposals, epochs=1, rate=1e20)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+    assert flags == [p.requires_grad for p in net.parameters()]
+
+
+def test_a_detectors_soft_proposals_are_learnt_from(pond):
+    """What a live detector gives: tensors of inference mode, masks inside boxes, at times none."""
+    frame, ids, proposals = pond
+    with torch.inference_mode():
+        soft = Proposals(proposals.boxes.clone(), proposals.scores.clone(), torch.rand(len(proposals.scores), 28, 28))
+    for given in (soft, Proposals(*(part[:0] for part in soft))):
+        assert Segmenter().tune(frame, ids, given, epochs=1) == 8
+
+
 @pytest.mark.parametrize("text, budget", [("30", {"seconds": 30.0}), ("0.5", {"seconds": 0.5}), ("20e", {"epochs": 20})])
 def test_budget(text, budget):
     assert online_budget(text) == budget
@@ -118,7 +147,34 @@ def test_segment_learns_online_and_resumes(clip, tmp_path, monkeypatch):
     assert resumed["frames"] == whole["frames"]
 
 
+def test_ctrl_c_ends_online_learning(clip, tmp_path, monkeypatch):
+    tune = Segmenter.tune
+
+    def signalled(self, *arguments, **settings):
+        signal.raise_signal(signal.SIGINT)
+        return tune(self, *arguments, **settings)
+
+    settings = {"masks": clip / "Annotations/koi/00000.png", "proposals": clip / "proposals/koi.json", "out": tmp_path / "out"}
+    monkeypatch.setattr(Segmenter, "tune", signalled)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted, match="--resume"):
+        segment(clip / "JPEGImages/koi", online="600", **settings)
+    assert time.monotonic() - begin < 60
+    monkeypatch.setattr(Segmenter, "tune", tune)
+    assert len(segment(clip / "JPEGImages/koi", online="1e", resume=True, **settings)["frames"]) == 6
+
+
 # ---- the weights in the package ----
+
+
+def test_a_session_with_the_packaged_weights_goes_on(pond, tmp_path):
+    frame, ids, proposals = pond
+    for number, refine in enumerate((None, "none")):
+        segmenter = Segmenter(refine=refine)
+        segmenter.start(frame, ids)
+        segmenter.save(tmp_path / str(number))
+        again = Segmenter.load(tmp_path / str(number))
+        assert np.array_equal(segmenter.step(frame, proposals).ids, again.step(frame, proposals).ids)
 
 
 def test_packaged_weights():
