@@ -23,6 +23,8 @@ def make_backbone(
         raise ValueError(f"DMMNet: timm has no backbone {name!r}")
     try:
         net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(range(-levels, 0)))
+    except (IndexError, AssertionError):  # what timm raises where there are fewer
+        raise ValueError(f"DMMNet: backbone {name!r} has fewer than {levels} levels; refine 'heavy' takes 5, all else 4") from None
     except OSError as error:
         raise RuntimeError(
             f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be "
@@ -64,11 +66,11 @@ class DMMNet(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
         self.short_side = config.short_side or 0
-        self.iou_weight = config.iou_weight
+        self.iou_weight = float(config.iou_weight)  # TorchScript takes no int for a float
         self.prices = config.layer == "prices"
-        self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, config.lr
+        self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, float(config.lr)
         self.carry = config.dykstra == "carry"
-        self.min_iou, self.min_cosine = config.min_iou, config.min_cosine
+        self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
         self.paste = config.refine == "heavy"
         self.follow_refined = config.follow == "refined"
 
