@@ -35,6 +35,7 @@ from dmm_fast.model import Proposals
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.weights import load_weights
 from dmm_fast.proposals import MaskRCNNProposer, full_masks, read_coco
+from dmm_fast.train import read_curve
 from dmm_fast.vision import mask_iou
 
 MOST = 12  # proposals of a frame that may count as objects
@@ -288,6 +289,8 @@ class _Run:
         out.mkdir(parents=True, exist_ok=True)
         if resuming:
             self._resume()
+        else:
+            (out / CURVE).unlink(missing_ok=True)
         self.began = time.monotonic()
 
     @property
@@ -365,8 +368,9 @@ class _Run:
         for name, weight in self.weights.items():
             moments = {kind: tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **moments}
-        rows = [row for row in (self.out / CURVE).read_text().splitlines() if json.loads(row)["step"] <= self.step]
-        (self.out / CURVE).write_text("".join(row + "\n" for row in rows))
+        rows = read_curve(self.out / CURVE, self.step, 0)
+        with whole_file(self.out / CURVE) as whole:
+            whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _in_float(_module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -291,6 +291,8 @@ def test_a_training_that_was_cut_short_goes_on_the_same(dataset, tmp_path, monke
     with pytest.raises(Killed):
         train(config, schedule, [dataset], tmp_path / "cut")
     monkeypatch.setattr(training._Run, "learn", learn)
+    with (tmp_path / "cut" / "curve.jsonl").open("a") as curve:
+        curve.write('{"step": 6, "minu')  # killed while it wrote
     resumed = train(config, schedule, [dataset], tmp_path / "cut")
     assert {**resumed, "minutes": 0} == {**whole, "minutes": 0}
     one, other = (load_file(tmp_path / name / "detector.safetensors") for name in ("whole", "cut"))
