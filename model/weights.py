@@ -49,6 +49,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
             about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+    if about.get("kind", "dmm") != "dmm":
+        raise ValueError(f"weights: {path} holds no DMM-Net but a {about['kind']}")
     if about.get("format") != FORMAT or "config" not in about:
         raise ValueError(f"weights: {path} does not say what network it is for (format {FORMAT}); give a config or preset")
     return Config.from_dict(about["config"])

@@ -467,6 +467,8 @@ def test_config_names():
         Config.from_dict({"lambda": 0.3})
     with pytest.raises(ValueError, match="timm has no backbone 'resnet49'"):
         DMMNet(Config(backbone="resnet49"))
+    with pytest.raises(ValueError, match="'test_convnext' has fewer than 5 levels"):
+        DMMNet(Config(backbone="test_convnext", refine="heavy"))
 
 
 def test_weights_are_strict(tmp_path):

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from dmm_fast.cli import main
 from dmm_fast.demo import make_clip
 from dmm_fast.evaluation import evaluate, jaccard
 from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_config, save_weights
@@ -147,6 +148,18 @@ def test_segment_learns_online_and_resumes(clip, tmp_path, monkeypatch):
     assert resumed["frames"] == whole["frames"]
 
 
+def test_train_online_refuses_before_it_learns(clip, tmp_path, capsys):
+    frame = sorted((clip / "JPEGImages/koi").iterdir())[0]
+    command = ["train", "--online", str(frame), "--masks", str(clip / "Annotations/koi/00000.png")]
+    assert main([*command, "--out", str(tmp_path / "none" / "w.safetensors")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+    out = str(tmp_path / "w.safetensors")
+    assert main([*command, "--out", out, "--device", "tpu7"]) == 2
+    assert "tpu7" in capsys.readouterr().err
+    assert main([*command, "--out", out, "--seconds", "0.01", "--quiet"]) == 0
+    assert Segmenter(weights=out).config == Config.preset("small")
+
+
 def test_ctrl_c_ends_online_learning(clip, tmp_path, monkeypatch):
     tune = Segmenter.tune
 
@@ -181,6 +194,8 @@ def test_packaged_weights():
     files = [packaged("small"), packaged("small-proposals")]
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert read_config(files[0]) == Config.preset("small")
+    with pytest.raises(ValueError, match="holds no DMM-Net but a detector"):
+        read_config(files[1])
     assert Segmenter().config == Config.preset("small")
 
 

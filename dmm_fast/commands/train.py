@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import add_command
+from dmm_fast.commands import add_command, check_device
 
 INTERRUPTED = 130
 
@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
     online.add_argument("--weights", metavar="FILE", help="where to begin (default: the network in the package)")
     online.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
     online.add_argument("--out", metavar="FILE", help="the weights to write")
+    online.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ..; with CONFIG it is the setting device")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
@@ -53,10 +54,13 @@ def learn_online(a: argparse.Namespace) -> int:
 
     if a.config is not None or a.masks is None or a.out is None:
         raise ValueError("train --online takes --masks and --out, and no CONFIG")
+    if not Path(a.out).resolve().parent.is_dir():
+        raise ValueError(f"{a.out}: there is no directory {Path(a.out).parent}")
+    check_device(a.device)
     frame = read_image(a.online)
     ids, notes = read_first_masks(a.masks, frame.shape[:2])
     proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
-    segmenter = Segmenter(weights=a.weights)
+    segmenter = Segmenter(weights=a.weights, device=a.device)
     steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
     segmenter.save_weights(a.out)
     for note in notes:
