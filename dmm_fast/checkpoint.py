@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dmm_fast.model import Config
+from dmm_fast.model.weights import write_tensors
 
 FORMAT = 1
 
@@ -48,7 +48,7 @@ def weights_of(net: nn.Module, average: Average) -> dict[str, Tensor]:
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Config, **facts: Any) -> None:
     """A weights file of this project: what the net is lies in its metadata, beside `facts` of its training."""
-    _write(path, tensors, {"format": FORMAT, "config": config.to_dict(), **facts})
+    write_tensors(path, tensors, {"format": FORMAT, "config": config.to_dict(), **facts})
 
 
 def write_state(
@@ -59,7 +59,7 @@ def write_state(
     tensors |= {f"average.{name}": tensor for name, tensor in average.shadow.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    _write(path, tensors, {"format": FORMAT, **counters})
+    write_tensors(path, tensors, {"format": FORMAT, **counters})
 
 
 def read_state(
@@ -87,18 +87,6 @@ def read_state(
 def read_counters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The counters of a state file alone."""
     return _read(path, tensors=False)[0]
-
-
-def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    # Cloned where memory is shared (tied weights), which the format does not allow; contiguous, as channels-last is not.
-    whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(save(whole, {"dmm_fast": json.dumps(facts)}))
-        file.flush()
-        os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the bytes
-    os.replace(partial, path)
 
 
 def _read(path: str | os.PathLike[str], tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

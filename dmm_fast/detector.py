@@ -177,7 +177,7 @@ def save_detector(
 ) -> None:
     """Write weights and settings (and `notes`, anything JSON) as one safetensors file, whole or not at all."""
     header = {"format": FORMAT, "kind": "detector", "config": config.to_dict(), **(notes or {})}
-    save_weights(net, path, {"dmm_fast": json.dumps(header)})
+    save_weights(net, path, header)
 
 
 def load_detector(path: str | os.PathLike, body: dict[str, Tensor] | None = None) -> tuple[MaskRCNN, DetectorConfig]:

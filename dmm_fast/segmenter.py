@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmm_fast import reference
@@ -33,6 +32,7 @@ from dmm_fast.model import (
 )
 from dmm_fast.model.network import absent
 from dmm_fast.model.state import grow
+from dmm_fast.model.weights import write_tensors
 
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
@@ -137,7 +137,7 @@ class Segmenter:
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the network's weights, as after `tune`, to a file that `Segmenter(weights=path)` takes."""
-        save_weights(self.net, path, {"dmm_fast": json.dumps({"format": FORMAT, "config": self.config.to_dict()})})
+        save_weights(self.net, path, {"format": FORMAT, "config": self.config.to_dict()})
 
     @torch.no_grad()
     def start(self, frame: Frame, masks: Masks) -> FrameResult:
@@ -245,12 +245,7 @@ class Segmenter:
             "decision": self.decision,
             "slots": self.slots,
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        # Cloned, as templates and masks share memory until the first step, which the format does not allow.
-        whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        save_file(whole, partial, {"dmm_fast": json.dumps(session)})
-        os.replace(partial, path)
+        write_tensors(path, tensors, session)
 
     @classmethod
     def load(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -33,7 +33,7 @@ from dmm_fast.imagenet import CARRIERS, imagenet_weights
 from dmm_fast.masks import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.model.masks import mask_boxes
-from dmm_fast.model.weights import load_weights
+from dmm_fast.model.weights import load_weights, write_tensors
 from dmm_fast.proposals import MaskRCNNProposer, full_masks, read_coco
 from dmm_fast.train import read_curve
 from dmm_fast.vision import mask_iou
@@ -346,13 +346,12 @@ class _Run:
         return json.loads((self.out / CURVE).read_text().splitlines()[-1])
 
     def _save(self) -> None:
-        tensors = {f"net.{name}": value.contiguous() for name, value in self.net.state_dict().items()}
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         for name, weight in self.weights.items():
             for kind in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{kind}.{name}"] = self.optimizer.state[weight][kind].contiguous()
+                tensors[f"{kind}.{name}"] = self.optimizer.state[weight][kind]
         notes = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict(), "schedule": asdict(self.schedule)}
-        with whole_file(self.out / STATE) as whole:
-            save_file(tensors, whole, {"dmm_fast": json.dumps(notes)})
+        write_tensors(self.out / STATE, tensors, notes)
 
     def _resume(self) -> None:
         path = self.out / STATE

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,12 +25,21 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("dmm_fast"))) / "weights" / f"{name}.safetensors"
 
 
-def save_weights(net: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
-    """Write the state dict of `net` to `path`; the file appears whole or not at all."""
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """Write a safetensors file with `about` as JSON in its metadata; it appears whole or not at all."""
+    # Cloned where memory is shared (tied weights), which the format does not allow; contiguous, as channels-last is not.
+    whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, partial, metadata)
+    save_file(whole, partial, {"dmm_fast": json.dumps(about)})
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the bytes
     os.replace(partial, path)
+
+
+def save_weights(net: nn.Module, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
+    """Write the state dict of `net` to `path`, and what there is to say `about` it."""
+    write_tensors(path, net.state_dict(), about or {})
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

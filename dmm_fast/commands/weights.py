@@ -30,9 +30,9 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> int:
     import yaml
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     from dmm_fast.model import Config, packaged, read_weights
+    from dmm_fast.model.weights import write_tensors
 
     path = packaged("small") if a.file == "small" else Path(a.file)
     tensors = read_weights(path)
@@ -48,10 +48,12 @@ def run(a: argparse.Namespace) -> int:
     changes = dict(change.split("=", 1) for change in a.set if "=" in change)
     if len(changes) < len(a.set):
         raise ValueError(f"--set takes NAME=VALUE, got {a.set}")
+    if changes and "config" not in about:
+        raise ValueError(f"{path}: says nothing of a network whose settings --set could change")
     if changes:
         about["config"] = Config.from_dict(about["config"] | {k: yaml.safe_load(v) for k, v in changes.items()}).to_dict()
     kept = {name: tensor for name, tensor in tensors.items() if not (a.without and name.startswith(a.without))}
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
-    save_file({name: tensor.contiguous() for name, tensor in half.items()}, a.pack, {"dmm_fast": json.dumps(about)})
+    write_tensors(a.pack, half, about)
     print(f"{a.pack}: {Path(a.pack).stat().st_size / 1e6:.1f} MB")
     return 0
