@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         "torchscript  one file for C++ with libtorch; every size may vary; CPU and CUDA\n"
         "pt2          compiled for this machine's kind of processor (AOTInductor), the fastest; the device is chosen now\n"
         "onnx         for ONNX Runtime and its like, without torch; matching is a function a runtime may replace",
-        ("dmm-fast export --format torchscript --out exported", "the trained network in the package"),
+        ("dmm-fast export --format torchscript --out exported", "the trained networks in the package, proposals included"),
         ("dmm-fast export --format torchscript --preset iou --out exported", "matching on overlap alone"),
         ("dmm-fast export --format pt2 --preset youtube-vos --weights net.safetensors --out exported",
          "compiled; objects, proposals and the frame's size may vary"),
@@ -40,6 +40,11 @@ def add(commands: Any) -> None:
     model.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
     model.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
     model.add_argument("--refine", choices=("none", "light", "heavy"), help="mask refinement in place of the preset's")
+    model.add_argument(
+        "--detector", metavar="small|FILE|none",
+        help="torchscript: the proposal network to write beside the step, the one in the package (default with its network), "
+        "one of dmm-fast train-proposals, or none",
+    )  # fmt: skip
     model.add_argument(
         "--device", default="cpu", help="pt2: where it will run, cpu (default) or cuda; the other formats run on both"
     )
@@ -64,9 +69,12 @@ def run(a: argparse.Namespace) -> int:
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
         raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
+    if a.format != "torchscript" and a.detector not in (None, "none"):
+        raise ExportError(f"export: --detector is for --format torchscript, got --format {a.format}")
     if a.only is not None and a.format != "onnx":
         raise ExportError(f"export: --only is for --format onnx, got --format {a.format}")
-    options: dict[str, Any] = {} if a.format == "torchscript" else {"sizes": sizes, "soft": a.soft_masks}
+    script = a.format == "torchscript"
+    options: dict[str, Any] = {"detector": _detector(a)} if script else {"sizes": sizes, "soft": a.soft_masks}
     if a.only is None:
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
@@ -85,3 +93,12 @@ def run(a: argparse.Namespace) -> int:
     for note in manifest.notes:
         print(f"note: {note}")
     return 0
+
+
+def _detector(a: argparse.Namespace) -> Any:
+    """The proposal network to export, or None."""
+    from dmm_fast.proposals import open_proposer
+
+    own = a.weights is None and a.backbone is None and a.preset in (None, "small")
+    name = a.detector or ("small" if own else "none")
+    return None if name == "none" else open_proposer(name, device=a.device)

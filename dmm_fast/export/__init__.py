@@ -23,8 +23,9 @@ __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "l
 def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> Manifest:
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
-    options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their
-    boxes), and the formats' own (see `dmm_fast.export.pt2` and `.onnx`). One step of the result is compared with the network's,
+    options, for torchscript: detector (a `dmm_fast.detector.Detector`, which then proposes in the export, too); for pt2
+    and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their boxes), and the
+    formats' own (see `dmm_fast.export.pt2` and `.onnx`). One step of the result is compared with the network's,
     at other sizes than it was traced with. The manifest is written last: a folder without one is no export.
 
     Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.

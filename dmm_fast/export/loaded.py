@@ -20,7 +20,7 @@ Run = Callable[[str, list[Tensor]], list[Tensor]]
 
 
 class Exported:
-    """start, step, add and drop of an export, with `dmm_fast.model`'s tuples in and out, as `DMMNet` has them.
+    """start, step, add and drop of an export, with `dmm_fast.model`'s tuples in and out, as `DMMNet` has them; and propose.
 
     What goes in is checked against the manifest. Where the number of proposals is fixed, padding (score -inf) is appended; a
     number of object slots that is fixed is the caller's to keep (`slots`): those not in use are not `valid`.
@@ -51,6 +51,12 @@ class Exported:
         if "drop" in self.manifest.files:
             return unflat(self._call("drop", [gone, *flat(state)]))
         return merge(gone, state, empty_like(state))
+
+    def propose(self, frame: Tensor) -> Proposals:
+        """Proposals of a frame [3, H, W] uint8 by the export's own detector; ExportError where it has none."""
+        if "proposals" not in self.manifest.files:
+            raise ExportError("this export holds no proposal network")
+        return Proposals(*self._call("proposals", [frame]))
 
     def _call(self, name: str, tensors: list[Tensor]) -> list[Tensor]:
         self.manifest.check(name, tensors)
