@@ -106,6 +106,8 @@ def segment(
         segmenter = _make_segmenter(
             preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision
         )
+    if budget is not None and segmenter.config.backbone == "none":
+        raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
     folder.begin(frames.stems, checkpoint)
     run = _Run(frames, given, propose, segmenter, folder, checkpoint, budget)
     run.forward(progress, save_every)

@@ -148,6 +148,13 @@ def test_segment_learns_online_and_resumes(clip, tmp_path, monkeypatch):
     assert resumed["frames"] == whole["frames"]
 
 
+def test_segment_online_without_a_network_touches_nothing(clip, tmp_path):
+    with pytest.raises(RunError, match="nothing to learn"):
+        segment(clip / "JPEGImages/koi", clip / "Annotations/koi/00000.png", tmp_path / "out", preset="iou", online="1e",
+                proposals=clip / "proposals/koi.json")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_online_refuses_before_it_learns(clip, tmp_path, capsys):
     frame = sorted((clip / "JPEGImages/koi").iterdir())[0]
     command = ["train", "--online", str(frame), "--masks", str(clip / "Annotations/koi/00000.png")]

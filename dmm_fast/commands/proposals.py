@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
         "be segmented again and again without it. An interrupted run goes on when the same command is given again.\n\n"
         "detectors:\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use (default)\n"
+        "  small                         the proposal network in the package, for CPUs\n"
         "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
         "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo",
         ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
