@@ -194,7 +194,7 @@ def test_regions_are_not_sought_on_the_finest_level(weights):
 
 
 def test_names_of_detectors():
-    with pytest.raises(ProposalError, match="a detector is torchvision, FILE.safetensors or detectron2"):
+    with pytest.raises(ProposalError, match="a detector is small, torchvision, FILE.safetensors or detectron2"):
         open_proposer("yolo")
 
 
