@@ -255,6 +255,7 @@ class Segmenter:
         weights: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         proposer: Proposer | None = None,
+        graph: bool = False,
     ) -> Segmenter:
         """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
@@ -263,7 +264,7 @@ class Segmenter:
             weights = packaged("small")
         segmenter = cls(
             config, weights=weights, device=device, proposer=proposer,
-            matcher=session["matcher"], decision=session["decision"], slots=session["slots"],
+            matcher=session["matcher"], decision=session["decision"], slots=session["slots"], graph=graph,
         )
         if segmenter._digest != session["weights"]:
             raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
