@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # core and bench_match
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("match", "match_triton", "match_prices", "match_prices_triton", "vision", "vision_triton")
+    for name in ("match", "match_triton", "match_prices", "match_prices_triton", "vision", "vision_triton", "graph")
 ]
 
 
@@ -348,6 +348,11 @@ def render(out: Path) -> str:
     for row in rows:
         if row["table"] == "vision":
             parts.append("Mask IoU and Eq. 8.\n\n" + row["text"])
+    if steps := [row for row in rows if row["table"] == "segmenter"]:
+        cells = "| {net} | {size[0]}x{size[1]} | {objects} | {kind} | {dtype} | {ms:.2f} | {fps:.0f} | {grown} B in {frames} |"
+        lines = ["| network | frame | objects | | dtype | ms per step | frames/s | memory grown in frames |"]
+        lines += ["|---|---|--:|---|---|--:|--:|--:|", *(cells.format(**row) for row in steps)]
+        parts.append("The whole step, 50 given proposals, random weights.\n\n" + "\n".join(lines))
     text = "\n\n".join(parts) + "\n"
     (out / "performance_gpu.md").write_text(text)
     return text
@@ -366,6 +371,58 @@ def vision(out: Path, seconds: float, environment: dict[str, str], device: str) 
     return describe(code, "measured")
 
 
+def segmenter(out: Path, quick: bool, dry_run: bool) -> None:
+    """Steps of whole segmenters, given proposals: eager and as a CUDA graph, float32 and bfloat16; and memory over a video.
+
+    Random weights do the same work as trained ones. Times are wall-clock, the GPU waited for after every step.
+    """
+    import torch
+
+    from dmm_fast.graph import GraphStep
+    from dmm_fast.model import Config, DMMNet, Proposals
+    from dmm_fast.model.masks import mask_boxes
+
+    device = "cpu" if dry_run else "cuda"
+    configs = {
+        "ResNet-50, light": (Config.preset("youtube-vos"), (255, 448)),
+        "small (packaged)": (Config.preset("small"), (240, 427)),
+    }
+    frames, video = (2, 3) if dry_run else (20, 50) if quick else (100, 1000)
+    wait = (lambda: None) if dry_run else torch.cuda.synchronize
+    for label, (config, size) in configs.items():
+        net = DMMNet(config).to(device).eval()
+        for objects in (1, 5) if not dry_run else (1,):
+            frame = torch.randint(0, 256, (3, *size), dtype=torch.uint8, device=device)
+            masks = torch.zeros((50, *size), dtype=torch.bool, device=device)
+            for k, mask in enumerate(masks):
+                mask[3 * k : 3 * k + 60, 6 * k : 6 * k + 90] = True
+            proposals = Proposals(mask_boxes(masks), torch.rand(50, device=device), masks)
+            valid = torch.ones(objects, dtype=torch.bool, device=device)
+            for dtype in (torch.float32, torch.bfloat16):
+                for kind in ("eager",) if dry_run else ("eager", "graph"):
+                    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                        step = net.step if kind == "eager" else GraphStep(net, 50)
+                        state = net.start(frame, masks[:objects], valid)
+                        times = []
+                        for _ in range(frames + 5):
+                            begin = time.perf_counter()
+                            _, state = step(frame, proposals, state)
+                            wait()
+                            times.append(time.perf_counter() - begin)
+                        before = 0 if dry_run else torch.cuda.memory_allocated()
+                        for _ in range(video):
+                            _, state = step(frame, proposals, state)
+                        wait()
+                        grown = 0 if dry_run else torch.cuda.memory_allocated() - before
+                    milliseconds = sorted(times[5:])[frames // 2] * 1e3
+                    row = {"table": "segmenter", "net": label, "size": size, "objects": objects, "kind": kind,
+                           "dtype": str(dtype)[6:], "ms": milliseconds, "fps": 1e3 / milliseconds,
+                           "frames": video, "grown": grown}  # fmt: skip
+                    with (out / "results.jsonl").open("a") as results:
+                        results.write(json.dumps(row) + "\n")
+                    print(row, flush=True)
+
+
 # ---- the whole ----
 
 
@@ -377,18 +434,20 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny tables on the CPU, no build: a check of this script"
     )
-    parser.add_argument("--stage", choices=("tables", "sanitize"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("tables", "sanitize", "segmenter"), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=300, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage == "sanitize":
         return sanitize()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.stage == "segmenter":
+        return segmenter(args.out, args.quick, args.dry_run)
     if args.stage == "tables":
         return tables(args.out, args.seconds, args.quick, args.dry_run)
 
     deadline = time.monotonic() + args.minutes * 60
-    for name in ("results.jsonl", "build.log", "tests.log", "sanitizer.log", "tables.log", "vision.log"):
+    for name in ("results.jsonl", "build.log", "tests.log", "sanitizer.log", "tables.log", "vision.log", "segmenter.log"):
         (args.out / name).unlink(missing_ok=True)
 
     def left(share: float = 1.0) -> float:
@@ -408,8 +467,12 @@ def main() -> None:
         report("build", result)
         report("tests", tests(args.out, left(0.25), environment))
         report("sanitizer", sanitizer(args.out, left(0.15), environment))
-    command = [sys.executable, __file__, "--stage", "tables", "--out", str(args.out)]
-    command += ["--quick"] * args.quick + ["--dry-run"] * args.dry_run
+    options = ["--out", str(args.out)] + ["--quick"] * args.quick + ["--dry-run"] * args.dry_run
+    code = run(
+        [sys.executable, __file__, "--stage", "segmenter", *options], args.out / "segmenter.log", left(0.12), **environment
+    )
+    report("segmenter", describe(code, "measured"))
+    command = [sys.executable, __file__, "--stage", "tables", *options]
     vision_seconds = 0.07 * args.minutes * 60
     seconds = left() - vision_seconds
     code = run([*command, "--seconds", f"{seconds - 10:.0f}"], args.out / "tables.log", seconds, **environment)

@@ -20,7 +20,7 @@ class GraphStep:
     """
 
     def __init__(self, net: DMMNet, top: int):
-        if next(net.parameters()).device.type != "cuda":
+        if net.mean.device.type != "cuda":
             raise ValueError("GraphStep: CUDA graphs need a network on a GPU")
         self.net, self.top = net, top
         self._key: Any = None
