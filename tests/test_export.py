@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torchvision
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State, digest
 from torch import Tensor
 
 from dmm_fast import cli
 from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load, read
+from dmm_fast.export.detector import ProposalNetwork, pool_regions, suppress
 from dmm_fast.export.flat import POOLING, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
@@ -320,11 +322,73 @@ def test_command(tmp_path, capsys):
     for options, message in (
         (["--objects", "3"], "a TorchScript takes every size"),
         (["--only", "match"], "--only is for --format onnx"),
+        (["--preset", "iou", "--detector", "torchvision"], "--detector must be small, none or FILE.safetensors"),
+        (["--preset", "iou", "--detector", "none.safetensors"], "no such file of detector weights"),
+        (["--format", "pt2", "--detector", "small"], "--detector is for --format torchscript"),
         (["--preset", "davis"], "needs weights"),
         (["--height", "64"], "give height and width or neither"),
     ):
         assert cli.main(["export", "--format", "torchscript", "--out", str(tmp_path / "no"), *options]) == 2
         assert message in capsys.readouterr().err
+
+
+# ---- the networks in the package ----
+
+
+def test_the_packages_own_networks(clip, tmp_path_factory):
+    """The shipped network and detector, by the command, over real frames: the same ops, so all but the same figures."""
+    from dmm_fast import Segmenter
+    from dmm_fast.detector import packaged_detector
+
+    out = tmp_path_factory.mktemp("own")
+    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 0
+    loaded, detector = load(out), packaged_detector()
+    short = Clip(clip.frames[:13], clip.masks, clip.proposals[:13])
+    ours = follow(Segmenter().net, short, 3)
+    agree(follow(loaded, short, 3), ours)
+    assert changes(ours[0]) > 10
+
+    frame = clip.frames[5]
+    for frame in (frame, frame[:, :, :60], frame[:, 40:75]):  # the last one is limited by its long side
+        proposals, expected = loaded.propose(frame), detector(frame)
+        assert len(expected.scores) > 0 and expected.masks.shape[1:] == (28, 28)
+        torch.testing.assert_close(proposals.boxes, expected.boxes, atol=1e-2, rtol=0)
+        torch.testing.assert_close(proposals.scores, expected.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(proposals.masks, expected.masks, atol=1e-3, rtol=0)
+
+
+def test_only_what_can_be_scripted_is(exported):
+    from dmm_fast.detector import DetectorConfig, build
+    from dmm_fast.proposals import MaskRCNNProposer, ProposalError
+
+    with pytest.raises(ProposalError, match="on a timm backbone"):
+        ProposalNetwork(MaskRCNNProposer(build(DetectorConfig(backbone="resnet18", frozen=False))))
+    with pytest.raises(ExportError, match="holds no proposal network"):
+        load(exported).propose(torch.zeros((3, 60, 80), dtype=torch.uint8))
+
+
+def random_boxes(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.rand((count, 2), generator=generator) * 200
+    return torch.cat([corner, corner + torch.rand((count, 2), generator=generator) ** 2 * 200], 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 400])
+def test_suppression_is_torchvisions(count):
+    boxes = random_boxes(count)
+    for threshold in (0.9, 0.5, 0.1):
+        expected = torchvision.ops.nms(boxes, torch.arange(count, 0.0, -1), threshold)
+        assert torch.equal(suppress(boxes, threshold), expected)
+    assert count < 50 or len(expected) < count == len(suppress(boxes, 1.0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_pooling_of_regions_is_torchvisions(count):
+    features = [torch.rand((1, 5, 128 >> level, 96 >> level)) for level in range(4)]  # an image of 512 x 384
+    boxes = random_boxes(count) * torch.tensor([0.9, 1.2, 0.9, 1.2])
+    pooling = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    expected = pooling({str(level): feature for level, feature in enumerate(features)}, [boxes], [(512, 384)])
+    torch.testing.assert_close(pool_regions(features, boxes, 7), expected, atol=1e-4, rtol=1e-4)
 
 
 # ---- pt2 ----

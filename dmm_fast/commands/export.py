@@ -97,8 +97,11 @@ def run(a: argparse.Namespace) -> int:
 
 def _detector(a: argparse.Namespace) -> Any:
     """The proposal network to export, or None."""
+    from dmm_fast.export import ExportError
     from dmm_fast.proposals import open_proposer
 
     own = a.weights is None and a.backbone is None and a.preset in (None, "small")
     name = a.detector or ("small" if own else "none")
+    if name not in ("small", "none") and not name.endswith(".safetensors"):
+        raise ExportError(f"export: --detector must be small, none or FILE.safetensors, got {name!r}")
     return None if name == "none" else open_proposer(name, device=a.device)

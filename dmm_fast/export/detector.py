@@ -53,7 +53,7 @@ class ProposalNetwork(nn.Module):
         """-> the image [1, 3, h, w] with zeros to its right and below, and its own height and width in there."""
         height, width = image.shape[1], image.shape[2]
         scale = min(self.short_side / min(height, width), self.long_side / max(height, width))
-        height, width = int(math.floor(height * scale)), int(math.floor(width * scale))
+        height, width = math.floor(height * scale), math.floor(width * scale)
         image = F.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)
         return F.pad(image, [0, -width % self.multiple, 0, -height % self.multiple]), (height, width)
 
