@@ -259,7 +259,7 @@ KILLED = """
                 os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
     setattr(owner, name, dies)
-    s.segment(frames, masks, out, proposals=proposals, save_every=0)
+    s.segment(frames, masks, out, proposals=proposals, preset="iou", save_every=0)
 """
 
 
