@@ -24,7 +24,7 @@ def make_backbone(
     try:
         net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(range(-levels, 0)))
     except (IndexError, AssertionError):  # what timm raises where there are fewer
-        raise ValueError(f"DMMNet: backbone {name!r} has fewer than {levels} levels; refine 'heavy' takes 5, all else 4") from None
+        raise ValueError(f"DMMNet: backbone {name!r} has fewer than {levels} levels (refine 'heavy' takes 5)") from None
     except OSError as error:
         raise RuntimeError(
             f"DMMNet: the ImageNet weights of backbone {name!r} are not in the local cache and could not be "
