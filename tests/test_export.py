@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,8 +235,6 @@ EDITS = {
 
 @pytest.fixture()
 def copy(exported, tmp_path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
@@ -335,26 +335,54 @@ def test_command(tmp_path, capsys):
 # ---- the networks in the package ----
 
 
-def test_the_packages_own_networks(clip, tmp_path_factory):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("own")
+    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_packages_own_networks(clip, own):
     """The shipped network and detector, by the command, over real frames: the same ops, so all but the same figures."""
     from dmm_fast import Segmenter
     from dmm_fast.detector import packaged_detector
 
-    out = tmp_path_factory.mktemp("own")
-    assert cli.main(["export", "--format", "torchscript", "--out", str(out)]) == 0
-    loaded, detector = load(out), packaged_detector()
+    loaded, detector = load(own), packaged_detector()
     short = Clip(clip.frames[:13], clip.masks, clip.proposals[:13])
     ours = follow(Segmenter().net, short, 3)
     agree(follow(loaded, short, 3), ours)
     assert changes(ours[0]) > 10
 
-    frame = clip.frames[5]
-    for frame in (frame, frame[:, :, :60], frame[:, 40:75]):  # the last one is limited by its long side
+    whole = clip.frames[5]
+    for frame in (whole, whole[:, :, :60], whole[:, 40:75]):  # the last one is limited by its long side
         proposals, expected = loaded.propose(frame), detector(frame)
         assert len(expected.scores) > 0 and expected.masks.shape[1:] == (28, 28)
         torch.testing.assert_close(proposals.boxes, expected.boxes, atol=1e-2, rtol=0)
         torch.testing.assert_close(proposals.scores, expected.scores, atol=1e-4, rtol=0)
         torch.testing.assert_close(proposals.masks, expected.masks, atol=1e-3, rtol=0)
+
+
+def test_without_python(own, data, tmp_path):
+    """Frames and first masks are all that the C++ program is given: it proposes and follows as Python does."""
+    from dmm_fast import Segmenter
+    from dmm_fast.detector import packaged_detector
+    from dmm_fast.masks import read_ids
+    from dmm_fast.runtime import PROGRAM
+    from dmm_fast.video import open_frames
+
+    (tmp_path / "frames").mkdir()
+    for file in sorted((data / "clips" / "JPEGImages" / "puma-chair").iterdir())[:4]:
+        shutil.copy(file, tmp_path / "frames")
+    first = data / "clips" / "Annotations" / "puma-chair" / "frame_000000.png"
+    command = [PROGRAM, "--model", own, "--frames", tmp_path / "frames", "--masks", first, "--out", tmp_path / "out"]
+    subprocess.run([*command, "--threads", "1"], check=True, env={})
+    segmenter, detector = Segmenter(), packaged_detector()
+    for stem, frame in open_frames(tmp_path / "frames").read():
+        result = segmenter.step(frame, detector(frame)) if stem != first.stem else segmenter.start(frame, read_ids(first))
+        ids = read_ids(tmp_path / "out" / f"{stem}.png")
+        for k in range(1, int(result.ids.max()) + 1):
+            a, b = ids == k, result.ids == k
+            assert (a & b).sum() >= 0.999 * (a | b).sum() > 0
 
 
 def test_only_what_can_be_scripted_is(exported):
@@ -420,8 +448,6 @@ def test_pt2_pads_where_there_is_no_proposal(compiled):
 
 
 def test_damaged_package_is_refused(compiled, tmp_path, monkeypatch):
-    import shutil
-
     copy = Path(shutil.copytree(compiled, tmp_path / "copy"))
     whole = (copy / "step.pt2").read_bytes()
     (copy / "step.pt2").write_bytes(whole[: len(whole) // 2])
