@@ -213,6 +213,8 @@ class Detector(MaskRCNNProposer):
     short_side: frames are resized to it, by default to the trained one. body: see `load_detector`.
     """
 
+    class_agnostic = True
+
     def __init__(
         self,
         weights: str | os.PathLike,

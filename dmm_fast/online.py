@@ -16,8 +16,9 @@ from dmm_fast.checkpoint import Average
 from dmm_fast.clips import noisy_proposals, nothing
 from dmm_fast.configs import Loss, TrainConfig
 from dmm_fast.model import DMMNet, Proposals
-from dmm_fast.proposals import full_masks
+from dmm_fast.proposals import MaskRCNNProposer, full_masks
 from dmm_fast.train import to_device, unroll_all
+from dmm_fast.train_detector import target
 
 LOSS = Loss(refined=1.0, matched=0.5, cosine=0.5, parts=0.5, bce=2.0)  # as in configs/small.yaml
 EPOCH = 8  # steps: there is one image, so an epoch is a round number of views of it
@@ -87,20 +88,68 @@ def tune(
     return step
 
 
+@torch.enable_grad()
+def tune_proposer(
+    proposer: MaskRCNNProposer,
+    frame: Tensor,
+    masks: Tensor,
+    *,
+    seconds: float | None = None,
+    epochs: int | None = None,
+    rate: float = 5e-4,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Fit the heads of a class-agnostic proposal network in place to a first frame, arguments as for `tune`.
+
+    Only what lies behind the regions learns (scores, boxes, masks), on views of the frame with its objects as the truth.
+    """
+    if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
+        raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
+    net = proposer.model
+    if not getattr(proposer, "class_agnostic", False):
+        raise ValueError("online learning: this detector tells classes apart; only class-agnostic ones can learn an object")
+    learned = list(net.roi_heads.parameters())
+    clip = Clip(frame[None].cpu(), masks[None].cpu(), [nothing(masks.shape[1:])], "first frame")
+    views = Views(clip, tuple(masks.shape[1:]), 1, seed, objects_only=True)
+    optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
+    began, step = time.monotonic(), 0
+    total = epochs * EPOCH if epochs else None
+    net.train()
+    net.roi_heads.requires_grad_(True)
+    try:
+        while not stop() and (step < total if total else step == 0 or time.monotonic() - began < seconds):
+            torch.manual_seed(seed + step)  # torchvision samples regions at random
+            view = views(step)
+            truth = {name: value.to(proposer.device) for name, value in target(view.masks[0]).items()}
+            losses = net([view.frames[0].to(proposer.device) / 255.0], [truth])
+            loss = sum(value for name, value in losses.items() if "rpn" not in name and name != "loss_objectness")
+            loss.backward()
+            nn.utils.clip_grad_norm_(learned, 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    finally:
+        net.eval().requires_grad_(False)
+    return step
+
+
 class Views:
     """Clips made of one frame: `views(step)` depends on the seed and the step alone."""
 
-    def __init__(self, clip: Clip, size: tuple[int, int], frames: int, seed: int):
+    def __init__(self, clip: Clip, size: tuple[int, int], frames: int, seed: int, objects_only: bool = False):
         self.clip = clip._replace(
             frames=clip.frames.repeat(frames, 1, 1, 1), masks=clip.masks.repeat(frames, 1, 1, 1),
             proposals=clip.proposals * frames,
         )  # fmt: skip
         self.augment = Augment(size, zoom=(0.8, 1.35), rotate=15, warp=0.05, shift=0.12, jitter=0.5)
-        self.seed = seed
+        self.seed, self.objects_only = seed, objects_only
 
     def __call__(self, step: int) -> Clip:
         rng = np.random.default_rng([self.seed, step])
         clip = self.augment(self.clip, rng)
+        if self.objects_only:
+            return clip
         if not len(self.clip.proposals[0].scores) or rng.random() < 0.2:
             clip = clip._replace(proposals=[noisy_proposals(masks, rng) for masks in clip.masks])
         return clip

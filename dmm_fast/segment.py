@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from dmm_fast.masks import MaskWarning, read_first_masks, read_mask, whole_file, write_mask
-from dmm_fast.model import Config
+from dmm_fast.model import Config, Proposals, load_weights, read_weights
+from dmm_fast.model.weights import write_tensors
 from dmm_fast.overlay import ContactSheet, overlay
 from dmm_fast.proposals import ProposalError, is_detector, open_proposer, read_coco
 from dmm_fast.segmenter import ObjectResult, Segmenter
@@ -101,6 +103,8 @@ def segment(
     propose = _proposal_source(proposals, detector_weights, frames, device)
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
+        if folder.tuned_proposer.exists() and isinstance(propose, Live):
+            propose.load(folder.tuned_proposer)
         segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device)
     else:
         segmenter = _make_segmenter(
@@ -211,10 +215,18 @@ class _Run:
 
     def _learn(self, stem: str, frame: np.ndarray, objects: dict[int, np.ndarray]) -> None:
         """Online learning; what was learnt is kept beside the checkpoints, for --resume."""
+        budget = dict(self.online)
+        if isinstance(self.propose, Live) and self.propose.learns:
+            with self._clock("online"):  # a third of the time: its steps are short
+                share = {kind: amount / 3 if kind == "seconds" else amount for kind, amount in budget.items()}
+                self.propose.tune(frame, objects, stop=self.stop, **share)
+                self.propose.save(self.folder.tuned_proposer)
+            if "seconds" in budget:
+                budget["seconds"] *= 2 / 3
         with self._clock("proposals"):
             proposals = self.propose(stem, frame)
         with self._clock("online"):
-            steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, stop=self.stop, **self.online)
+            steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, stop=self.stop, **budget)
         if self.stop():
             raise Interrupted("stopped while the first frame was learnt; --resume begins with that again")
         self.segmenter.save_weights(self.folder.tuned)
@@ -275,13 +287,36 @@ def _make_segmenter(
     return Segmenter(config, weights=weights, device=device, **options)
 
 
+class Live:
+    """A live detector as a source of proposals; a class-agnostic one can learn the objects of the first frame."""
+
+    def __init__(self, proposer: Callable):
+        self.proposer = proposer
+        self.learns = getattr(proposer, "class_agnostic", False)
+
+    def __call__(self, stem: str, frame: np.ndarray) -> Proposals:
+        return self.proposer(frame)
+
+    def tune(self, frame: np.ndarray, objects: dict[int, np.ndarray], **budget: Any) -> None:
+        from dmm_fast.online import tune_proposer  # training is not needed otherwise
+
+        masks = torch.from_numpy(np.stack(list(objects.values())))
+        tune_proposer(self.proposer, torch.from_numpy(frame).permute(2, 0, 1), masks, **budget)
+
+    def save(self, path: Path) -> None:
+        """What `tune` has changed."""
+        write_tensors(path, self.proposer.model.roi_heads.state_dict(), {"kind": "online"})
+
+    def load(self, path: Path) -> None:
+        load_weights(self.proposer.model.roi_heads, read_weights(path), str(path))
+
+
 def _proposal_source(
     proposals: str | os.PathLike, weights: str | os.PathLike, frames: ImageFrames | VideoFrames, device: str
 ) -> Callable:
     """(stem, frame) -> Proposals."""
     if is_detector(proposals):
-        proposer = open_proposer(proposals, weights, device=device)
-        return lambda stem, frame: proposer(frame)
+        return Live(open_proposer(proposals, weights, device=device))
     file = read_coco(proposals)
     if not file.covers(frames.stems):
         found = f"{file.image_ids[0]!r}" if len(file) else "nothing"
@@ -364,6 +399,10 @@ class RunFolder:
     def tuned(self) -> Path:
         """Weights after online learning."""
         return self._work / "online.safetensors"
+
+    @property
+    def tuned_proposer(self) -> Path:
+        return self._work / "online-proposals.safetensors"
 
     @property
     def finished(self) -> bool:

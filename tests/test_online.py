@@ -12,13 +12,16 @@ import pytest
 import torch
 from dmm_fast.cli import main
 from dmm_fast.demo import make_clip
+from dmm_fast.detector import packaged_detector
 from dmm_fast.evaluation import evaluate, jaccard
 from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_config, save_weights
 from dmm_fast.model.masks import mask_boxes
-from dmm_fast.online import tune
+from dmm_fast.online import tune, tune_proposer
+from dmm_fast.proposals import TorchvisionProposer
 from dmm_fast.segment import Interrupted, RunError, online_budget, segment
 from dmm_fast.segmenter import Segmenter
 from dmm_fast.synthetic import Scene
+from dmm_fast.vision import mask_iou, paste_combine
 
 TINY = Config(backbone="test_resnet", input_size=(64, 96), iou_weight=0.5, refine="heavy", hidden=16, follow="refined")
 
@@ -182,6 +185,45 @@ def test_ctrl_c_ends_online_learning(clip, tmp_path, monkeypatch):
     assert time.monotonic() - begin < 60
     monkeypatch.setattr(Segmenter, "tune", tune)
     assert len(segment(clip / "JPEGImages/koi", online="1e", resume=True, **settings)["frames"]) == 6
+
+
+def test_a_detector_learns_the_objects_of_a_first_frame(pond):
+    frame, ids, _ = pond
+    image, masks = torch.from_numpy(frame).permute(2, 0, 1), torch.from_numpy(np.stack([ids == i for i in (1, 2)]))
+    detector = packaged_detector()
+
+    def best() -> float:
+        """Mean IoU of each object's best proposal among the first three."""
+        found = detector(frame)
+        full = paste_combine(torch.eye(len(found.scores)), found.masks, found.boxes, masks.shape[1:]) > 0.5
+        return mask_iou(masks, full[:3]).amax(1).mean().item()
+
+    before, backbone = best(), copy.deepcopy(detector.model.backbone.state_dict())
+    assert tune_proposer(detector, image, masks, epochs=4) == 32
+    assert best() > max(before + 0.1, 0.6)
+    assert all(torch.equal(a, b) for a, b in zip(backbone.values(), detector.model.backbone.state_dict().values()))
+    assert not detector.model.training and not any(p.requires_grad for p in detector.model.parameters())
+    with pytest.raises(ValueError, match="class-agnostic"):
+        tune_proposer(TorchvisionProposer(weights=None), image, masks, epochs=1)
+
+
+def test_online_learning_with_a_live_detector_resumes(clip, tmp_path, monkeypatch):
+    settings = {"masks": clip / "Annotations/koi/00000.png", "online": "1e", "save_every": 0}
+    whole = segment(clip / "JPEGImages/koi", out=tmp_path / "whole", **settings)
+    step, calls = Segmenter.step, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Segmenter, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        segment(clip / "JPEGImages/koi", out=tmp_path / "broken", **settings)
+    monkeypatch.setattr(Segmenter, "step", step)
+    resumed = segment(clip / "JPEGImages/koi", out=tmp_path / "broken", resume=True, **settings)
+    assert resumed["frames"] == whole["frames"]
 
 
 # ---- the weights in the package ----

@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that the video can\n"
         "be segmented again and again without it. An interrupted run goes on when the same command is given again.\n\n"
         "detectors:\n"
-        "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use (default)\n"
-        "  small                         the proposal network in the package, for CPUs\n"
+        "  small                         the proposal network in the package, for CPUs (default)\n"
+        "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
         "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
         "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo",
         ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     what.add_argument("--dataset", metavar="DIR", help="every video of DAVIS, YouTube-VOS, SegTrack or a plain data set")
     parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, ..")
     parser.add_argument("--out", required=True, metavar="FILE|DIR", help="the file to write; for a data set the folder")
-    parser.add_argument("--detector", default="torchvision", metavar="NAME", help="see above (default: torchvision)")
+    parser.add_argument("--detector", default="small", metavar="NAME", help="see above (default: small)")
     parser.add_argument("--top", type=count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
     parser.add_argument(
         "--short-side", type=count, metavar="PIXELS", help="the frame's short side in the detector (default: its own)"
