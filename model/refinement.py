@@ -177,7 +177,7 @@ class Memory(nn.Module):
         keys = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
         objects, cells = keys.size(0), query.size(2) * query.size(3)
         known = keys.flatten(2).transpose(1, 2).flatten(0, 1)  # [N h w, K + 4]: one product for all objects
-        similarity = torch.mm(known, query.flatten(2)[0]).exp().view(objects, -1, cells)  # [N, h w, h w]
+        similarity = torch.mm(known, query.flatten(2)[0]).exp_().view(objects, -1, cells)  # [N, h w, h w]
         value = masks.flatten(2)  # [N, 1, h w]
         total = torch.bmm(torch.cat([value, 1.0 - value], 1), similarity)  # [N, 2, h w]
         log = torch.log(total + 1e-4)

@@ -62,7 +62,8 @@ def _export_layer(net: DMMNet, folder: Path) -> Manifest:
     """The network's matching layer alone: a batch of ragged problems -> their assignments."""
     from onnx import TensorProto, helper
 
-    attributes = {"n_grad": net.n_grad, "n_proj": net.n_proj, "lr": net.lr}
+    # All of them: of an attribute that is left out, ONNX Runtime has seen to use whatever was in memory.
+    attributes = {"n_grad": net.n_grad, "n_proj": net.n_proj, "lr": net.lr, "last": int(net.prices)}
     name = "match_prices" if net.prices else "match"
     if not net.prices:
         attributes["carry"] = int(net.carry)
