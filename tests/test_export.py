@@ -514,8 +514,6 @@ def test_onnx_on_real_clips(name, data, tmp_path):
     import onnx
 
     net = make(name)
-    if not net.prices:
-        pytest.skip(UNSOLVED)
     manifest = export("onnx", net, tmp_path)
     model = onnx.load(tmp_path / "step.onnx")
     layer = "match_prices" if net.prices else "match"
@@ -530,8 +528,6 @@ def test_onnx_on_real_clips(name, data, tmp_path):
         assert changes(ours[0]) > 10 or name == "iou"
 
 
-# Open fault: about every other process, ONNX Runtime 1.32 gives wrong results for dmm::match (40 x 5); not for match_prices.
-UNSOLVED = "dmm::match in ONNX Runtime is not reliable yet, see docs/export.md"
 LAYERS = {
     "dykstra": {"n_grad": 7, "n_proj": 3},
     "carry": {"dykstra": "carry", "n_grad": 10},
@@ -551,8 +547,6 @@ def test_onnx_layer_alone(name, tmp_path):
 
     settings = LAYERS[name]
     net = DMMNet(Config(**settings))
-    if not net.prices:
-        pytest.skip(UNSOLVED)
     export("onnx", net, tmp_path, only="match")
     assert (tmp_path / "match.onnx").stat().st_size < 10_000
     with pytest.raises(ExportError, match="has no start and no step"):

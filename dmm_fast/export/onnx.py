@@ -4,6 +4,7 @@ the model (`dmm::match`, `dmm::match_prices`), which a runtime may replace by ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,6 @@ def _export_layer(net: DMMNet, folder: Path) -> Manifest:
     """The network's matching layer alone: a batch of ragged problems -> their assignments."""
     from onnx import TensorProto, helper
 
-    # All of them: of an attribute that is left out, ONNX Runtime has seen to use whatever was in memory.
     attributes = {"n_grad": net.n_grad, "n_proj": net.n_proj, "lr": net.lr, "last": int(net.prices)}
     name = "match_prices" if net.prices else "match"
     if not net.prices:
@@ -91,7 +91,10 @@ def _save(model: Any, specs: Iterable[Spec], path: Path) -> None:
     from . import onnx_functions
 
     calls = sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN})
-    model.functions.extend(getattr(onnx_functions, name).to_function_proto() for name in calls)
+    functions = [getattr(onnx_functions, name).to_function_proto() for name in calls]
+    for function in functions:
+        _order_loops(function.node)
+    model.functions.extend(functions)
     shapes = {spec.name: spec.shape for spec in specs}
     for value in (*model.graph.input, *model.graph.output):
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
@@ -101,6 +104,20 @@ def _save(model: Any, specs: Iterable[Spec], path: Path) -> None:
     model.producer_name = "dmm_fast"
     onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+def _order_loops(nodes: Iterable[Any]) -> None:
+    """Put the outputs of every Loop into the order of what its body carries.
+
+    onnxscript takes the two orders from two sets of names, so whether they agree hangs on the process's hash seed. It names a
+    variable's values x, x_26, x_64: the part before the number says which is which.
+    """
+    for node in nodes:
+        for body in (attribute.g for attribute in node.attribute if attribute.name == "body"):
+            variable = re.compile(r"_\d+$")
+            outputs = {variable.sub("", name): name for name in node.output}
+            node.output[:] = [outputs[variable.sub("", value.name)] for value in body.input[2:]]
+            _order_loops(body.node)
 
 
 # ---- our ops, and those that ONNX lacks, in the terms of torch.onnx ----
