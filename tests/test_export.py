@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -533,6 +535,31 @@ LAYERS = {
     "carry": {"dykstra": "carry", "n_grad": 10},
     "prices": {"layer": "prices", "n_grad": 40, "n_proj": 1, "lr": 10.0},
 }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_onnx_does_not_hang_on_the_hash_seed(seed, tmp_path):
+    """onnxscript orders what a Loop carries by sets of names, whose order is another in every process."""
+    program = """
+import sys, torch, onnxruntime, dmm_fast
+from pathlib import Path
+from dmm_fast.export import export
+from dmm_fast.model import Config, DMMNet
+cost = torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0))
+for layer in ("dykstra", "prices"):
+    folder = Path(sys.argv[1], layer)
+    net = DMMNet(Config(layer=layer, n_grad=9, n_proj=2))
+    export("onnx", net, folder, only="match")
+    session = onnxruntime.InferenceSession(folder / "match.onnx", providers=["CPUExecutionProvider"])
+    sizes = {"num_templates": torch.full((3,), 4).numpy(), "num_proposals": torch.full((3,), 7).numpy()}
+    (found,) = session.run(None, {"cost": cost.numpy(), **sizes})
+    op = dmm_fast.match_prices if layer == "prices" else dmm_fast.match
+    settings = {"output": "last"} if layer == "prices" else {}
+    expected = op(cost, n_grad=9, n_proj=2, lr=net.lr, **settings)
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed + 4)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)
