@@ -28,6 +28,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from dmm_fast.model.inference import folded
 from dmm_fast.model.network import make_backbone
 from dmm_fast.model.weights import load_weights, packaged, read_weights, save_weights
 from dmm_fast.proposals import TOP, MaskRCNNProposer, ProposalError
@@ -227,6 +228,8 @@ class Detector(MaskRCNNProposer):
         net, self.config = load_detector(weights, body)
         if short_side is not None:
             net.transform.min_size = (short_side,)
+        if isinstance(net.backbone, TimmPyramid):
+            net.backbone.body = folded(net.backbone.body)
         super().__init__(net.to(memory_format=torch.channels_last), top, threshold, device)
 
 

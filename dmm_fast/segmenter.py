@@ -24,6 +24,7 @@ from dmm_fast.model import (
     Proposals,
     State,
     digest,
+    inference,
     load_weights,
     packaged,
     read_config,
@@ -106,7 +107,8 @@ class Segmenter:
         if graph and (self.device.type != "cuda" or (matcher, decision) != ("dmm", "confident")):
             raise ValueError("Segmenter: graph needs a CUDA device, the matcher 'dmm' and the decision 'confident'")
         self.net = _build(config, weights).to(self.device).eval()
-        self._graph = GraphStep(self.net, config.top) if graph else None
+        self._inference = inference(self.net)
+        self._graph = GraphStep(self._inference, config.top) if graph else None
         self.note = _note(config, weights)
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
@@ -155,7 +157,7 @@ class Segmenter:
         full[: len(ids)] = masks.to(self.device)
         valid = torch.arange(slots, device=self.device) < len(ids)
         frame = frame.to(self.device)
-        state = self.net.start(frame, full, valid)
+        state = self._inference.start(frame, full, valid)
         self._state, self._frame = state, frame
         self._slot_ids = ids + [0] * (slots - len(ids))
         self._ids = _paint(np.zeros(masks.shape[1:], np.uint8), ids, masks)
@@ -177,11 +179,12 @@ class Segmenter:
         if self._graph is not None:
             output, state = self._graph(tensor, proposals, state)
         else:
-            proposals = self.net.prepare(proposals, state)
-            features = self.net.encode(tensor[None])
-            affinity = self.net.compare(features, proposals, state)
-            assignment = self._assignment(self.net.cost(affinity), proposals.scores, state.valid)
-            output, state = self.net.decide(features, proposals, affinity, assignment, state)
+            net = self._inference
+            proposals = net.prepare(proposals, state)
+            features = net.encode(tensor[None])
+            affinity = net.compare(features, proposals, state)
+            assignment = self._assignment(net.cost(affinity), proposals.scores, state.valid)
+            output, state = net.decide(features, proposals, affinity, assignment, state)
 
         table = np.array([0, *self._slot_ids], np.uint8)
         ids = table[output.labels.cpu().numpy()]
@@ -213,7 +216,7 @@ class Segmenter:
         full[free], new[free] = masks.to(self.device), True
         for slot, i in zip(free, ids):
             slot_ids[slot] = i
-        state = self.net.add(self._frame, full, new, state)
+        state = self._inference.add(self._frame, full, new, state)
         self._state, self._slot_ids = state, slot_ids
         self._ids = _paint(self._ids.copy(), ids, masks)
         return FrameResult(self._ids.copy(), _given(ids))

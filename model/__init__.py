@@ -1,11 +1,12 @@
 """The network: tensors in, tensors out, scriptable and exportable."""
 
 from .config import PRESETS, Config
+from .inference import inference
 from .network import DMMNet
 from .state import Affinity, Output, Proposals, State
 from .weights import digest, load_weights, packaged, read_config, read_weights, save_weights
 
 __all__ = [
     "PRESETS", "Affinity", "Config", "DMMNet", "Output", "Proposals", "State",
-    "digest", "load_weights", "packaged", "read_config", "read_weights", "save_weights",
+    "digest", "inference", "load_weights", "packaged", "read_config", "read_weights", "save_weights",
 ]

@@ -171,15 +171,16 @@ class Memory(nn.Module):
         return query[None], known[None]
 
     def forward(self, query: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
-        """query [1, K, h, w], keys [N, K, h, w], masks [N, 1, h, w] -> [N, 3, h, w]: log-odds, evidence for, against."""
+        """query [1, K, h, w], keys [N, K, h, w] (or [1, K, h, w]: the same for all), masks [N, 1, h, w] -> [N, 3, h, w]:
+        log-odds, evidence for, against."""
         of_query, of_known = self.bias(query)
         query = torch.cat([query * self.sharpness.exp(), of_query], 1)
         keys = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
         objects, cells = keys.size(0), query.size(2) * query.size(3)
         known = keys.flatten(2).transpose(1, 2).flatten(0, 1)  # [N h w, K + 4]: one product for all objects
-        similarity = torch.mm(known, query.flatten(2)[0]).exp_().view(objects, -1, cells)  # [N, h w, h w]
+        similarity = torch.mm(known, query.flatten(2)[0]).exp_().view(objects, -1, cells)  # [N or 1, h w, h w]
         value = masks.flatten(2)  # [N, 1, h w]
-        total = torch.bmm(torch.cat([value, 1.0 - value], 1), similarity)  # [N, 2, h w]
+        total = torch.matmul(torch.cat([value, 1.0 - value], 1), similarity)  # [N, 2, h w]
         log = torch.log(total + 1e-4)
         cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
         return cues.view(cues.size(0), 3, query.size(2), query.size(3))
@@ -235,10 +236,13 @@ class HeavyRefinement(nn.Module):
         """features: each [1, C_l, h_l, w_l], fine to coarse; proposals at full size; matched [N, H, W] -> masks [N, H, W],
         parts [N, M]."""
         keys = self.keys(features)
+        # Templates come from any frame, but the last frame is the same for all: the keys of one slot in use are everyone's.
+        slot = state.valid.to(torch.uint8).argmax().view(1)
+        last_keys = state.hidden[2].index_select(0, slot)  # [1, K, h3, w3]
         cues = torch.cat(
             [
-                self.template(keys, state.hidden[0], state.hidden[1]),
-                self.last(keys, state.hidden[2], state.hidden[3]),
+                self.template(keys, common(state.hidden[0]), state.hidden[1]),
+                self.last(keys, last_keys, state.hidden[3]),
             ],
             1,
         )  # [N, 6, h3, w3]
@@ -286,6 +290,18 @@ class HeavyRefinement(nn.Module):
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x)
+
+
+def common(keys: Tensor) -> Tensor:
+    """keys [N, K, h, w], or [1, K, h, w] where all objects have the same, given in one frame as most are. Asked where the
+    answer is cheap: not on a GPU, which would have to wait, nor while compiling, which would fix it.
+    """
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            return keys
+    if keys.size(0) > 1 and not keys.is_cuda and bool((keys[1:] == keys[:1]).all()):
+        return keys[:1]
+    return keys
 
 
 def beside(masks: Tensor) -> Tensor:

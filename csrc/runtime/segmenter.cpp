@@ -337,7 +337,8 @@ Proposals Segmenter::propose(const at::Tensor& frame) {
   if (!proposes()) fail(session_->model.manifest().folder, ": holds no proposal network; give proposals");
   const Tensors found = session_->model.call("proposals", {checked_frame(frame)});
   if (found.size() != 3) fail("proposals: must give boxes, scores and masks, got ", found.size(), " tensors");
-  return {found[0], found[1], found[2]};
+  const int64_t count = at::isfinite(found[1]).sum().item<int64_t>();  // behind them is padding
+  return {found[0].narrow(0, 0, count), found[1].narrow(0, 0, count), found[2].narrow(0, 0, count)};
 }
 
 void Segmenter::save(const std::string& path, const std::string& last_frame) const {

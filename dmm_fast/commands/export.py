@@ -15,8 +15,8 @@ FORMATS = ("torchscript", "pt2", "onnx")
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "export", run, "write the step for programs without Python: TorchScript, .pt2, ONNX",
-        "Write start and step of the segmenter, with their weights, to a folder with a manifest.json that says what goes\n"
-        "in and out, which sizes may vary, and the checksum of every file.\n\n"
+        "Write start and step of the segmenter and its proposal network, with their weights, to a folder with a\n"
+        "manifest.json that says what goes in and out, which sizes may vary, and the checksum of every file.\n\n"
         "torchscript  one file for C++ with libtorch; every size may vary; CPU and CUDA\n"
         "pt2          compiled for this machine's kind of processor (AOTInductor), the fastest; the device is chosen now\n"
         "onnx         for ONNX Runtime and its like, without torch; matching is a function a runtime may replace",
@@ -24,6 +24,8 @@ def add(commands: Any) -> None:
         ("dmm-fast export --format torchscript --preset iou --out exported", "matching on overlap alone"),
         ("dmm-fast export --format pt2 --preset youtube-vos --weights net.safetensors --out exported",
          "compiled; objects, proposals and the frame's size may vary"),
+        ("dmm-fast export --format pt2 --height 480 --width 854 --out exported",
+         "the packaged networks, compiled for frames of one size"),
         ("dmm-fast export --format pt2 --height 480 --width 854 --objects 5 --proposals 50 --out exported",
          "everything fixed: slots and proposals that are not in use are padding"),
         ("dmm-fast export --format onnx --only match --out layer", "the matching layer alone, as a small file"),
@@ -42,8 +44,8 @@ def add(commands: Any) -> None:
     model.add_argument("--refine", choices=("none", "light", "heavy"), help="mask refinement in place of the preset's")
     model.add_argument(
         "--detector", metavar="small|FILE|none",
-        help="torchscript: the proposal network to write beside the step, the one in the package (default with its network), "
-        "one of dmm-fast train-proposals, or none",
+        help="the proposal network to write beside the step, the one in the package (default with its network), one of "
+        "dmm-fast train-proposals, or none; pt2 and onnx need --height and --width for it",
     )  # fmt: skip
     model.add_argument(
         "--device", default="cpu", help="pt2: where it will run, cpu (default) or cuda; the other formats run on both"
@@ -57,7 +59,7 @@ def add(commands: Any) -> None:
         "--soft-masks", action="store_true",
         help="proposals come as soft masks in their boxes, as from Mask R-CNN, not as masks of the frame's size",
     )  # fmt: skip
-    sizes.add_argument("--only", choices=("match",), help="onnx: the matching layer alone, cost -> assignment")
+    sizes.add_argument("--only", choices=("match",), help="the matching layer alone, cost -> assignment")
 
 
 def run(a: argparse.Namespace) -> int:
@@ -69,17 +71,16 @@ def run(a: argparse.Namespace) -> int:
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
         raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
-    if a.format != "torchscript" and a.detector not in (None, "none"):
-        raise ExportError(f"export: --detector is for --format torchscript, got --format {a.format}")
-    if a.only is not None and a.format != "onnx":
-        raise ExportError(f"export: --only is for --format onnx, got --format {a.format}")
-    script = a.format == "torchscript"
-    options: dict[str, Any] = {"detector": _detector(a)} if script else {"sizes": sizes, "soft": a.soft_masks}
+    if a.only is not None and a.detector not in (None, "none"):
+        raise ExportError(f"export: --only {a.only} has no place for a --detector")
+    options: dict[str, Any] = {"only": a.only}
     if a.only is None:
+        options = {"detector": _detector(a)}
+        if a.format != "torchscript":
+            options |= {"sizes": sizes, "soft": a.soft_masks}
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
     else:
-        options = {"only": a.only}
         config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
         net = DMMNet(Config(**{name: getattr(config, name) for name in settings}))  # no features, no weights
@@ -98,10 +99,10 @@ def run(a: argparse.Namespace) -> int:
 def _detector(a: argparse.Namespace) -> Any:
     """The proposal network to export, or None."""
     from dmm_fast.export import ExportError
-    from dmm_fast.proposals import open_proposer
+    from dmm_fast.proposals import TOP, open_proposer
 
     own = a.weights is None and a.backbone is None and a.preset in (None, "small")
     name = a.detector or ("small" if own else "none")
     if name not in ("small", "none") and not name.endswith(".safetensors"):
         raise ExportError(f"export: --detector must be small, none or FILE.safetensors, got {name!r}")
-    return None if name == "none" else open_proposer(name, device=a.device)
+    return None if name == "none" else open_proposer(name, device=a.device, top=a.proposals or TOP)

@@ -6,13 +6,17 @@ exported = dmm_fast.export.load("out")                 # checked, then start, st
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.model import DMMNet, digest
+import torch
+
+from dmm_fast.model import DMMNet, digest, inference
+from dmm_fast.proposals import MaskRCNNProposer
 
 from .loaded import Exported, verify
 from .manifest import KINDS, NAME, OPEN, ExportError, Manifest, Sizes, config_of, read, require_ops
@@ -20,18 +24,27 @@ from .manifest import KINDS, NAME, OPEN, ExportError, Manifest, Sizes, config_of
 __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "load", "read"]
 
 
-def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> Manifest:
+def export(
+    kind: str, net: DMMNet, out: str | os.PathLike[str], *, detector: MaskRCNNProposer | None = None, only: str | None = None,
+    overwrite: bool = False, **options: Any,
+) -> Manifest:  # fmt: skip
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
-    options, for torchscript: detector (a `dmm_fast.detector.Detector`, which then proposes in the export, too); for pt2
-    and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in their boxes), and the
-    formats' own (see `dmm_fast.export.pt2` and `.onnx`). One step of the result is compared with the network's,
-    at other sizes than it was traced with. The manifest is written last: a folder without one is no export.
+    detector: a `dmm_fast.detector.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
+    alone. options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in
+    their boxes). One step of these is compared with the network's, at other sizes than it was traced with. The manifest is
+    written last: a folder without one is no export.
 
     Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
     """
     if kind not in KINDS:
         raise ExportError(f"export: format must be one of {KINDS}, got {kind!r}")
+    if only not in (None, "match"):
+        raise ExportError(f"export: only must be None or 'match', got {only!r}")
+    if detector is not None:
+        from .detector import ProposalNetwork  # torchvision is slow to import
+
+        options["detector"] = ProposalNetwork(detector).eval()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / NAME).exists():
@@ -40,10 +53,16 @@ def export(kind: str, net: DMMNet, out: str | os.PathLike[str], *, overwrite: bo
         (folder / NAME).unlink()
     training = net.training
     try:
-        manifest = _format(kind).export(net.eval(), folder, **options)
-        if kind != "torchscript" and "step" in manifest.files:  # a script is the network itself
-            exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
-            verify(exported, net, options.get("sizes", OPEN), options.get("soft", False))
+        if only is not None:
+            manifest = _format(kind).export_layer(net.eval(), folder)
+        else:
+            frozen = inference(copy.deepcopy(net.eval()))
+            if kind != "torchscript":  # AOTInductor computes nonsense from weights that lie channels-last
+                frozen.to(memory_format=torch.contiguous_format)
+            manifest = _format(kind).export(frozen, folder, **options)
+            if kind != "torchscript":  # a script is the network itself
+                exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
+                verify(exported, net, options.get("sizes", OPEN), options.get("soft", False))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)

@@ -1,24 +1,25 @@
-"""The proposal network as TorchScript: frame in, proposals out, with ops of torch alone.
+"""The proposal network as a function that can be scripted and traced: frame in, proposals out, with ops of torch alone.
 
 torchvision's `nms` and `roi_align` live in a library that only Python loads, so this holds them written in torch.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops.boxes import box_area, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.boxes import box_area, clip_boxes_to_image
 
 from dmm_fast.detector import TimmPyramid
 from dmm_fast.proposals import MaskRCNNProposer, ProposalError
 
 
 class ProposalNetwork(nn.Module):
-    """frame [3, H, W] uint8 -> boxes [M, 4], scores [M], masks [M, 28, 28], as the `Detector` it is made of."""
+    """frame [3, H, W] uint8 -> boxes [M, 4], scores [M], masks [M, 28, 28], as the `Detector` it is made of.
+
+    Every stage looks at a fixed number of boxes and gives those that are none a score of -inf. A script cuts them off where it
+    can; a traced program, whose sizes are fixed, carries them to the end: M is then always the detector's `top`.
+    """
 
     def __init__(self, detector: MaskRCNNProposer) -> None:
         super().__init__()
@@ -27,14 +28,15 @@ class ProposalNetwork(nn.Module):
             raise ProposalError("export: the proposal network must be one of dmm-fast train-proposals on a timm backbone")
         rpn, heads, size = model.rpn, model.roi_heads, model.transform
         self.body, self.fpn = model.backbone.body, model.backbone.fpn
-        self.rpn_head, self.anchors, self.rpn_coder = rpn.head, rpn.anchor_generator, rpn.box_coder
+        self.rpn_head, self.rpn_coder = rpn.head, rpn.box_coder
         self.box_head, self.box_predictor, self.box_coder = heads.box_head, heads.box_predictor, heads.box_coder
         self.mask_head, self.mask_predictor = heads.mask_head, heads.mask_predictor
         self.box_cells, self.mask_cells = int(heads.box_roi_pool.output_size[0]), int(heads.mask_roi_pool.output_size[0])
         self.short_side, self.long_side, self.multiple = int(size.min_size[-1]), int(size.max_size), int(size.size_divisible)
         self.candidates, self.regions = int(rpn.pre_nms_top_n()), int(rpn.post_nms_top_n())
         self.rpn_nms, self.nms = float(rpn.nms_thresh), float(heads.nms_thresh)
-        self.top, self.threshold = int(detector.top), float(detector.threshold)
+        self.top, self.threshold = min(int(detector.top), self.regions), float(detector.threshold)
+        self.register_buffer("anchors", torch.stack(rpn.anchor_generator.cell_anchors))  # [levels, A, 4]
         self.register_buffer("mean", torch.tensor(size.image_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(size.image_std)[:, None, None])
 
@@ -43,8 +45,8 @@ class ProposalNetwork(nn.Module):
         levels = self.body(image)
         pyramid = self.fpn({"0": levels[0], "1": levels[1], "2": levels[2], "3": levels[3]})
         features = [pyramid["0"], pyramid["1"], pyramid["2"], pyramid["3"]]  # [1, C, h, w] of stride 4, 8, 16, 32
-        regions = self.propose(image, features[1:] + [pyramid["pool"]], (height, width))
-        boxes, scores = self.detect(features, regions, (height, width))
+        regions, likely = self.propose(image, features[1:] + [pyramid["pool"]], (height, width))
+        boxes, scores = self.detect(features, regions, likely, (height, width))
         masks = self.mask_predictor(self.mask_head(pool_regions(features, boxes, self.mask_cells)))
         scale = [frame.shape[2] / width, frame.shape[1] / height]
         return boxes * torch.tensor(scale + scale, device=boxes.device), scores, masks[:, 1].sigmoid()
@@ -53,76 +55,134 @@ class ProposalNetwork(nn.Module):
         """-> the image [1, 3, h, w] with zeros to its right and below, and its own height and width in there."""
         height, width = image.shape[1], image.shape[2]
         scale = min(self.short_side / min(height, width), self.long_side / max(height, width))
-        height, width = math.floor(height * scale), math.floor(width * scale)
+        height, width = int(height * scale), int(width * scale)
         image = F.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)
         return F.pad(image, [0, -width % self.multiple, 0, -height % self.multiple]), (height, width)
 
-    def propose(self, image: Tensor, features: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """The region proposals [R, 4], best first: the best anchors of each level, without those much like a better one."""
-        anchors = self.anchors(ImageList(image, [size]), features)[0]
+    def propose(self, image: Tensor, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The region proposals [R, 4] and their logits [R], best first: the best anchors of each level, without those much
+        like a better one."""
         scores, boxes = torch.jit.annotate(list[Tensor], []), torch.jit.annotate(list[Tensor], [])
-        logits, offsets = self.rpn_head(features)
-        done = 0
-        for i in range(len(features)):
-            h, w = features[i].shape[2], features[i].shape[3]
-            level = logits[i].permute(0, 2, 3, 1).flatten()  # [h * w * A]
-            deltas = offsets[i].view(-1, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4)  # [h * w * A, 4]
-            best, index = level.topk(min(self.candidates, level.numel()))
-            found = self.rpn_coder.decode_single(deltas[index], anchors[done + index])
-            found = clip_boxes_to_image(found, size)
-            keep = remove_small_boxes(found, 1e-3)
-            keep = keep[suppress(found[keep], self.rpn_nms)]
-            scores.append(best[keep])
-            boxes.append(found[keep])
-            done += level.numel()
-        order = torch.cat(scores).argsort(descending=True, stable=True)
-        return torch.cat(boxes)[order[: self.regions]]
+        of_level = self.rpn_head(features)
+        for feature, logits, offsets, anchors in zip(features, of_level[0], of_level[1], self.anchors):
+            h, w = feature.shape[2], feature.shape[3]
+            y = torch.arange(h, device=image.device) * (image.shape[2] // h)
+            x = torch.arange(w, device=image.device) * (image.shape[3] // w)
+            corner = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], 2)  # [h, w, 2]
+            anchors = (torch.cat([corner, corner], 2)[:, :, None] + anchors).flatten(0, 2)  # [h * w * A, 4]
+            level = logits.permute(0, 2, 3, 1).flatten()  # [h * w * A]
+            deltas = offsets.view(-1, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4)  # [h * w * A, 4]
+            # As many candidates on every level, so that their number does not follow from the frame's size.
+            best, index = F.pad(level, [0, self.candidates], value=float("-inf")).topk(self.candidates)
+            index = index.clamp(max=level.shape[0] - 1)
+            found = clip_boxes_to_image(self.rpn_coder.decode_single(deltas[index], anchors[index]), size)
+            scores.append(best)
+            boxes.append(found)
+        likely = suppress(torch.stack(boxes), torch.stack(scores), 1e-3, self.rpn_nms).flatten()  # [levels * candidates]
+        likely, order = likely.topk(self.regions)
+        return cut(torch.cat(boxes)[order], likely)
 
-    def detect(self, features: list[Tensor], regions: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def detect(
+        self, features: list[Tensor], regions: Tensor, likely: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """Boxes [M, 4] in the resized image and their scores [M], best first."""
         logits, offsets = self.box_predictor(self.box_head(pool_regions(features, regions, self.box_cells)))
-        scores, order = logits.softmax(-1)[:, 1].sort(descending=True, stable=True)
+        scores = logits.softmax(-1)[:, 1]
+        scores = torch.where((likely > float("-inf")) & (scores > self.threshold), scores, float("-inf"))
+        scores, order = scores.sort(descending=True, stable=True)
         boxes = clip_boxes_to_image(self.box_coder.decode_single(offsets[:, 4:], regions)[order], size)
-        keep = torch.nonzero(scores > self.threshold).squeeze(1)
-        keep = keep[remove_small_boxes(boxes[keep], 1e-2)]
-        keep = keep[suppress(boxes[keep], self.nms)[: self.top]]
-        return boxes[keep], scores[keep]
+        scores = suppress(boxes[None], scores[None], 1e-2, self.nms)[0]
+        scores, order = scores.topk(min(self.top, scores.shape[0]))
+        return cut(boxes[order], scores)
 
 
-def suppress(boxes: Tensor, threshold: float) -> Tensor:
-    """Indices of the boxes [R, 4], best first, that no better box which stays covers with an IoU above `threshold`.
+def cut(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the last ones, which have a score of -inf; a traced program keeps them."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return boxes, scores
+    count = int((scores > float("-inf")).sum())
+    return boxes[:count], scores[:count]
+
+
+def suppress(boxes: Tensor, scores: Tensor, least: float, threshold: float) -> Tensor:
+    """Scores [L, R] of boxes [L, R, 4], best first, with -inf for those with a side below `least` and those that a better one
+    which stays covers with an IoU above `threshold`.
 
     Whether a box stays follows from those before it, so repeating the rule for all at once settles on the one answer, in as
     many rounds as the longest chain of boxes that decide about each other.
     """
-    shared = torch.minimum(boxes[:, None, 2:], boxes[:, 2:]) - torch.maximum(boxes[:, None, :2], boxes[:, :2])  # [R, R, 2]
-    both, areas = shared.clamp(min=0).prod(2), box_area(boxes)
-    covers = (both / (areas[:, None] + areas - both) > threshold).float().triu(1)  # [R, R], row before column
-    stays = torch.ones(boxes.shape[0], device=boxes.device)
+    shared = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    shared = (shared - torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])).clamp(min=0).prod(3)  # [L, R, R]
+    sides = boxes[:, :, 2:] - boxes[:, :, :2]
+    areas = sides.prod(2)
+    real = (scores > float("-inf")) & (sides >= least).all(2)  # [L, R]
+    better = torch.ones_like(shared).triu(1) * real[:, :, None]  # row before column
+    covers = torch.where(shared / (areas[:, :, None] + areas[:, None] - shared) > threshold, better, 0.0)
+    stays = real.float()
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return torch.where(_settle(stays, covers) > 0, scores, float("-inf"))
     before = torch.zeros_like(stays)
     while not torch.equal(stays, before):
         before = stays
-        stays = (before @ covers == 0).float()
-    return stays.nonzero().squeeze(1)
+        stays = decide(stays, covers) * real
+    return torch.where(stays > 0, scores, float("-inf"))
+
+
+def decide(stays: Tensor, covers: Tensor) -> Tensor:
+    """[L, R] of 0 and 1: whether none of those that stay covers it."""
+    return ((stays[:, None] @ covers)[:, 0] == 0).float()
+
+
+def _settle(real: Tensor, covers: Tensor) -> Tensor:
+    """The rounds of `suppress` as a loop that torch.export keeps as one."""
+    from torch._higher_order_ops import while_loop
+
+    def differ(stays: Tensor, before: Tensor) -> Tensor:
+        return (stays != before).any()
+
+    def again(stays: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        return decide(stays, covers) * real, stays.clone()
+
+    return while_loop(differ, again, (real.clone(), torch.zeros_like(real)))[0]
 
 
 def pool_regions(features: list[Tensor], boxes: Tensor, cells: int) -> Tensor:
     """The features [1, C, h, w], stride 4 doubling, in each of the boxes [R, 4], pixels: [R, C, cells, cells].
 
-    As torchvision's MultiScaleRoIAlign: a box's level follows from its area; four samples to a cell.
+    As torchvision's MultiScaleRoIAlign: a box's level follows from its area; four samples to a cell, each from four neighbours.
+    With the levels one behind the other that is a weighted sum of 16 rows of one table, whichever level a box is on.
     """
-    level = (4 + torch.log2(box_area(boxes).sqrt() / 224) + 1e-6).floor().clamp(2, 1 + len(features)).long() - 2  # [R]
-    result = torch.zeros((boxes.shape[0], features[0].shape[1], cells, cells), device=boxes.device)
-    steps = (torch.arange(2 * cells, device=boxes.device) + 0.5) / (2 * cells)
+    level = (4 + torch.log2(box_area(boxes).sqrt() / 224) + 1e-6).floor().clamp(2, 1 + len(features)) - 2  # [R]
+    height, width, first = torch.zeros_like(level), torch.zeros_like(level), torch.zeros_like(level)
+    done = 0
     for i, feature in enumerate(features):
-        mine = torch.nonzero(level == i).squeeze(1)
-        if mine.numel() > 0:
-            corner, far = boxes[mine, :2] / 2 ** (2 + i), boxes[mine, 2:] / 2 ** (2 + i)
-            at = corner[:, None] + (far - corner).clamp(min=1)[:, None] * steps[:, None]  # [r, 2 * cells, 2], x and y
-            last = torch.tensor([feature.shape[3] - 1, feature.shape[2] - 1], device=boxes.device).clamp(min=1)
-            at = 2 * at / last - 1
-            x, y = at[:, None, :, 0].expand(-1, 2 * cells, -1), at[:, :, None, 1].expand(-1, -1, 2 * cells)
-            grid = torch.stack([x, y], 3).flatten(0, 1)[None]  # [1, r * 2 * cells, 2 * cells, 2]
-            samples = F.grid_sample(feature, grid, "bilinear", "border", align_corners=True)[0]  # [C, r * 2 * cells, 2 * cells]
-            result[mine] = F.avg_pool2d(samples, 2).unflatten(1, [-1, cells]).transpose(0, 1)
-    return result
+        h, w = feature.shape[2], feature.shape[3]
+        mine = level == i
+        height, width = torch.where(mine, h, height), torch.where(mine, w, width)
+        first = torch.where(mine, done, first)
+        done += h * w
+    scaled = boxes / (4 * 2**level)[:, None]
+    y, of_y = neighbours(scaled[:, 1], scaled[:, 3], height, cells)  # [R, cells, 4]
+    x, of_x = neighbours(scaled[:, 0], scaled[:, 2], width, cells)
+    rows = (first[:, None, None] + y * width[:, None, None]).long()
+    index = (rows[:, :, None, :, None] + x.long()[:, None, :, None]).flatten(3)  # [R, cells, cells, 16]
+    weight = (of_y[:, :, None, :, None] * of_x[:, None, :, None]).flatten(3)
+    table = torch.cat([feature[0].flatten(1) for feature in features], 1).t().contiguous()  # [all cells of all levels, C]
+    pooled = F.embedding_bag(index.flatten(0, 2), table, per_sample_weights=weight.flatten(0, 2), mode="sum")
+    return pooled.view(-1, cells, cells, table.shape[1]).permute(0, 3, 1, 2)
+
+
+def neighbours(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Where a mean of two samples in each of `cells` parts of [low, high), both [R], takes its values from along an axis of
+    `size` [R] values, and with what weight: [R, cells, 4] each."""
+    steps = (torch.arange(2 * cells, device=low.device) + 0.5) / (2 * cells)
+    at = low[:, None] + (high - low).clamp(min=1)[:, None] * steps  # [R, 2 * cells]
+    last = size[:, None] - 1
+    at = torch.minimum(at.clamp(min=0), last)
+    before = at.floor()
+    share = at - before
+    index = torch.stack([before, torch.minimum(before + 1, last)], 2)
+    weight = torch.stack([1 - share, share], 2) / 2
+    return index.view(-1, cells, 4), weight.view(-1, cells, 4)

@@ -1,15 +1,21 @@
-"""A network's start and step on a flat list of tensors, as torch.export and ONNX want them."""
+"""A network's functions on flat lists of tensors, as torch.export and ONNX want them, and how they are traced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dmm_fast.model import DMMNet, Proposals
+from dmm_fast.model.network import paint
 
-from .manifest import LIMITS, Example, ExportError, Sizes, Spec, flat, unflat
+from .manifest import LAYER_LIMITS, LIMITS, Entry, Example, ExportError, Sizes, Spec, flat, unflat
+
+if TYPE_CHECKING:
+    from .detector import ProposalNetwork
 
 
 class Start(nn.Module):
@@ -35,31 +41,108 @@ class Step(nn.Module):
         return tuple(tensor.clone() for tensor in (*output, *flat(state)))  # an input may pass through, or be given twice
 
 
-FUNCTIONS = {"start": Start, "step": Step}
+class Propose(nn.Module):
+    """frame -> boxes, scores and masks of as many proposals as the detector keeps, padding among them; the masks as `Step`
+    takes them: soft ones, or bool ones of the frame's size.
+    """
+
+    def __init__(self, detector: ProposalNetwork, soft: bool) -> None:
+        super().__init__()
+        self.detector, self.soft = detector, soft
+
+    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, masks = self.detector(frame)
+        if not self.soft:
+            masks = paint(Proposals(boxes, scores, masks), frame) > 0.5
+        return boxes, scores, masks
+
+
+class Match(nn.Module):
+    """(cost, num_templates, num_proposals) -> assignment: the network's matching layer on a batch of ragged problems."""
+
+    def __init__(self, net: DMMNet) -> None:
+        super().__init__()
+        self.prices, self.carry = net.prices, net.carry
+        self.n_grad, self.n_proj, self.lr = net.n_grad, net.n_proj, net.lr
+
+    def forward(self, cost: Tensor, num_templates: Tensor, num_proposals: Tensor) -> Tensor:
+        if self.prices:
+            return torch.ops.dmm.match_prices(cost, num_templates, num_proposals, None, self.n_grad, self.n_proj, self.lr)
+        return torch.ops.dmm.match(
+            cost, None, num_templates, num_proposals, None, self.n_grad, self.n_proj, self.lr, self.carry
+        )
+
+
+class Positional(nn.Module):
+    """A function whose arguments are one list, however many it has."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...] | Tensor:
+        return self.function(*tensors)
+
+
+@dataclass
+class Traced:
+    """Programs by the manifest's names for them, and what it says of each."""
+
+    programs: dict[str, torch.export.ExportedProgram]
+    entries: dict[str, Entry]
+
+    def ops(self) -> tuple[str, ...]:
+        """The ops of the op library that the programs call."""
+        targets = {node.target for program in self.programs.values() for node in program.graph.nodes}
+        return tuple(sorted(target.name().partition(".")[0] for target in targets if str(target).startswith("dmm.")))
 
 
 def traced(
-    net: DMMNet, example: Example, sizes: Sizes, decompositions: dict[torch._ops.OpOverload, Callable]
-) -> dict[str, torch.export.ExportedProgram]:
-    """start and step by torch.export, with the sizes open that may vary; `decompositions` says what becomes other ops."""
+    net: DMMNet, example: Example, sizes: Sizes, ending: str, decompositions: dict[torch._ops.OpOverload, Callable],
+    detector: ProposalNetwork | None = None,
+) -> Traced:  # fmt: skip
+    """start, step and, given a detector, proposals by torch.export, with the sizes open that may vary.
+
+    Files will be called after them, with `ending`; `decompositions` says what becomes other ops.
+    """
+    if sizes.H is None and detector is not None:
+        raise ExportError("export: give height and width, or no detector: what it computes follows from the frame's size")
     if sizes.H is None and net.config.backbone != "none" and net.config.input_size is None:
         raise ExportError(
             "export: give height and width. The features' sizes follow from the frame's here, by rounding that a traced "
             "program cannot repeat for other sizes; a config with input_size can leave them open"
         )
-    dims = {name: torch.export.Dim(name, min=LIMITS[name][0], max=LIMITS[name][1]) for name in sizes.varying}
+    functions: dict[str, nn.Module] = {"start": Start(net), "step": Step(net)}
+    if detector is not None:
+        functions["proposals"] = Propose(detector, example.soft).eval()
+        example.add_proposals(functions["proposals"])
+    limits = {name: LIMITS[name] for name in sizes.varying}
+    return _traced(functions, example, limits, ending, decompositions)
+
+
+def traced_layer(net: DMMNet, example: Example, ending: str, decompositions: dict[torch._ops.OpOverload, Callable]) -> Traced:
+    """The matching layer alone."""
+    return _traced({"match": Match(net)}, example, LAYER_LIMITS, ending, decompositions)
+
+
+def _traced(
+    functions: dict[str, nn.Module], example: Example, limits: dict[str, tuple[int, int]], ending: str,
+    decompositions: dict[torch._ops.OpOverload, Callable],
+) -> Traced:  # fmt: skip
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
 
     def varying(spec: Spec) -> dict[int, torch.export.Dim]:
         return {i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)}
 
     programs = {}
     with torch.no_grad():
-        for name, function in FUNCTIONS.items():
-            inputs, _ = example.specs[name]
-            shapes = (tuple(varying(spec) for spec in inputs),)
-            program = torch.export.export(function(net), tuple(example.inputs[name]), dynamic_shapes=shapes, strict=False)
+        for name, function in functions.items():
+            shapes = (tuple(varying(spec) for spec in example.specs[name][0]),)
+            program = torch.export.export(
+                Positional(function), tuple(example.inputs[name]), dynamic_shapes=shapes, strict=False
+            )
             programs[name] = program.run_decompositions(decompositions) if decompositions else program
-    return programs
+    return Traced(programs, example.entries({name: f"{name}{ending}" for name in functions}))
 
 
 def pool(x: Tensor, size: list[int]) -> Tensor:

@@ -56,7 +56,9 @@ class Exported:
         """Proposals of a frame [3, H, W] uint8 by the export's own detector; ExportError where it has none."""
         if "proposals" not in self.manifest.files:
             raise ExportError("this export holds no proposal network")
-        return Proposals(*self._call("proposals", [frame]))
+        boxes, scores, masks = self._call("proposals", [frame])
+        count = int(torch.isfinite(scores).sum())  # behind them is padding
+        return Proposals(boxes[:count], scores[:count], masks[:count])
 
     def _call(self, name: str, tensors: list[Tensor]) -> list[Tensor]:
         self.manifest.check(name, tensors)

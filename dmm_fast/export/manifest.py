@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ ABI = "2.11"  # of torch's stable ABI, which the op libraries are built for
 KINDS = ("torchscript", "pt2", "onnx")
 NAME = "manifest.json"
 LIMITS = {"N": (1, 255), "M": (1, 4096), "H": (32, 8192), "W": (32, 8192)}
+LAYER_LIMITS = {"B": (1, 1 << 20), "N": (1, 4096), "M": (1, 4096)}  # of the matching layer alone
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a name in the manifest's own folder, nothing that leads elsewhere
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -47,6 +48,11 @@ class Spec:
     @classmethod
     def of(cls, name: str, tensor: Tensor, shape: Iterable[int | str]) -> Spec:
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(shape))
+
+
+_BATCH = ("B", "N", "M")
+LAYER = (Spec("cost", "float32", _BATCH), Spec("num_templates", "int64", ("B",)), Spec("num_proposals", "int64", ("B",)))
+ASSIGNMENT = (Spec("assignment", "float32", _BATCH),)  # of the matching layer alone
 
 
 @dataclass(frozen=True)
@@ -274,11 +280,12 @@ OPEN = Sizes()
 class Example:
     """A frame with objects and proposals of the sizes of an export, and what the network's functions take and give.
 
-    `inputs` and `outputs` hold the tensors of "start" and "step", flat and in the manifest's order; `specs` the same as
-    `Spec`s for all four functions.
+    `inputs` holds the tensors of "start", "step" and "match", flat and in the manifest's order; `specs` says what these, "add"
+    and "drop" take and give.
     """
 
     def __init__(self, net: DMMNet, sizes: Sizes, soft: bool = False) -> None:
+        self.soft = soft
         device = net.mean.device
         n, m, h, w = sizes.N or 3, sizes.M or 7, sizes.H or 96, sizes.W or 128
         generator = torch.Generator().manual_seed(0)
@@ -303,7 +310,23 @@ class Example:
         self.inputs = {
             "start": [self.frame, self.objects, self.valid],
             "step": [self.frame, *self.proposals, *flat(self.state)],
+            "match": [torch.rand((2, n, m), device=device), *torch.tensor([[n, 1], [m, 2]], device=device)],
         }
+
+    def add_proposals(self, propose: Callable[[Tensor], Iterable[Tensor]]) -> None:
+        """List `propose`, the proposal network, as "proposals" too. It gives a fixed number where it is traced, else M."""
+        with torch.no_grad():
+            boxes, scores, masks = propose(self.frame)
+        m = "M" if isinstance(propose, torch.jit.ScriptModule) else scores.numel()
+        height, width = self.specs["start"][0][0].shape[1:]
+        cells = masks.shape[1:] if masks.is_floating_point() else (height, width)
+        outputs = (
+            Spec.of("proposals.boxes", boxes, (m, 4)),
+            Spec.of("proposals.scores", scores, (m,)),
+            Spec.of("proposals.masks", masks, (m, *cells)),
+        )
+        self.inputs["proposals"] = [self.frame]
+        self.specs["proposals"] = (self.specs["start"][0][:1], outputs)
 
     def _specs(self, sizes: Sizes, fixed_features: bool) -> tuple[dict[str, tuple[tuple[Spec, ...], ...]], tuple[Spec, ...]]:
         N, M, H, W = (sizes.symbol(name) for name in "NMHW")
@@ -336,6 +359,7 @@ class Example:
             "step": (frame + proposals + state, output + state),
             "add": (frame + objects + slots("new") + state, state),
             "drop": (slots("gone") + state, state),
+            "match": (LAYER, ASSIGNMENT),
         }
         return specs, state
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,30 +16,50 @@ from torch import Tensor
 from dmm_fast import reference
 from dmm_fast.model import DMMNet
 
-from .flat import FUNCTIONS, POOLING, traced
+from .flat import POOLING, Traced, traced, traced_layer
 from .loaded import Run
-from .manifest import LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
+from .manifest import LAYER_LIMITS, LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
+
+if TYPE_CHECKING:
+    from .detector import ProposalNetwork
 
 OPSET = 18
 IR = 10  # of the file's own format: what ONNX Runtime reads since 2024
 DOMAIN = "dmm"
-LAYER = (
-    Spec("cost", "float32", ("B", "N", "M")),
-    Spec("num_templates", "int64", ("B",)),
-    Spec("num_proposals", "int64", ("B",)),
-)
-ASSIGNMENT = (Spec("assignment", "float32", ("B", "N", "M")),)
 
 
-def export(net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, only: str | None = None) -> Manifest:
-    """Write `net` as ONNX into `folder`; returns the manifest, not written yet. only="match": its matching layer alone."""
-    if only is not None:
-        return _export_layer(net, folder)
+def export(
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None
+) -> Manifest:
+    """Write `net`, and `detector`, as ONNX into `folder`; returns the manifest, not written yet."""
     example = Example(net, sizes, soft)
-    decompositions = {**torch.export.default_decompositions(), **POOLING, **_OPS}
-    entries = example.entries({name: f"{name}.onnx" for name in FUNCTIONS})
-    for name, program in traced(net, example, sizes, decompositions).items():
-        entry = entries[name]
+    result = traced(net, example, sizes, ".onnx", _decompositions(), detector)
+    return Manifest(
+        kind="onnx",
+        config=net.config.to_dict(),
+        files=_convert(result, folder),
+        state=example.state_specs,
+        dynamic={name: LIMITS[name] for name in sizes.varying},
+        proposal_masks=("soft" if soft else "full",),
+        notes=(*sizes.notes(), "add and drop: where(slots, start's or zero state, state), tensor by tensor"),
+    )
+
+
+def export_layer(net: DMMNet, folder: Path) -> Manifest:
+    """The network's matching layer alone: a batch of ragged problems -> their assignments."""
+    files = _convert(traced_layer(net, Example(net, OPEN), ".onnx", _decompositions()), folder)
+    return Manifest(kind="onnx", config=net.config.to_dict(), files=files, dynamic=LAYER_LIMITS)
+
+
+def _decompositions() -> dict[Any, Any]:
+    return {**torch.export.default_decompositions(), **POOLING, **_OPS}
+
+
+def _convert(traced: Traced, folder: Path) -> dict[str, Entry]:
+    """Write the programs; returns their entries in the manifest, with names that are unique."""
+    entries = {}
+    for name, program in traced.programs.items():
+        entry = traced.entries[name]
         taken = {spec.name for spec in entry.inputs}  # ONNX has one space of names
         outputs = (replace(s, name=f"next.{s.name}" if s.name in taken else s.name) for s in entry.outputs)
         entries[name] = entry = replace(entry, outputs=tuple(outputs))
@@ -48,40 +68,7 @@ def export(net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, o
             input_names=[spec.name for spec in entry.inputs], output_names=[spec.name for spec in entry.outputs],
         )  # fmt: skip
         _save(converted.model_proto, entry.inputs + entry.outputs, folder / entry.file)
-    return Manifest(
-        kind="onnx",
-        config=net.config.to_dict(),
-        files=entries,
-        state=example.state_specs,
-        dynamic={name: LIMITS[name] for name in sizes.varying},
-        proposal_masks=("soft" if soft else "full",),
-        notes=(*sizes.notes(), "add and drop: where(slots, start's or zero state, state), tensor by tensor"),
-    )
-
-
-def _export_layer(net: DMMNet, folder: Path) -> Manifest:
-    """The network's matching layer alone: a batch of ragged problems -> their assignments."""
-    from onnx import TensorProto, helper
-
-    attributes = {"n_grad": net.n_grad, "n_proj": net.n_proj, "lr": net.lr, "last": int(net.prices)}
-    name = "match_prices" if net.prices else "match"
-    if not net.prices:
-        attributes["carry"] = int(net.carry)
-    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    inputs, outputs = (
-        [helper.make_tensor_value_info(s.name, types[s.dtype], s.shape) for s in specs] for specs in (LAYER, ASSIGNMENT)
-    )
-    node = helper.make_node(name, [s.name for s in LAYER], [s.name for s in ASSIGNMENT], domain=DOMAIN, **attributes)
-    graph = helper.make_graph([node], name, inputs, outputs)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    _save(helper.make_model(graph, opset_imports=opsets, ir_version=IR), LAYER + ASSIGNMENT, folder / "match.onnx")
-    return Manifest(
-        kind="onnx",
-        config=net.config.to_dict(),
-        files={"match": Entry("match.onnx", LAYER, ASSIGNMENT)},
-        dynamic={"B": (1, 1 << 20), "N": (1, 4096), "M": (1, 4096)},
-        notes=(f"dmm::{name} with " + ", ".join(f"{key} = {value}" for key, value in attributes.items()),),
-    )
+    return entries
 
 
 def _save(model: Any, specs: Iterable[Spec], path: Path) -> None:
@@ -174,7 +161,14 @@ def _resize(x: Tensor, size: list[int], align_corners: bool, *scales: Any) -> Te
     return weights(size[0], x.shape[-2]) @ x @ weights(size[1], x.shape[-1]).t()
 
 
+def _embedding_bag(table: Tensor, index: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weighted sums of rows of `table` by which the proposal network pools (`detector.pool_regions`)."""
+    bags = offsets.shape[0]  # all of one size
+    return (rest[3].view(bags, 1, -1) @ table[index.view(bags, -1)])[:, 0], offsets, offsets, offsets
+
+
 _OPS = {
+    torch.ops.aten._embedding_bag_forward_only.default: _embedding_bag,
     torch.ops.dmm.match.default: _match,
     torch.ops.dmm.match_prices.default: _match_prices,
     torch.ops.dmm.mask_iou.default: _mask_iou,

@@ -1,4 +1,4 @@
-""".pt2: start and step by torch.export and AOTInductor, machine code in a package; add and drop are merges of states.
+""".pt2: the functions by torch.export and AOTInductor, machine code in a package each; add and drop are merges of states.
 
 The op library is not in the package: whoever loads it loads that first, by the manifest.
 """
@@ -6,43 +6,67 @@ The op library is not in the package: whoever loads it loads that first, by the 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dmm_fast.model import DMMNet
 
-from .flat import FUNCTIONS, POOLING, traced
+from .flat import POOLING, Traced, traced, traced_layer
 from .loaded import Run
-from .manifest import LIMITS, OPEN, Example, Manifest, Sizes
+from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, Sizes
+
+if TYPE_CHECKING:
+    from .detector import ProposalNetwork
 
 
-def export(net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False) -> Manifest:
-    """Compile `net` for the device it is on into `folder`; returns the manifest, not written yet. Takes minutes."""
-    from torch._inductor import aoti_compile_and_package
+def export(
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None
+) -> Manifest:
+    """Compile `net`, and `detector`, for the device `net` is on into `folder`; returns the manifest, not written yet.
 
+    Takes minutes.
+    """
     example = Example(net, sizes, soft)
-    ops: set[str] = set()
     # Inductor compiles its own pooling for one size only, and says nothing.
-    programs = traced(net, example, sizes, POOLING if sizes.H is None else {})
-    for name, program in programs.items():
-        ops |= {node.target.name().partition(".")[0] for node in program.graph.nodes if "dmm." in str(node.target)}
-        aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
+    result = traced(net, example, sizes, ".pt2", POOLING if sizes.H is None else {}, detector)
+    _compile(result, folder)
     return Manifest(
         kind="pt2",
         config=net.config.to_dict(),
-        files=example.entries({name: f"{name}.pt2" for name in FUNCTIONS}),
+        files=result.entries,
         state=example.state_specs,
         dynamic={name: LIMITS[name] for name in sizes.varying},
-        ops=tuple(sorted(ops)),
+        ops=result.ops(),
         device=net.mean.device.type,
         proposal_masks=("soft" if soft else "full",),
         notes=(
             *sizes.notes(),
-            "compiled for this kind of processor: another may lack its instructions",
+            _PROCESSOR,
             "add and drop: torch.where(slots, start's or zero state, state), tensor by tensor",
         ),
     )
+
+
+def export_layer(net: DMMNet, folder: Path) -> Manifest:
+    """The network's matching layer alone: a batch of ragged problems -> their assignments."""
+    result = traced_layer(net, Example(net, OPEN), ".pt2", {})
+    _compile(result, folder)
+    return Manifest(
+        kind="pt2", config=net.config.to_dict(), files=result.entries, dynamic=LAYER_LIMITS, ops=result.ops(),
+        device=net.mean.device.type, notes=(_PROCESSOR,),
+    )  # fmt: skip
+
+
+_PROCESSOR = "compiled for this kind of processor: another may lack its instructions"
+
+
+def _compile(result: Traced, folder: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    for name, program in result.programs.items():
+        aoti_compile_and_package(program, package_path=str(folder / result.entries[name].file))
 
 
 def load(folder: Path, manifest: Manifest, device: str) -> Run:
@@ -55,6 +79,7 @@ def load(folder: Path, manifest: Manifest, device: str) -> Run:
     }
 
     def run(name: str, tensors: list[Tensor]) -> list[Tensor]:
-        return list(models[name](*(tensor.contiguous() for tensor in tensors)))
+        results = models[name](*(tensor.contiguous() for tensor in tensors))
+        return [results] if isinstance(results, Tensor) else list(results)
 
     return run

@@ -1,4 +1,5 @@
-"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector is a second one.
+"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector is a second one, the
+layer alone a third.
 
 Deprecated upstream since torch 2.13, so all that uses it is here. It stays because it is the one format in which Python-free
 programs get every size open, and CPU and CUDA, from one file.
@@ -9,17 +10,21 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dmm_fast.model import DMMNet, Proposals
-from dmm_fast.proposals import MaskRCNNProposer
 
+from .flat import Match
 from .loaded import Run
-from .manifest import LIMITS, OPEN, Entry, Example, Manifest, Spec, flat, unflat
+from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, flat, unflat
 
-FILE, DETECTOR = "model.pt", "proposals.pt"
+if TYPE_CHECKING:
+    from .detector import ProposalNetwork
+
+FILE, DETECTOR, LAYER = "model.pt", "proposals.pt", "match.pt"
 FUNCTIONS = ("start", "step", "add", "drop")
 # A script keeps both layers and both kinds of proposal masks: which of them runs is decided when it runs.
 OPS = ("dmm::mask_iou", "dmm::match", "dmm::match_prices", "dmm::paste_combine")
@@ -32,40 +37,41 @@ def _without_warnings():
         yield
 
 
-def export(net: DMMNet, folder: Path, detector: MaskRCNNProposer | None = None) -> Manifest:
+def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None) -> Manifest:
     """Script `net` (in eval mode), and `detector` where given, into `folder`; returns the manifest, not written yet."""
     example = Example(net, OPEN)
-    files = example.entries(dict.fromkeys(FUNCTIONS, FILE))
+    files = dict.fromkeys(FUNCTIONS, FILE)
     with _without_warnings():
         torch.jit.script(net).save(folder / FILE)
         if detector is not None:
-            files["proposals"] = _export_detector(detector, folder)
+            files["proposals"] = DETECTOR
+            script = torch.jit.script(detector)
+            script.save(folder / DETECTOR)
+            example.add_proposals(script)
     return Manifest(
         kind="torchscript",
         config=net.config.to_dict(),
-        files=files,
+        files=example.entries(files),
         state=example.state_specs,
         dynamic={**LIMITS, "M": (0, LIMITS["M"][1])},
         ops=OPS,
         proposal_masks=("full", "soft"),
-        notes=("TorchScript is deprecated in torch: where its limits do not matter, prefer pt2",),
+        notes=(_DEPRECATED,),
     )
 
 
-def _export_detector(detector: MaskRCNNProposer, folder: Path) -> Entry:
-    from .detector import ProposalNetwork
+def export_layer(net: DMMNet, folder: Path) -> Manifest:
+    """The network's matching layer alone: a batch of ragged problems -> their assignments."""
+    with _without_warnings():
+        torch.jit.script(Match(net)).save(folder / LAYER)
+    files = Example(net, OPEN).entries({"match": LAYER})
+    return Manifest(
+        kind="torchscript", config=net.config.to_dict(), files=files, dynamic=LAYER_LIMITS,
+        ops=("dmm::match", "dmm::match_prices"), notes=(_DEPRECATED,),
+    )  # fmt: skip
 
-    script = torch.jit.script(ProposalNetwork(detector).eval())
-    script.save(folder / DETECTOR)
-    frame = torch.zeros((3, 96, 128), dtype=torch.uint8, device=detector.device)
-    with torch.no_grad():
-        boxes, scores, masks = script(frame)
-    outputs = (
-        Spec.of("proposals.boxes", boxes, ("M", 4)),
-        Spec.of("proposals.scores", scores, ("M",)),
-        Spec.of("proposals.masks", masks, ("M", *masks.shape[1:])),
-    )
-    return Entry(DETECTOR, (Spec.of("frame", frame, (3, "H", "W")),), outputs)
+
+_DEPRECATED = "TorchScript is deprecated in torch: where its limits do not matter, prefer pt2"
 
 
 def load(folder: Path, manifest: Manifest, device: str) -> Run:
@@ -73,13 +79,14 @@ def load(folder: Path, manifest: Manifest, device: str) -> Run:
         return torch.jit.load(folder / manifest.files[name].file, map_location=device)
 
     with _without_warnings():
-        net = opened("step")
-        detector = opened("proposals") if "proposals" in manifest.files else None
+        scripts = {name: opened(name) for name in manifest.files if name not in FUNCTIONS}
+        net = opened("step") if "step" in manifest.files else None
 
     @torch.no_grad()
     def run(name: str, tensors: list[Tensor]) -> list[Tensor]:
-        if name == "proposals":
-            return list(detector(*tensors))
+        if name in scripts:
+            results = scripts[name](*tensors)
+            return [results] if isinstance(results, Tensor) else list(results)
         if name == "start":
             return flat(net.start(*tensors))
         if name == "step":

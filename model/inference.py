@@ -1,0 +1,51 @@
+"""A network as it runs when it does not learn: batch norms folded into the convolutions before them, memory laid out for them."""
+
+import copy
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .network import DMMNet
+
+
+def inference(net: DMMNet) -> DMMNet:
+    """`net` in eval mode with a folded backbone of its own; everything else is shared, so what `net` learns counts here too.
+
+    On a CPU convolutions run channels-last, and so do the shared ones from now on.
+    """
+    twin = copy.copy(net)
+    if net.backbone is not None:
+        twin._modules = {**net._modules, "backbone": folded(net.backbone)}
+    if net.mean.device.type == "cpu":
+        twin.to(memory_format=torch.channels_last)
+    return twin
+
+
+def folded(backbone: nn.Module) -> nn.Module:
+    """A copy of a backbone in eval mode without the batch norms that follow a convolution: the same function, up to rounding.
+
+    Which follows which is read off the traced graph. A backbone that cannot be traced is returned as it is.
+    """
+    backbone = copy.deepcopy(backbone).eval()
+    try:
+        graph = _Tracer().trace(backbone)
+    except Exception:  # control flow, or code of any other kind that torch.fx does not follow
+        return backbone
+    modules = dict(backbone.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    for norm in (node for node in calls if isinstance(modules[node.target], nn.BatchNorm2d)):
+        (before,) = norm.all_input_nodes
+        if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d) or len(before.users) > 1:
+            continue
+        if sum(node.target in (norm.target, before.target) for node in calls) > 2:  # one of them is used elsewhere too
+            continue
+        replaced = modules[norm.target]
+        backbone.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], replaced))
+        backbone.set_submodule(norm.target, getattr(replaced, "act", nn.Identity()))  # timm's norms bring the activation along
+    return backbone
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
