@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -14,15 +15,17 @@ import pytest
 import torch
 import torchvision
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State, digest
+from PIL import Image
 from torch import Tensor
 
 from dmm_fast import cli
 from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load, read
 from dmm_fast.export.detector import ProposalNetwork, pool_regions, suppress
-from dmm_fast.export.flat import POOLING, pool, traced
+from dmm_fast.export.flat import POOLING, Match, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
 from dmm_fast.export.onnx import _resize
+from dmm_fast.proposals import full_masks
 
 SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
 CONFIGS = {
@@ -103,10 +106,18 @@ def follow(net, clip: Clip, slots: int) -> tuple[list[Output], State]:
 
 
 def agree(theirs: tuple[list[Output], State], ours: tuple[list[Output], State], tolerance: float = 1e-4) -> None:
-    """IoU of every object in every frame at least .999, and the same state within `tolerance`."""
+    """IoU of every object in every frame at least .999, and the same state within `tolerance`.
+
+    Where refined masks of two objects saturate, the last bit of a sigmoid decides, and runtimes differ in it: such pixels
+    may be either's.
+    """
     for output, expected in zip(theirs[0], ours[0], strict=True):
+        highest = expected.masks.sort(0).values[-2:]
+        saturated = (highest[0] > 0.99) & (highest[-1] - highest[0] < 1e-6) & (len(highest) == 2)
+        clear = ~saturated if changes([expected]) else torch.ones_like(saturated)
+        assert clear.float().mean() > 0.9
         for slot in range(1, len(expected.lost) + 1):
-            a, b = output.labels == slot, expected.labels == slot
+            a, b = (output.labels == slot) & clear, (expected.labels == slot) & clear
             assert (a & b).sum() >= 0.999 * (a | b).sum()
         assert torch.equal(output.proposal, expected.proposal) and torch.equal(output.lost, expected.lost)
         torch.testing.assert_close(output.score, expected.score, atol=tolerance, rtol=tolerance)
@@ -387,6 +398,61 @@ def test_without_python(own, data, tmp_path):
             assert (a & b).sum() >= 0.999 * (a | b).sum() > 0
 
 
+@pytest.fixture(scope="module", params=["pt2", "onnx"])
+def proposing(request, tmp_path_factory) -> Path:
+    """The detector in the package beside the smallest network, for frames of 240 x 360."""
+    from torch._inductor import config
+
+    from dmm_fast.detector import packaged_detector
+
+    folder = tmp_path_factory.mktemp("proposing")
+    with config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        export(request.param, make("iou"), folder, detector=packaged_detector(), sizes=Sizes(H=240, W=360))
+    return folder
+
+
+def test_proposals_of_traced_detectors(proposing, data):
+    """On real frames, and where there are none: a frame of one colour."""
+    from dmm_fast.detector import packaged_detector
+
+    frames = read_clip(data, "puma-chair", 2, shrink=2).frames
+    loaded, detector = load(proposing), packaged_detector()
+    for frame in (*frames, torch.full_like(frames[0], 128)):
+        proposals, expected = loaded.propose(frame), detector(frame)
+        masks = full_masks(expected, (240, 360))[2]
+        torch.testing.assert_close(proposals.boxes, expected.boxes, atol=1e-2, rtol=0)
+        torch.testing.assert_close(proposals.scores, expected.scores, atol=1e-4, rtol=0)
+        assert (proposals.masks != masks).flatten(1).sum(1).max() <= 3  # pixels at the threshold
+    spec = loaded.manifest.files["proposals"].outputs[2]
+    assert spec.shape == (50, 240, 360) and spec.dtype == "bool"
+
+
+def test_a_package_without_python(proposing, data, tmp_path):
+    """The C++ program proposes and matches with a .pt2; an ONNX it names as what it does not run."""
+    from dmm_fast import Segmenter
+    from dmm_fast.detector import packaged_detector
+    from dmm_fast.masks import read_ids, write_mask
+    from dmm_fast.runtime import PROGRAM
+
+    (tmp_path / "frames").mkdir()
+    clip = read_clip(data, "puma-chair", 3, shrink=2)
+    for number, frame in enumerate(clip.frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "frames" / f"{number}.png")
+    write_mask(tmp_path / "first.png", clip.masks[0].to(torch.uint8).numpy())
+    command = [PROGRAM, "--model", proposing, "--frames", tmp_path / "frames", "--masks", tmp_path / "first.png"]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], env={}, capture_output=True, text=True)
+    if read(proposing).kind == "onnx":
+        assert done.returncode == 2 and "kind must be torchscript or pt2, got 'onnx'" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    segmenter, detector = Segmenter("iou"), packaged_detector()
+    segmenter.start(clip.frames[0], clip.masks)
+    for number, frame in enumerate(clip.frames[1:], 1):
+        result = segmenter.step(frame, detector(frame))
+        ids = read_ids(tmp_path / "out" / f"{number}.png")
+        assert not result.objects[0].lost and (ids != result.ids).sum() <= 0.001 * result.ids.sum()
+
+
 def test_only_what_can_be_scripted_is(exported):
     from dmm_fast.detector import DetectorConfig, build
     from dmm_fast.proposals import MaskRCNNProposer, ProposalError
@@ -537,11 +603,26 @@ def test_onnx_on_real_clips(name, data, tmp_path):
     assert {i.domain for i in model.opset_import} == {"", "dmm"}
     for clip in ("rollerblade", "puma-chair"):
         real = read_clip(data, clip, 30, shrink=2)
-        # Refined masks saturate: where two objects overlap, the last bit of a sigmoid decides, and runtimes differ in it.
-        slots = 2 if net.refinement is None else 1
-        ours = follow(net, real, slots)
-        agree(follow(load(tmp_path), real, slots), ours, tolerance=2e-3)
+        ours = follow(net, real, 2)
+        agree(follow(load(tmp_path), real, 2), ours, tolerance=2e-3)
         assert changes(ours[0]) > 10 or name == "iou"
+
+
+# ---- the layer alone ----
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "pt2"])
+@pytest.mark.parametrize("name", ["iou", "dykstra"])
+def test_layer_alone(kind, name, tmp_path):
+    """A batch of ragged problems by the op itself, whatever holds it."""
+    net = make(name)
+    layer = export(kind, net, tmp_path, only="match").files["match"]
+    run = importlib.import_module(f"dmm_fast.export.{kind}").load(tmp_path, read(tmp_path), "cpu")
+    assert [spec.shape for spec in layer.inputs] == [("B", "N", "M"), ("B",), ("B",)]
+    for B, N, M in ((6, 5, 20), (1, 1, 1), (3, 4, 7)):
+        cost, n, m = torch.rand(B, N, M), torch.randint(1, N + 1, (B,)), torch.randint(1, M + 1, (B,))
+        (found,) = run("match", [cost, n, m])
+        assert torch.equal(found, Match(net)(cost, n, m))
 
 
 LAYERS = {

@@ -50,6 +50,7 @@ fs::path op_library(const std::string& given) {
 void load_ops(const Manifest& manifest, at::Device device, const std::string& given) {
   const auto missing = [&] { return std::find_if_not(manifest.ops.begin(), manifest.ops.end(), registered); };
   if (device.is_cuda()) load_library("libtorch_cuda.so");
+  if (manifest.kind == "pt2") load_library("libtorch.so");  // its code asks for it by name, but does not know where it is
   if (missing() == manifest.ops.end()) return;
   const fs::path path = op_library(given);
   load_library(path.string());

@@ -1,0 +1,127 @@
+"""A network that does not learn computes what it did, with fewer passes over memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dmm_fast.model import Config, DMMNet, Proposals, inference, refinement
+from dmm_fast.model.inference import folded
+from dmm_fast.model.network import make_backbone
+from torch import nn
+
+
+def lively(backbone: nn.Module) -> nn.Module:
+    """Batch norms whose statistics are not those of a fresh network."""
+    torch.manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias, std=0.1)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "mobilenetv3_small_050"])
+def test_folded_backbones(name):
+    backbone = lively(make_backbone(name, False)[0])
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    twin = folded(backbone)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    image = torch.rand((1, 3, 70, 100))
+    with torch.no_grad():
+        for ours, theirs in zip(twin(image), backbone(image), strict=True):
+            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()  # rounding, through fifty layers
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+class Shared(nn.Module):
+    """A convolution that is used without its norm as well, one called twice, and a norm that follows no convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.twice, self.after = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.first = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return self.after(self.twice(self.twice(self.norm(x) + x)))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("kind", [Shared, Branch])
+def test_what_cannot_be_folded_stays(kind):
+    net = lively(kind())
+    twin, x = folded(net), torch.rand((1, 3, 5, 5))
+    assert [type(module) for module in twin.modules()] == [type(module) for module in net.modules()]
+    assert torch.equal(twin(x), net(x))
+
+
+def heavy() -> DMMNet:
+    torch.manual_seed(0)
+    config = Config(backbone="mobilenetv3_small_050", iou_weight=0.5, refine="heavy", hidden=16, follow="refined")
+    net = DMMNet(config)
+    nn.init.normal_(net.refinement.head.weight, std=5.0)
+    lively(net.backbone)
+    return net.eval()
+
+
+def test_what_is_learned_counts():
+    net = heavy()
+    twin = inference(net)
+    assert twin.refinement is net.refinement and twin.backbone is not net.backbone
+    assert any(isinstance(module, nn.BatchNorm2d) for module in net.backbone.modules())
+
+
+@torch.no_grad()
+def test_objects_share_what_they_remember_of_a_frame(monkeypatch):
+    """Three objects from two frames, one of them dropped: the same masks as with keys that each object keeps for itself."""
+    net = heavy()
+    frames = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8)
+    masks = torch.zeros((4, 64, 96), dtype=torch.bool)
+    for k in range(4):
+        masks[k, 8 * k : 8 * k + 24, 12 * k : 12 * k + 40] = True
+    valid = torch.tensor([True, True, False, False])
+    proposals = Proposals(torch.tensor([[10.0, 5, 60, 40], [30, 20, 80, 60]]), torch.tensor([0.9, 0.8]), masks[1:3])
+
+    def follow() -> list[torch.Tensor]:
+        state = net.start(frames[0], masks, valid)
+        results = []
+        for t in range(1, 4):
+            output, state = net.step(frames[t], proposals, state)
+            results.append(output.masks)
+            if t == 1:
+                state = net.add(frames[t], masks, torch.tensor([False, False, True, False]), state)
+            if t == 2:
+                state = net.drop(torch.tensor([True, False, False, False]), state)
+        return results
+
+    ours = follow()
+    forward = refinement.Memory.forward
+
+    def each(self, query, keys, known):
+        if keys.size(0) == 1:  # for every object a copy
+            keys = keys.expand(known.size(0), -1, -1, -1).contiguous()
+        return torch.cat([forward(self, query, keys[k : k + 1], known[k : k + 1]) for k in range(known.size(0))])
+
+    monkeypatch.setattr(refinement.Memory, "forward", each)
+    monkeypatch.setattr(refinement, "common", lambda keys: keys)
+    for a, b in zip(ours, follow(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert ours[2][0].max() == 0 < ours[2][1:3].amax((1, 2)).min()
+
+
+def test_common_keys():
+    keys = torch.rand((1, 2, 3, 4)).repeat(3, 1, 1, 1)
+    assert refinement.common(keys).shape == (1, 2, 3, 4)
+    keys[1, 0, 0, 0] += 1
+    assert refinement.common(keys) is keys
