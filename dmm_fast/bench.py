@@ -24,12 +24,12 @@ from PIL import Image
 
 from dmm_fast import __version__
 from dmm_fast.masks import read_mask, write_mask
-from dmm_fast.model import DMMNet, Proposals, State
+from dmm_fast.model import DMMNet, Proposals, State, inference
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.proposals import CocoWriter, open_proposer, read_coco
 from dmm_fast.synthetic import Scene
 
-RUNTIMES = ("eager", "torchscript", "pt2", "c++ torchscript", "c++ pt2")
+RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
 STAGES = ("decode", "proposals", "features", "matching", "refinement", "step", "write")
 WARM = 5  # frames that do not count
 
@@ -49,20 +49,19 @@ def bench(
 ) -> dict[str, Any]:
     """Measure; returns {"machine", "settings", "rows"}, one row per runtime, number of objects and stage.
 
-    detector: a live one (see `open_proposer`) in place of proposals that are read from a file; not for the C++ runtimes.
+    detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network.
     """
-    if detector is not None and any(name.startswith("c++") for name in runtimes):
-        raise ValueError("bench: the C++ runtimes take proposals from a file; leave them out, or the detector")
+    net = inference(net)
     device = net.mean.device
     source = (
         "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
-        exports = _Exports(net, Path(folder), progress)
+        exports = _Exports(net, Path(folder), size, detector, progress)
         for count in objects:
             clip = Path(folder) / f"clip-{count}"
-            _make_clip(clip, count, frames + WARM, size, proposals)
+            _make_clip(clip, count, 1 + WARM + frames, size, proposals)
             for name in runtimes:
                 times = _run(name, net, exports, clip, detector)
                 for stage in (stage for stage in STAGES if stage in times):
@@ -127,18 +126,23 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 class _Exports:
-    """Exports of one net, each made when first asked for."""
+    """Exports of one net, and its detector if any, for frames of one size; each made when first asked for."""
 
-    def __init__(self, net: DMMNet, folder: Path, progress: Callable[[str], None]):
-        self.net, self.folder, self.progress = net, folder, progress
+    def __init__(
+        self, net: DMMNet, folder: Path, size: tuple[int, int], detector: str | None, progress: Callable[[str], None]
+    ):
+        self.net, self.folder, self.size, self.detector, self.progress = net, folder, size, detector, progress
 
     def __call__(self, kind: str) -> Path:
-        from dmm_fast.export import export
+        from dmm_fast.export import Sizes, export
 
         path = self.folder / kind
         if not path.exists():
             self.progress(f"exporting {kind}")
-            export(kind, self.net, path)
+            device = self.net.mean.device
+            options = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
+            detector = None if self.detector is None else open_proposer(self.detector, device=device)
+            export(kind, self.net, path, detector=detector, **options)
         return path
 
 
@@ -159,14 +163,15 @@ def _make_clip(folder: Path, objects: int, frames: int, size: tuple[int, int], p
 
 def _run(name: str, net: DMMNet, exports: _Exports, clip: Path, detector: str | None) -> Times:
     if name.startswith("c++ "):
-        return _cpp(exports(name.removeprefix("c++ ")), clip, net.mean.device)
+        return _cpp(exports(name.removeprefix("c++ ")), clip, net.mean.device, detector is not None)
     if name == "eager":
-        return _python(net, _stages_of(net), clip, net.mean.device, detector)
+        propose = None if detector is None else open_proposer(detector, device=net.mean.device)
+        return _python(net, _stages_of(net), clip, net.mean.device, propose)
     from dmm_fast.export import load
 
     exported = load(exports(name), device=str(net.mean.device))
-    return _python(exported, [("step", lambda kept: kept.update(zip(("output", "state"), exported.step(*_given(kept)))))], clip,
-                   net.mean.device, detector)  # fmt: skip
+    step = ("step", lambda kept: kept.update(zip(("output", "state"), exported.step(*_given(kept)))))
+    return _python(exported, [step], clip, net.mean.device, None if detector is None else exported.propose)
 
 
 def _given(kept: dict[str, Any]) -> tuple[torch.Tensor, Proposals, State]:
@@ -192,11 +197,12 @@ def _stages_of(net: DMMNet) -> list[tuple[str, Callable[[dict[str, Any]], None]]
 
 
 @torch.no_grad()
-def _python(step: Any, stages: list, clip: Path, device: torch.device, detector: str | None) -> Times:
+def _python(
+    step: Any, stages: list, clip: Path, device: torch.device, propose: Callable[[torch.Tensor], Proposals] | None
+) -> Times:
     """Follow the clip in Python. `step` has `start`; `stages` are its step, in parts that work on a dict."""
     times: Times = defaultdict(list)
     file = read_coco(clip / "proposals.json")
-    proposer = None if detector is None else open_proposer(detector, device=device)
     kept: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -219,7 +225,7 @@ def _python(step: Any, stages: list, clip: Path, device: torch.device, detector:
             image = np.array(Image.open(path))
             kept["frame"] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
         with clock("proposals"):
-            found = file.frame(path.stem, image.shape[:2]) if proposer is None else proposer(image)
+            found = file.frame(path.stem, image.shape[:2]) if propose is None else propose(kept["frame"])
             kept["proposals"] = Proposals(*(part.to(device) for part in found))
         for stage, work in stages:
             with clock(stage):
@@ -231,12 +237,14 @@ def _python(step: Any, stages: list, clip: Path, device: torch.device, detector:
     return times
 
 
-def _cpp(export: Path, clip: Path, device: torch.device) -> Times:
-    """Follow the clip with dmm-segment, which keeps the time itself."""
+def _cpp(export: Path, clip: Path, device: torch.device, live: bool) -> Times:
+    """Follow the clip with dmm-segment, which keeps the time itself. live: by the export's own proposals, not the file's."""
     from dmm_fast.runtime import PROGRAM
 
     report = clip / "report.json"
-    given = {"model": export, "frames": clip / "frames", "masks": clip / "first.png", "proposals": clip / "proposals.json"}
+    given = {"model": export, "frames": clip / "frames", "masks": clip / "first.png"}
+    if not live:
+        given["proposals"] = clip / "proposals.json"
     how = {"out": clip / "masks", "report": report, "device": device, "threads": torch.get_num_threads()}
     words = [str(word) for name, value in {**given, **how}.items() for word in (f"--{name}", value)]
     result = subprocess.run([str(PROGRAM), *words, "--quiet"], capture_output=True, text=True)

@@ -25,8 +25,11 @@ def test_bench_times_every_stage(tmp_path, capsys):
     assert "<svg" in (tmp_path / "bench.svg").read_text()
 
 
-def test_a_detector_is_not_for_the_program(capsys):
-    assert main(["bench", "--preset", "iou", "--runtimes", "c++ pt2", "--detector", "small"]) == 2
-    assert "proposals from a file" in capsys.readouterr().err
+def test_bench_with_a_live_detector(capsys):
+    words = ["bench", "--preset", "iou", "--objects", "1", "--frames", "1", "--size", "96x128", "--threads", "1"]
+    assert main([*words, "--runtimes", "eager,c++ torchscript", "--detector", "small"]) == 0
+    assert "by small, included" in capsys.readouterr().out
+    assert main([*words, "--runtimes", "torchscript", "--detector", "none.safetensors"]) == 2
+    assert "no such file of detector weights" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["bench", "--runtimes", "onnx"])
+        main(["bench", "--runtimes", "tensorrt"])

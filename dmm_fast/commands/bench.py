@@ -11,7 +11,7 @@ from typing import Any
 from . import add_command, check_device, count
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
-RUNTIMES = ("eager", "torchscript", "pt2", "c++ torchscript", "c++ pt2")
+RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
 
 
 def add(commands: Any) -> None:
@@ -21,11 +21,11 @@ def add(commands: Any) -> None:
         "decoding, proposals, features, matching, refinement and writing: median and 99th percentile. Proposals come from\n"
         "a file, so a detector's own time is not in them, unless --detector names one. The figures are those of a busy\n"
         "machine if it is busy: the load is told with them.\n\n"
-        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build.",
+        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build, onnx needs ONNX Runtime.",
         ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),
         ("dmm-fast bench --runtimes eager,pt2,'c++ pt2' --out bench", "with bench/bench.json and bench/bench.svg"),
         ("dmm-fast bench --preset youtube-vos --weights net.safetensors --device cuda --objects 5", "on a GPU"),
-        ("dmm-fast bench --runtimes eager --detector small", "the live proposal network included"),
+        ("dmm-fast bench --runtimes eager,onnx --detector small", "the live proposal network included"),
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.svg here")
     parser.add_argument(
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="of the frames (default: 255x448)")
     parser.add_argument("--frames", type=count, default=40, metavar="N", help="frames that count (default: 40)")
     parser.add_argument("--proposals", type=count, default=50, metavar="M", help="proposals a frame (default: 50)")
-    parser.add_argument("--detector", metavar="NAME", help="a live one in place of the file: small, torchvision, FILE, ..")
+    parser.add_argument("--detector", metavar="NAME", help="a live one in place of the file: small or FILE.safetensors; for eager also torchvision, ..")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
 
