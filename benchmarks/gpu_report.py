@@ -372,14 +372,16 @@ def vision(out: Path, seconds: float, environment: dict[str, str], device: str) 
 
 
 def segmenter(out: Path, quick: bool, dry_run: bool) -> None:
-    """Steps of whole segmenters, given proposals: eager and as a CUDA graph, float32 and bfloat16; and memory over a video.
+    """Steps of whole segmenters, given proposals: eager and as a CUDA graph, float32 and bfloat16; memory over a video; and the
+    packaged proposal network.
 
     Random weights do the same work as trained ones. Times are wall-clock, the GPU waited for after every step.
     """
     import torch
 
+    from dmm_fast.detector import packaged_detector
     from dmm_fast.graph import GraphStep
-    from dmm_fast.model import Config, DMMNet, Proposals
+    from dmm_fast.model import Config, DMMNet, Proposals, inference
     from dmm_fast.model.masks import mask_boxes
 
     device = "cpu" if dry_run else "cuda"
@@ -390,7 +392,7 @@ def segmenter(out: Path, quick: bool, dry_run: bool) -> None:
     frames, video = (2, 3) if dry_run else (20, 50) if quick else (100, 1000)
     wait = (lambda: None) if dry_run else torch.cuda.synchronize
     for label, (config, size) in configs.items():
-        net = DMMNet(config).to(device).eval()
+        net = inference(DMMNet(config).to(device).eval())
         for objects in (1, 5) if not dry_run else (1,):
             frame = torch.randint(0, 256, (3, *size), dtype=torch.uint8, device=device)
             masks = torch.zeros((50, *size), dtype=torch.bool, device=device)
@@ -421,6 +423,18 @@ def segmenter(out: Path, quick: bool, dry_run: bool) -> None:
                     with (out / "results.jsonl").open("a") as results:
                         results.write(json.dumps(row) + "\n")
                     print(row, flush=True)
+
+    detector, times = packaged_detector(device=device), []
+    frame = torch.randint(0, 256, (3, 240, 427), dtype=torch.uint8, device=device)
+    for _ in range(frames + 5):
+        begin = time.perf_counter()
+        detector(frame)
+        wait()
+        times.append(time.perf_counter() - begin)
+    row = {"table": "detector", "size": (240, 427), "ms": sorted(times[5:])[frames // 2] * 1e3}
+    with (out / "results.jsonl").open("a") as results:
+        results.write(json.dumps(row) + "\n")
+    print(row, flush=True)
 
 
 # ---- the whole ----

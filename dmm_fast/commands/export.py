@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -84,11 +86,16 @@ def run(a: argparse.Namespace) -> int:
         config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
         net = DMMNet(Config(**{name: getattr(config, name) for name in settings}))  # no features, no weights
-    manifest = export(a.format, net, a.out, overwrite=a.overwrite, **options)
+    began = time.monotonic()
+
+    def tell(line: str) -> None:
+        print(f"{time.monotonic() - began:4.0f} s  {line}", file=sys.stderr, flush=True)
+
+    manifest = export(a.format, net, a.out, overwrite=a.overwrite, progress=tell, **options)
 
     files = {entry.file: entry.bytes for entry in manifest.files.values()}
     for name, size in files.items():
-        print(f"{a.out}/{name}  {size / 1e6:.1f} MB")
+        print(f"{a.out}/{name}  " + (f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"))
     ranges = ", ".join(f"{name} {low}..{high}" for name, (low, high) in manifest.dynamic.items())
     print(f"sizes that may vary: {ranges or 'none'}")
     for note in manifest.notes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "l
 
 def export(
     kind: str, net: DMMNet, out: str | os.PathLike[str], *, detector: MaskRCNNProposer | None = None, only: str | None = None,
-    overwrite: bool = False, **options: Any,
+    overwrite: bool = False, progress: Callable[[str], None] = lambda line: None, **options: Any,
 ) -> Manifest:  # fmt: skip
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
     detector: a `dmm_fast.detector.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
-    alone. options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in
+    alone. progress: told what is being worked on, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in
     their boxes). One step of these is compared with the network's, at other sizes than it was traced with. The manifest is
     written last: a folder without one is no export.
 
@@ -54,13 +55,14 @@ def export(
     training = net.training
     try:
         if only is not None:
-            manifest = _format(kind).export_layer(net.eval(), folder)
+            manifest = _format(kind).export_layer(net.eval(), folder, progress=progress)
         else:
             frozen = inference(copy.deepcopy(net.eval()))
             if kind != "torchscript":  # AOTInductor computes nonsense from weights that lie channels-last
                 frozen.to(memory_format=torch.contiguous_format)
-            manifest = _format(kind).export(frozen, folder, **options)
+            manifest = _format(kind).export(frozen, folder, progress=progress, **options)
             if kind != "torchscript":  # a script is the network itself
+                progress("comparing with the network")
                 exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
                 verify(exported, net, options.get("sizes", OPEN), options.get("soft", False))
     finally:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .detector import ProposalNetwork
 
 
+Progress = Callable[[str], None]
+
+
 class Start(nn.Module):
     """(frame, masks, valid) -> the state's tensors."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmm_fast import reference
 from dmm_fast.model import DMMNet
 
-from .flat import POOLING, Traced, traced, traced_layer
+from .flat import POOLING, Progress, Traced, traced, traced_layer
 from .loaded import Run
 from .manifest import LAYER_LIMITS, LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
 
@@ -29,15 +29,16 @@ DOMAIN = "dmm"
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None
-) -> Manifest:
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None, *,
+    progress: Progress,
+) -> Manifest:  # fmt: skip
     """Write `net`, and `detector`, as ONNX into `folder`; returns the manifest, not written yet."""
     example = Example(net, sizes, soft)
     result = traced(net, example, sizes, ".onnx", _decompositions(), detector)
     return Manifest(
         kind="onnx",
         config=net.config.to_dict(),
-        files=_convert(result, folder),
+        files=_convert(result, folder, progress),
         state=example.state_specs,
         dynamic={name: LIMITS[name] for name in sizes.varying},
         proposal_masks=("soft" if soft else "full",),
@@ -45,9 +46,9 @@ def export(
     )
 
 
-def export_layer(net: DMMNet, folder: Path) -> Manifest:
+def export_layer(net: DMMNet, folder: Path, *, progress: Progress) -> Manifest:
     """The network's matching layer alone: a batch of ragged problems -> their assignments."""
-    files = _convert(traced_layer(net, Example(net, OPEN), ".onnx", _decompositions()), folder)
+    files = _convert(traced_layer(net, Example(net, OPEN), ".onnx", _decompositions()), folder, progress)
     return Manifest(kind="onnx", config=net.config.to_dict(), files=files, dynamic=LAYER_LIMITS)
 
 
@@ -55,10 +56,11 @@ def _decompositions() -> dict[Any, Any]:
     return {**torch.export.default_decompositions(), **POOLING, **_OPS}
 
 
-def _convert(traced: Traced, folder: Path) -> dict[str, Entry]:
+def _convert(traced: Traced, folder: Path, progress: Progress) -> dict[str, Entry]:
     """Write the programs; returns their entries in the manifest, with names that are unique."""
     entries = {}
     for name, program in traced.programs.items():
+        progress(f"converting {name}")
         entry = traced.entries[name]
         taken = {spec.name for spec in entry.inputs}  # ONNX has one space of names
         outputs = (replace(s, name=f"next.{s.name}" if s.name in taken else s.name) for s in entry.outputs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmm_fast.model import DMMNet
 
-from .flat import POOLING, Traced, traced, traced_layer
+from .flat import POOLING, Progress, Traced, traced, traced_layer
 from .loaded import Run
 from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, Sizes
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None
-) -> Manifest:
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None, *,
+    progress: Progress,
+) -> Manifest:  # fmt: skip
     """Compile `net`, and `detector`, for the device `net` is on into `folder`; returns the manifest, not written yet.
 
     Takes minutes.
@@ -31,7 +32,7 @@ def export(
     example = Example(net, sizes, soft)
     # Inductor compiles its own pooling for one size only, and says nothing.
     result = traced(net, example, sizes, ".pt2", POOLING if sizes.H is None else {}, detector)
-    _compile(result, folder)
+    _compile(result, folder, progress)
     return Manifest(
         kind="pt2",
         config=net.config.to_dict(),
@@ -49,10 +50,10 @@ def export(
     )
 
 
-def export_layer(net: DMMNet, folder: Path) -> Manifest:
+def export_layer(net: DMMNet, folder: Path, *, progress: Progress) -> Manifest:
     """The network's matching layer alone: a batch of ragged problems -> their assignments."""
     result = traced_layer(net, Example(net, OPEN), ".pt2", {})
-    _compile(result, folder)
+    _compile(result, folder, progress)
     return Manifest(
         kind="pt2", config=net.config.to_dict(), files=result.entries, dynamic=LAYER_LIMITS, ops=result.ops(),
         device=net.mean.device.type, notes=(_PROCESSOR,),
@@ -62,10 +63,11 @@ def export_layer(net: DMMNet, folder: Path) -> Manifest:
 _PROCESSOR = "compiled for this kind of processor: another may lack its instructions"
 
 
-def _compile(result: Traced, folder: Path) -> None:
+def _compile(result: Traced, folder: Path, progress: Progress) -> None:
     from torch._inductor import aoti_compile_and_package
 
     for name, program in result.programs.items():
+        progress(f"compiling {name}")
         aoti_compile_and_package(program, package_path=str(folder / result.entries[name].file))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmm_fast.model import DMMNet, Proposals
 
-from .flat import Match
+from .flat import Match, Progress
 from .loaded import Run
 from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, flat, unflat
 
@@ -37,13 +37,15 @@ def _without_warnings():
         yield
 
 
-def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None) -> Manifest:
+def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None, *, progress: Progress) -> Manifest:
     """Script `net` (in eval mode), and `detector` where given, into `folder`; returns the manifest, not written yet."""
     example = Example(net, OPEN)
     files = dict.fromkeys(FUNCTIONS, FILE)
     with _without_warnings():
+        progress("scripting start, step, add and drop")
         torch.jit.script(net).save(folder / FILE)
         if detector is not None:
+            progress("scripting proposals")
             files["proposals"] = DETECTOR
             script = torch.jit.script(detector)
             script.save(folder / DETECTOR)
@@ -60,8 +62,9 @@ def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None) -
     )
 
 
-def export_layer(net: DMMNet, folder: Path) -> Manifest:
+def export_layer(net: DMMNet, folder: Path, *, progress: Progress) -> Manifest:
     """The network's matching layer alone: a batch of ragged problems -> their assignments."""
+    progress("scripting match")
     with _without_warnings():
         torch.jit.script(Match(net)).save(folder / LAYER)
     files = Example(net, OPEN).entries({"match": LAYER})
