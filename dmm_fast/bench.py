@@ -1,6 +1,6 @@
 """What a frame costs, stage by stage, by number of objects and by runtime: ``dmm-fast bench``.
 
-Every runtime follows the same objects through the same clip, with the same files in and out. Times are wall-clock
+Every runtime follows the same objects through the same clip, with the same files in and out, in turns. Times are wall-clock
 milliseconds of one frame, one stage after the other; the first frames (compilation, caches) do not count.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -32,6 +33,7 @@ from dmm_fast.synthetic import Scene
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
 STAGES = ("decode", "proposals", "features", "matching", "refinement", "step", "write")
 WARM = 5  # frames that do not count
+ROUNDS = 3  # runtimes take turns, as the machine's speed may drift
 
 Times = dict[str, list[float]]  # by stage, milliseconds per frame
 
@@ -61,11 +63,14 @@ def bench(
         exports = _Exports(net, Path(folder), size, detector, progress)
         for count in objects:
             clip = Path(folder) / f"clip-{count}"
-            _make_clip(clip, count, 1 + WARM + frames, size, proposals)
-            for name in runtimes:
-                times = _run(name, net, exports, clip, detector)
-                for stage in (stage for stage in STAGES if stage in times):
-                    counted = np.array(times[stage][WARM:])
+            _make_clip(clip, count, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
+            turns: dict[str, Times] = {name: defaultdict(list) for name in runtimes}
+            for name in runtimes * ROUNDS:
+                for stage, times in _run(name, net, exports, clip, detector).items():
+                    turns[name][stage] += times[WARM:]
+            for name, stages in turns.items():
+                for stage in (stage for stage in STAGES if stage in stages):
+                    counted = np.array(stages[stage])
                     p50, p99 = np.percentile(counted, (50, 99))
                     row = {"runtime": name, "objects": count, "stage": stage, "p50": p50, "p99": p99, "mean": counted.mean()}
                     rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
