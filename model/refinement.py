@@ -173,17 +173,62 @@ class Memory(nn.Module):
     def forward(self, query: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
         """query [1, K, h, w], keys [N, K, h, w] (or [1, K, h, w]: the same for all), masks [N, 1, h, w] -> [N, 3, h, w]:
         log-odds, evidence for, against."""
+        height, width = query.size(2), query.size(3)
         of_query, of_known = self.bias(query)
-        query = torch.cat([query * self.sharpness.exp(), of_query], 1)
-        keys = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
-        objects, cells = keys.size(0), query.size(2) * query.size(3)
-        known = keys.flatten(2).transpose(1, 2).flatten(0, 1)  # [N h w, K + 4]: one product for all objects
-        similarity = torch.mm(known, query.flatten(2)[0]).exp_().view(objects, -1, cells)  # [N or 1, h w, h w]
+        query = torch.cat([query * self.sharpness.exp(), of_query], 1).flatten(2)[0]  # [K + 4, h w]
+        known = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
+        known = known.flatten(2).transpose(1, 2)  # [N or 1, h w, K + 4]
         value = masks.flatten(2)  # [N, 1, h w]
-        total = torch.matmul(torch.cat([value, 1.0 - value], 1), similarity)  # [N, 2, h w]
+        value = torch.cat([value, 1.0 - value], 1)  # [N, 2, h w]
+        # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
+        # a GPU would have to wait for the answer, and could not capture the step as a graph.
+        if self.near or keys.is_cuda:
+            total = recall(query, known, value)
+        else:
+            total = recall_by_frame(query, known, value)
         log = torch.log(total + 1e-4)
         cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
-        return cues.view(cues.size(0), 3, query.size(2), query.size(3))
+        return cues.view(cues.size(0), 3, height, width)
+
+
+def recall(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
+    """Sums of `value` [N, V, cells], weighted by the similarity of each cell in `known` [N or 1, cells, K] with each in `query`
+    [K, Q]: [N, V, Q]."""
+    similarity = torch.mm(known.flatten(0, 1), query).exp_()  # [N cells, Q]: one product for all objects
+    return torch.matmul(value, similarity.view(known.size(0), -1, query.size(1)))
+
+
+def recall_by_frame(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
+    """`recall`, which compares with every frame in `known` once, however many objects have it."""
+    total = value.new_zeros((value.size(0), value.size(1), query.size(1)))
+    done = torch.zeros(value.size(0), dtype=torch.uint8, device=value.device)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            return _recall_in_a_loop(query, known, value, total, done)
+    while bool((done == 0).any()):
+        total, done = recall_next(query, known, value, total, done)
+    return total
+
+
+def recall_next(query: Tensor, known: Tensor, value: Tensor, total: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+    """`total` [N, V, Q] and `done` [N] with the objects of one frame more."""
+    slot = done.argmin().view(1)
+    frame = known.index_select(0, slot)
+    alike = (known == frame).flatten(1).all(1) | (torch.arange(done.size(0), device=done.device) == slot)
+    return torch.where(alike[:, None, None], recall(query, frame, value), total), torch.maximum(done, alike.to(done.dtype))
+
+
+def _recall_in_a_loop(query: Tensor, known: Tensor, value: Tensor, total: Tensor, done: Tensor) -> Tensor:
+    """The loop as an op, for torch.export and torch.compile."""
+    from torch._higher_order_ops import while_loop
+
+    def left(total: Tensor, done: Tensor) -> Tensor:
+        return (done == 0).any()
+
+    def following(total: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+        return recall_next(query, known, value, total, done)
+
+    return while_loop(left, following, (total, done))[0]
 
 
 class HeavyRefinement(nn.Module):
@@ -241,7 +286,7 @@ class HeavyRefinement(nn.Module):
         last_keys = state.hidden[2].index_select(0, slot)  # [1, K, h3, w3]
         cues = torch.cat(
             [
-                self.template(keys, common(state.hidden[0]), state.hidden[1]),
+                self.template(keys, state.hidden[0], state.hidden[1]),
                 self.last(keys, last_keys, state.hidden[3]),
             ],
             1,
@@ -290,18 +335,6 @@ class HeavyRefinement(nn.Module):
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x)
-
-
-def common(keys: Tensor) -> Tensor:
-    """keys [N, K, h, w], or [1, K, h, w] where all objects have the same, given in one frame as most are. Asked where the
-    answer is cheap: not on a GPU, which would have to wait, nor while compiling, which would fix it.
-    """
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
-            return keys
-    if keys.size(0) > 1 and not keys.is_cuda and bool((keys[1:] == keys[:1]).all()):
-        return keys[:1]
-    return keys
 
 
 def beside(masks: Tensor) -> Tensor:

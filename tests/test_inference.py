@@ -106,22 +106,25 @@ def test_objects_share_what_they_remember_of_a_frame(monkeypatch):
         return results
 
     ours = follow()
-    forward = refinement.Memory.forward
 
-    def each(self, query, keys, known):
-        if keys.size(0) == 1:  # for every object a copy
-            keys = keys.expand(known.size(0), -1, -1, -1).contiguous()
-        return torch.cat([forward(self, query, keys[k : k + 1], known[k : k + 1]) for k in range(known.size(0))])
+    def each(query, known, value):
+        return refinement.recall(query, known.expand(value.size(0), -1, -1), value)
 
-    monkeypatch.setattr(refinement.Memory, "forward", each)
-    monkeypatch.setattr(refinement, "common", lambda keys: keys)
+    monkeypatch.setattr(refinement, "recall_by_frame", each)
     for a, b in zip(ours, follow(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert ours[2][0].max() == 0 < ours[2][1:3].amax((1, 2)).min()
 
 
-def test_common_keys():
-    keys = torch.rand((1, 2, 3, 4)).repeat(3, 1, 1, 1)
-    assert refinement.common(keys).shape == (1, 2, 3, 4)
-    keys[1, 0, 0, 0] += 1
-    assert refinement.common(keys) is keys
+@pytest.mark.parametrize("frames", [[0, 0, 0, 0], [0, 1, 0, 1], [2, 0, 1, 3]])
+def test_every_frame_is_compared_with_once(frames, monkeypatch):
+    bank, query, value = torch.rand((4, 6, 3)), torch.rand((3, 5)), torch.rand((4, 2, 6))  # 6 cells known, 5 asked for
+    known = bank[frames]
+    expected = refinement.recall(query, known, value)
+    seen = []
+    recall = refinement.recall
+    monkeypatch.setattr(refinement, "recall", lambda q, k, v: seen.append(k) or recall(q, k, v))
+    torch.testing.assert_close(refinement.recall_by_frame(query, known, value), expected)
+    assert len(seen) == len(set(frames))
+    known[2, 0, 0] = torch.nan  # equal to nothing, not even to itself
+    assert refinement.recall_by_frame(query, known, value)[2].isnan().any()
