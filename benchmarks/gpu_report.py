@@ -353,6 +353,9 @@ def render(out: Path) -> str:
         lines = ["| network | frame | objects | | dtype | ms per step | frames/s | memory grown in frames |"]
         lines += ["|---|---|--:|---|---|--:|--:|--:|", *(cells.format(**row) for row in steps)]
         parts.append("The whole step, 50 given proposals, random weights.\n\n" + "\n".join(lines))
+    for row in rows:
+        if row["table"] == "detector":
+            parts.append(f"The packaged proposal network, frames of {row['size'][0]}x{row['size'][1]}: {row['ms']:.1f} ms a frame.")
     text = "\n\n".join(parts) + "\n"
     (out / "performance_gpu.md").write_text(text)
     return text

@@ -76,7 +76,7 @@ def bench(
                     rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
                 progress(f"{count} objects, {name}: step {rows[-2]['p50']:.2f} ms")
     settings = {
-        "config": net.config.to_dict(), "device": str(device), "frames": frames, "size": list(size),
+        "config": net.config.to_dict(), "device": str(device), "frames": ROUNDS * math.ceil(frames / ROUNDS), "size": list(size),
         "proposals a frame": proposals, "proposals": source,
     }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}
@@ -146,6 +146,8 @@ class _Exports:
             self.progress(f"exporting {kind}")
             device = self.net.mean.device
             options = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
+            if options:  # proposals that are pasted in the step, as everywhere else
+                options["soft"] = self.detector is not None
             detector = None if self.detector is None else open_proposer(self.detector, device=device)
             export(kind, self.net, path, detector=detector, **options)
         return path

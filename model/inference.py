@@ -10,7 +10,7 @@ from .network import DMMNet
 
 
 def inference(net: DMMNet) -> DMMNet:
-    """`net` in eval mode with a folded backbone of its own; everything else is shared, so what `net` learns counts here too.
+    """`net`, which must be in eval mode, with a folded copy of its backbone; the rest is shared, so what that learns counts here.
 
     On a CPU convolutions run channels-last, and so do the shared ones from now on.
     """

@@ -170,9 +170,9 @@ class Memory(nn.Module):
         known = torch.stack([y, x, one, square])
         return query[None], known[None]
 
-    def forward(self, query: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, query: Tensor, keys: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
         """query [1, K, h, w], keys [N, K, h, w] (or [1, K, h, w]: the same for all), masks [N, 1, h, w] -> [N, 3, h, w]:
-        log-odds, evidence for, against."""
+        log-odds, evidence for, against; anything in slots that are not `valid` [N]."""
         height, width = query.size(2), query.size(3)
         of_query, of_known = self.bias(query)
         query = torch.cat([query * self.sharpness.exp(), of_query], 1).flatten(2)[0]  # [K + 4, h w]
@@ -185,7 +185,7 @@ class Memory(nn.Module):
         if self.near or keys.is_cuda:
             total = recall(query, known, value)
         else:
-            total = recall_by_frame(query, known, value)
+            total = recall_by_frame(query, known, value, valid)
         log = torch.log(total + 1e-4)
         cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
         return cues.view(cues.size(0), 3, height, width)
@@ -198,10 +198,10 @@ def recall(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
     return torch.matmul(value, similarity.view(known.size(0), -1, query.size(1)))
 
 
-def recall_by_frame(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
-    """`recall`, which compares with every frame in `known` once, however many objects have it."""
+def recall_by_frame(query: Tensor, known: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+    """`recall`, which compares with every frame in `known` once, however many of the `valid` objects have it; 0 for others."""
     total = value.new_zeros((value.size(0), value.size(1), query.size(1)))
-    done = torch.zeros(value.size(0), dtype=torch.uint8, device=value.device)
+    done = (~valid).to(torch.uint8)
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling():
             return _recall_in_a_loop(query, known, value, total, done)
@@ -212,7 +212,7 @@ def recall_by_frame(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
 
 def recall_next(query: Tensor, known: Tensor, value: Tensor, total: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
     """`total` [N, V, Q] and `done` [N] with the objects of one frame more."""
-    slot = done.argmin().view(1)
+    slot = first(done == 0)
     frame = known.index_select(0, slot)
     alike = (known == frame).flatten(1).all(1) | (torch.arange(done.size(0), device=done.device) == slot)
     return torch.where(alike[:, None, None], recall(query, frame, value), total), torch.maximum(done, alike.to(done.dtype))
@@ -282,12 +282,11 @@ class HeavyRefinement(nn.Module):
         parts [N, M]."""
         keys = self.keys(features)
         # Templates come from any frame, but the last frame is the same for all: the keys of one slot in use are everyone's.
-        slot = state.valid.to(torch.uint8).argmax().view(1)
-        last_keys = state.hidden[2].index_select(0, slot)  # [1, K, h3, w3]
+        last_keys = state.hidden[2].index_select(0, first(state.valid))  # [1, K, h3, w3]
         cues = torch.cat(
             [
-                self.template(keys, state.hidden[0], state.hidden[1]),
-                self.last(keys, last_keys, state.hidden[3]),
+                self.template(keys, state.hidden[0], state.hidden[1], state.valid),
+                self.last(keys, last_keys, state.hidden[3], state.valid),
             ],
             1,
         )  # [N, 6, h3, w3]
@@ -335,6 +334,12 @@ class HeavyRefinement(nn.Module):
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x)
+
+
+def first(flags: Tensor) -> Tensor:
+    """Index [1] of the first of `flags` [N] that is set; the last index where none is."""
+    place = torch.arange(flags.size(0), device=flags.device)
+    return torch.where(flags, place, flags.size(0) - 1).amin().view(1)  # AOTInductor's argmin gives no index from N = 16 on
 
 
 def beside(masks: Tensor) -> Tensor:

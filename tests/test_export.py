@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -334,7 +333,8 @@ def test_command(tmp_path, capsys):
     assert "holds an export already" in capsys.readouterr().err
     for options, message in (
         (["--objects", "3"], "a TorchScript takes every size"),
-        (["--only", "match", "--detector", "small"], "--only match has no place for a --detector"),
+        (["--only", "match", "--objects", "3", "--format", "onnx"], "--only match takes every size"),
+        (["--only", "match", "--detector", "small"], "--only match takes every size, and no --detector"),
         (["--preset", "iou", "--detector", "torchvision"], "--detector must be small, none or FILE.safetensors"),
         (["--preset", "iou", "--detector", "none.safetensors"], "no such file of detector weights"),
         (["--format", "pt2", "--preset", "iou", "--detector", "small"], "give height and width, or no detector"),
@@ -617,12 +617,13 @@ def test_layer_alone(kind, name, tmp_path):
     """A batch of ragged problems by the op itself, whatever holds it."""
     net = make(name)
     layer = export(kind, net, tmp_path, only="match").files["match"]
-    run = importlib.import_module(f"dmm_fast.export.{kind}").load(tmp_path, read(tmp_path), "cpu")
+    loaded = load(tmp_path)
     assert [spec.shape for spec in layer.inputs] == [("B", "N", "M"), ("B",), ("B",)]
     for B, N, M in ((6, 5, 20), (1, 1, 1), (3, 4, 7)):
         cost, n, m = torch.rand(B, N, M), torch.randint(1, N + 1, (B,)), torch.randint(1, M + 1, (B,))
-        (found,) = run("match", [cost, n, m])
-        assert torch.equal(found, Match(net)(cost, n, m))
+        assert torch.equal(loaded.match(cost, n, m), Match(net)(cost, n, m))
+    with pytest.raises(ExportError, match="takes no detector, sizes or soft"):
+        export(kind, net, tmp_path / "other", only="match", soft=True)
 
 
 LAYERS = {
@@ -671,8 +672,8 @@ def test_onnx_layer_alone(name, tmp_path):
     net = DMMNet(Config(**settings))
     export("onnx", net, tmp_path, only="match")
     assert (tmp_path / "match.onnx").stat().st_size < 10_000
-    with pytest.raises(ExportError, match="has no start and no step"):
-        load(tmp_path)
+    ragged = (torch.rand((2, 3, 4)), torch.tensor([3, 1]), torch.tensor([4, 2]))
+    torch.testing.assert_close(load(tmp_path).match(*ragged), Match(net)(*ragged), atol=1e-4, rtol=1e-4)
     session = onnxruntime.InferenceSession(tmp_path / "match.onnx", providers=["CPUExecutionProvider"])
 
     options = {key: value for key, value in settings.items() if key != "layer"}

@@ -107,7 +107,7 @@ def test_objects_share_what_they_remember_of_a_frame(monkeypatch):
 
     ours = follow()
 
-    def each(query, known, value):
+    def each(query, known, value, valid):
         return refinement.recall(query, known.expand(value.size(0), -1, -1), value)
 
     monkeypatch.setattr(refinement, "recall_by_frame", each)
@@ -124,7 +124,10 @@ def test_every_frame_is_compared_with_once(frames, monkeypatch):
     seen = []
     recall = refinement.recall
     monkeypatch.setattr(refinement, "recall", lambda q, k, v: seen.append(k) or recall(q, k, v))
-    torch.testing.assert_close(refinement.recall_by_frame(query, known, value), expected)
+    valid = torch.ones(4, dtype=torch.bool)
+    torch.testing.assert_close(refinement.recall_by_frame(query, known, value, valid), expected)
     assert len(seen) == len(set(frames))
     known[2, 0, 0] = torch.nan  # equal to nothing, not even to itself
-    assert refinement.recall_by_frame(query, known, value)[2].isnan().any()
+    assert refinement.recall_by_frame(query, known, value, valid)[2].isnan().any()
+    seen.clear()
+    assert not refinement.recall_by_frame(query, known, value, ~valid).any() and not seen

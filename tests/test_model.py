@@ -313,7 +313,7 @@ def test_memory_is_a_sum_over_cells(near):
     query, keys = (F.normalize(torch.randn(n, 8, 5, 7, dtype=torch.float64), dim=1) for n in (1, 2))
     masks = torch.rand(2, 1, 5, 7, dtype=torch.float64)
     with torch.no_grad():
-        found = memory(query, keys, masks).flatten(2) / 0.2  # [N, 3, h w]
+        found = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool)).flatten(2) / 0.2  # [N, 3, h w]
         place = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
         exponent = memory.sharpness.exp() * (torch.einsum("kp,nkq->npq", query[0].flatten(1), keys.flatten(2)) - 1)
         if near:

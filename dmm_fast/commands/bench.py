@@ -21,7 +21,8 @@ def add(commands: Any) -> None:
         "decoding, proposals, features, matching, refinement and writing: median and 99th percentile. Proposals come from\n"
         "a file, so a detector's own time is not in them, unless --detector names one. The figures are those of a busy\n"
         "machine if it is busy: the load is told with them.\n\n"
-        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build, onnx needs ONNX Runtime.",
+        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build, onnx needs\n"
+        "ONNX Runtime.",
         ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),
         ("dmm-fast bench --runtimes eager,pt2,'c++ pt2' --out bench", "with bench/bench.json and bench/bench.svg"),
         ("dmm-fast bench --preset youtube-vos --weights net.safetensors --device cuda --objects 5", "on a GPU"),

@@ -73,8 +73,8 @@ def run(a: argparse.Namespace) -> int:
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
         raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
-    if a.only is not None and a.detector not in (None, "none"):
-        raise ExportError(f"export: --only {a.only} has no place for a --detector")
+    if a.only is not None and (a.detector not in (None, "none") or a.soft_masks or sizes.varying != list("NMHW")):
+        raise ExportError(f"export: --only {a.only} takes every size, and no --detector; leave those options out")
     options: dict[str, Any] = {"only": a.only}
     if a.only is None:
         options = {"detector": _detector(a)}
@@ -85,7 +85,7 @@ def run(a: argparse.Namespace) -> int:
     else:
         config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
-        net = DMMNet(Config(**{name: getattr(config, name) for name in settings}))  # no features, no weights
+        net = DMMNet(Config(**{name: getattr(config, name) for name in settings})).to(a.device)  # no features, no weights
     began = time.monotonic()
 
     def tell(line: str) -> None:

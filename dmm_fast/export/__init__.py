@@ -32,9 +32,9 @@ def export(
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
     detector: a `dmm_fast.detector.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
-    alone. progress: told what is being worked on, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None where a size may vary), soft (proposals come as soft masks in
-    their boxes). One step of these is compared with the network's, at other sizes than it was traced with. The manifest is
-    written last: a folder without one is no export.
+    alone. progress: told what is being worked on, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
+    where a size may vary), soft (proposals come as soft masks in their boxes). What these compute is compared with the
+    networks, at other sizes than they were traced with. The manifest is written last: a folder without one is no export.
 
     Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
     """
@@ -42,10 +42,12 @@ def export(
         raise ExportError(f"export: format must be one of {KINDS}, got {kind!r}")
     if only not in (None, "match"):
         raise ExportError(f"export: only must be None or 'match', got {only!r}")
+    if only is not None and (detector is not None or options):
+        raise ExportError(f"export: the layer alone takes no detector, sizes or soft, got {sorted(options) or 'a detector'}")
     if detector is not None:
         from .detector import ProposalNetwork  # torchvision is slow to import
 
-        options["detector"] = ProposalNetwork(detector).eval()
+        options["detector"] = copy.deepcopy(ProposalNetwork(detector)).eval().to(net.mean.device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / NAME).exists():
@@ -59,12 +61,13 @@ def export(
         else:
             frozen = inference(copy.deepcopy(net.eval()))
             if kind != "torchscript":  # AOTInductor computes nonsense from weights that lie channels-last
-                frozen.to(memory_format=torch.contiguous_format)
+                for module in (frozen, *filter(None, [options.get("detector")])):
+                    module.to(memory_format=torch.contiguous_format)
             manifest = _format(kind).export(frozen, folder, progress=progress, **options)
             if kind != "torchscript":  # a script is the network itself
                 progress("comparing with the network")
                 exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
-                verify(exported, net, options.get("sizes", OPEN), options.get("soft", False))
+                verify(exported, net, options.get("sizes", OPEN), options.get("soft", False), options.get("detector"))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)
@@ -73,6 +76,8 @@ def export(
 def load(folder: str | os.PathLike[str], device: str = "cpu") -> Exported:
     """Check an exported folder and make it ready to run; nothing of it is opened before all of it is checked.
 
+    What holds the matching layer alone has `match` and nothing else.
+
     A checksum tells damage, not malice: a model.pt or .pt2 is a program, so load what you would also run.
     Raises ExportError.
     """
@@ -80,7 +85,7 @@ def load(folder: str | os.PathLike[str], device: str = "cpu") -> Exported:
     require_ops(manifest.ops, str(folder))
     config_of(manifest)
     absent = [name for name in ("start", "step") if name not in manifest.files]
-    if absent:
+    if absent and "match" not in manifest.files:
         raise ExportError(f"{folder}: has no {' and no '.join(absent)}")
     if manifest.device not in ("any", device.partition(":")[0]):
         raise ExportError(f"{folder}: was exported for {manifest.device}, not for {device}")

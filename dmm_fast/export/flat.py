@@ -55,6 +55,8 @@ class Propose(nn.Module):
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, masks = self.detector(frame)
+        real = scores > float("-inf")
+        boxes, masks = boxes * real[:, None], masks * real[:, None, None]
         if not self.soft:
             masks = paint(Proposals(boxes, scores, masks), frame) > 0.5
         return boxes, scores, masks
@@ -118,7 +120,7 @@ def traced(
     functions: dict[str, nn.Module] = {"start": Start(net), "step": Step(net)}
     if detector is not None:
         functions["proposals"] = Propose(detector, example.soft).eval()
-        example.add_proposals(functions["proposals"])
+        example.add_proposals(functions["proposals"], detector.top)
     limits = {name: LIMITS[name] for name in sizes.varying}
     return _traced(functions, example, limits, ending, decompositions)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from dmm_fast.model.network import absent
 from dmm_fast.model.state import empty_like, merge
 
 from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, unflat
+
+if TYPE_CHECKING:
+    from .detector import ProposalNetwork
 
 # Runs one of the manifest's functions on its inputs, flat and in its order; returns its outputs likewise.
 Run = Callable[[str, list[Tensor]], list[Tensor]]
@@ -30,7 +34,7 @@ class Exported:
         self.manifest = manifest
         self.config: Config = config_of(manifest)
         self._run = run
-        n = manifest.files["step"].inputs[1 + len(Proposals._fields)].shape[0]
+        n = manifest.files["step"].inputs[1 + len(Proposals._fields)].shape[0] if "step" in manifest.files else None
         self.slots: int | None = n if isinstance(n, int) else None  # objects, where their number is fixed
 
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
@@ -43,6 +47,7 @@ class Exported:
         return output._replace(parts=output.parts[:, : proposals.scores.numel()]), unflat(results[count:])
 
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
+        """As `DMMNet.add`: `frame` is the one of the last step, or of `start`."""
         if "add" in self.manifest.files:
             return unflat(self._call("add", [frame, masks, new, *flat(state)]))
         return merge(new, state, self.start(frame, masks, new))
@@ -60,6 +65,12 @@ class Exported:
         count = int(torch.isfinite(scores).sum())  # behind them is padding
         return Proposals(boxes[:count], scores[:count], masks[:count])
 
+    def match(self, cost: Tensor, num_templates: Tensor, num_proposals: Tensor) -> Tensor:
+        """cost [B, N, M] float32 and what of it is real, both [B] int64 -> assignment [B, N, M]: of an export of the layer alone."""
+        if "match" not in self.manifest.files:
+            raise ExportError("this export holds no layer alone; export(..., only='match') writes it")
+        return self._call("match", [cost, num_templates, num_proposals])[0]
+
     def _call(self, name: str, tensors: list[Tensor]) -> list[Tensor]:
         self.manifest.check(name, tensors)
         return self._run(name, tensors)
@@ -71,7 +82,11 @@ class Exported:
         missing = least - proposals.scores.numel()
         if missing <= 0:
             return proposals
-        masks = proposals.masks if proposals.scores.numel() else absent(state.masks).masks[:0]
+        masks = proposals.masks
+        if proposals.scores.numel() == 0:
+            spec = self.manifest.files["step"].inputs[3]
+            masks = torch.zeros((0, *spec.shape[1:])) if spec.dtype == "float32" else absent(state.masks).masks[:0]
+            masks = masks.to(state.masks.device)
         return Proposals(
             F.pad(proposals.boxes, [0, 0, 0, missing]),
             F.pad(proposals.scores, [0, missing], value=float("-inf")),
@@ -80,17 +95,35 @@ class Exported:
 
 
 @torch.no_grad()
-def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False) -> None:
-    """Refuse an export that does not compute what `net` does, at sizes other than those it was traced with.
+def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False, detector: ProposalNetwork | None = None) -> None:
+    """Refuse an export that does not compute what `net` and `detector` do, at sizes other than those it was traced with.
 
-    Compilers fix a size here and there without a word, and then compute something else for every other one.
+    Compilers fix a size here and there without a word, and then compute something else for every other one. And they compile
+    loops twice, for vectors and for what is left, so few objects and many are two cases.
     """
-    other = Sizes(*(given or size for given, size in zip(astuple(sizes), (2, 4, 80, 112))))
-    example = Example(net, other, soft)
-    state, theirs = exported.start(example.frame, example.objects, example.valid), example.state
-    for _ in range(2):  # in the first, what is remembered of the template and of the last frame is still the same
-        output, state = exported.step(example.frame, example.proposals, state)
-        expected, theirs = net.step(example.frame, example.proposals, theirs)
+    for usual in ((2, 4, 80, 112), (19, 35, 80, 112)):
+        other = Sizes(*(given or size for given, size in zip(astuple(sizes), usual)))
+        example = Example(net, other, soft)
+        _verify_step(exported, net, other, example)
+    if detector is not None:
+        found, (boxes, scores, _) = exported.propose(example.frame), detector(example.frame)
+        # Not by their order: where two scores are next to equal, either may come first.
+        near = (found.boxes[:, None] - boxes).abs().amax(2).amin(1) < 1  # pixel
+        if len(found.scores) != len(scores) or near.float().mean() < 0.9 or (found.scores - scores).abs().max() > 0.01:
+            raise ExportError("export: the exported proposal network finds other proposals than the detector; report it")
+
+
+def _verify_step(exported: Exported, net: DMMNet, other: Sizes, example: Example) -> None:
+    """Two steps, with an object added between them, so that templates come from two frames."""
+    following = example.frame.flip(2)
+    last = torch.arange(len(example.valid), device=example.valid.device) == len(example.valid) - 1
+    results = []
+    for function in (exported, net):
+        state = function.start(example.frame, example.objects, example.valid)
+        _, state = function.step(following, example.proposals, state)
+        state = function.add(following, example.objects.flip(2), last, state)
+        results += [function.step(example.frame, example.proposals, state)]
+    (output, state), (expected, theirs) = results
     names = (*Output._fields, *(spec.name for spec in exported.manifest.state))
     pairs = zip(names, (*output, *flat(state)), (*expected, *flat(theirs)), strict=True)
     for name, a, b in pairs:

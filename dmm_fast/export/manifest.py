@@ -313,11 +313,10 @@ class Example:
             "match": [torch.rand((2, n, m), device=device), *torch.tensor([[n, 1], [m, 2]], device=device)],
         }
 
-    def add_proposals(self, propose: Callable[[Tensor], Iterable[Tensor]]) -> None:
-        """List `propose`, the proposal network, as "proposals" too. It gives a fixed number where it is traced, else M."""
+    def add_proposals(self, propose: Callable[[Tensor], Iterable[Tensor]], m: int | str) -> None:
+        """List `propose`, the proposal network, as "proposals" too. It gives `m` of them."""
         with torch.no_grad():
             boxes, scores, masks = propose(self.frame)
-        m = "M" if isinstance(propose, torch.jit.ScriptModule) else scores.numel()
         height, width = self.specs["start"][0][0].shape[1:]
         cells = masks.shape[1:] if masks.is_floating_point() else (height, width)
         outputs = (

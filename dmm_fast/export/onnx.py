@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .detector import ProposalNetwork
 
 OPSET = 18
-IR = 10  # of the file's own format: what ONNX Runtime reads since 2024
 DOMAIN = "dmm"
 
 

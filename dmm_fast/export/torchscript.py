@@ -1,5 +1,5 @@
-"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector is a second one, the
-layer alone a third.
+"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector is a second one,
+the layer alone a third.
 
 Deprecated upstream since torch 2.13, so all that uses it is here. It stays because it is the one format in which Python-free
 programs get every size open, and CPU and CUDA, from one file.
@@ -49,7 +49,7 @@ def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None, *
             files["proposals"] = DETECTOR
             script = torch.jit.script(detector)
             script.save(folder / DETECTOR)
-            example.add_proposals(script)
+            example.add_proposals(script, "M")
     return Manifest(
         kind="torchscript",
         config=net.config.to_dict(),
