@@ -339,7 +339,8 @@ class HeavyRefinement(nn.Module):
 def first(flags: Tensor) -> Tensor:
     """Index [1] of the first of `flags` [N] that is set; the last index where none is."""
     place = torch.arange(flags.size(0), device=flags.device)
-    return torch.where(flags, place, flags.size(0) - 1).amin().view(1)  # AOTInductor's argmin gives no index from N = 16 on
+    # Not by argmax: AOTInductor's gives no index from N = 16 on.
+    return torch.where(flags, place, flags.size(0) - 1).amin(0, keepdim=True)
 
 
 def beside(masks: Tensor) -> Tensor:

@@ -626,6 +626,12 @@ def test_layer_alone(kind, name, tmp_path):
         export(kind, net, tmp_path / "other", only="match", soft=True)
 
 
+def test_onnx_of_the_heavy_refinement(tmp_path):
+    """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
+    manifest = export("onnx", make("heavy"), tmp_path)
+    assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == 8
+
+
 LAYERS = {
     "dykstra": {"n_grad": 7, "n_proj": 3},
     "carry": {"dykstra": "carry", "n_grad": 10},
