@@ -355,7 +355,8 @@ def render(out: Path) -> str:
         parts.append("The whole step, 50 given proposals, random weights.\n\n" + "\n".join(lines))
     for row in rows:
         if row["table"] == "detector":
-            parts.append(f"The packaged proposal network, frames of {row['size'][0]}x{row['size'][1]}: {row['ms']:.1f} ms a frame.")
+            height, width = row["size"]
+            parts.append(f"The packaged proposal network, frames of {height}x{width}: {row['ms']:.1f} ms a frame.")
     text = "\n\n".join(parts) + "\n"
     (out / "performance_gpu.md").write_text(text)
     return text

@@ -76,7 +76,8 @@ def bench(
                     rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
                 progress(f"{count} objects, {name}: step {rows[-2]['p50']:.2f} ms")
     settings = {
-        "config": net.config.to_dict(), "device": str(device), "frames": ROUNDS * math.ceil(frames / ROUNDS), "size": list(size),
+        "config": net.config.to_dict(), "device": str(device), "size": list(size),
+        "frames": ROUNDS * math.ceil(frames / ROUNDS),
         "proposals a frame": proposals, "proposals": source,
     }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}

@@ -1,4 +1,4 @@
-"""A network as it runs when it does not learn: batch norms folded into the convolutions before them, memory laid out for them."""
+"""A network as it runs when it does not learn: batch norms folded into the convolutions before them, weights channels-last."""
 
 import copy
 
@@ -10,7 +10,7 @@ from .network import DMMNet
 
 
 def inference(net: DMMNet) -> DMMNet:
-    """`net`, which must be in eval mode, with a folded copy of its backbone; the rest is shared, so what that learns counts here.
+    """`net`, which must be in eval mode, with a folded copy of its backbone. The rest is shared: what that learns counts here.
 
     On a CPU convolutions run channels-last, and so do the shared ones from now on.
     """

@@ -121,7 +121,7 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
-        """The state with objects `masks` [N, H, W] in the slots `new` [N]; `frame` is the one of the last step, or of `start`."""
+        """The state with objects `masks` [N, H, W] in the slots `new` [N]; `frame` is that of the last step, or of `start`."""
         return merge(new, state, self.start(frame, masks, new))
 
     @torch.jit.export

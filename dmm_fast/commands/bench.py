@@ -41,7 +41,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="of the frames (default: 255x448)")
     parser.add_argument("--frames", type=count, default=40, metavar="N", help="frames that count (default: 40)")
     parser.add_argument("--proposals", type=count, default=50, metavar="M", help="proposals a frame (default: 50)")
-    parser.add_argument("--detector", metavar="NAME", help="a live one in place of the file: small or FILE.safetensors; for eager also torchvision, ..")
+    parser.add_argument(
+        "--detector", metavar="NAME",
+        help="a live one in place of the file: small or FILE.safetensors; for eager also torchvision, ..",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
 

@@ -66,7 +66,7 @@ class Exported:
         return Proposals(boxes[:count], scores[:count], masks[:count])
 
     def match(self, cost: Tensor, num_templates: Tensor, num_proposals: Tensor) -> Tensor:
-        """cost [B, N, M] float32 and what of it is real, both [B] int64 -> assignment [B, N, M]: of an export of the layer alone."""
+        """cost [B, N, M] float32, how much of it is real, both [B] int64 -> assignment [B, N, M]; of an export of the layer."""
         if "match" not in self.manifest.files:
             raise ExportError("this export holds no layer alone; export(..., only='match') writes it")
         return self._call("match", [cost, num_templates, num_proposals])[0]
