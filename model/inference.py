@@ -25,7 +25,7 @@ def inference(net: DMMNet) -> DMMNet:
 def folded(backbone: nn.Module) -> nn.Module:
     """A copy of a backbone in eval mode without the batch norms that follow a convolution: the same function, up to rounding.
 
-    Which follows which is read off the traced graph. A backbone that cannot be traced is returned as it is.
+    Which follows which is read off the traced graph. Of a backbone that cannot be traced, a plain copy.
     """
     backbone = copy.deepcopy(backbone).eval()
     try:

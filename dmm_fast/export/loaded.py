@@ -107,9 +107,11 @@ def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False, de
         _verify_step(exported, net, other, example)
     if detector is not None:
         found, (boxes, scores, _) = exported.propose(example.frame), detector(example.frame)
-        # Not by their order: where two scores are next to equal, either may come first.
-        near = (found.boxes[:, None] - boxes).abs().amax(2).amin(1) < 1  # pixel
-        if len(found.scores) != len(scores) or near.float().mean() < 0.9 or (found.scores - scores).abs().max() > 0.01:
+        same = len(found.scores) == len(scores)
+        if same and len(scores):  # not by their order: where two scores are next to equal, either may come first
+            near = (found.boxes[:, None] - boxes).abs().amax(2).amin(1) < 1  # pixel
+            same = bool(near.float().mean() > 0.9 and (found.scores - scores).abs().max() < 0.01)
+        if not same:
             raise ExportError("export: the exported proposal network finds other proposals than the detector; report it")
 
 
