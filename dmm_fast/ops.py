@@ -54,8 +54,9 @@ def match(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit, counts out of range (on CUDA, where looking would cost a
-            synchronisation, such a problem comes back as NaN instead). ValueError: an unknown option.
+            synchronisation, such a problem comes back as NaN instead). ValueError: an unknown option. TypeError: no tensor.
     """
+    reference.check_tensor("match", cost)
     if backend == "reference":
         return reference.match(
             cost, init, n_grad=n_grad, n_proj=n_proj, lr=lr, dykstra=dykstra, output=output, num_templates=num_templates,
@@ -113,6 +114,7 @@ def match_prices(
     Raises:
         RuntimeError: as ``match``; lr not positive. ValueError: an unknown option.
     """
+    reference.check_tensor("match_prices", cost)
     if backend == "reference":
         return reference.match_prices(
             cost, n_grad=n_grad, n_proj=n_proj, lr=lr, output=output, num_templates=num_templates,

@@ -8,6 +8,7 @@ same shape.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -204,48 +205,96 @@ def listing1(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr: float) ->
     return torch.stack(iterates).mean(dim=0)
 
 
-def _per_problem(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
-    """Apply ``solve(cost [n, m]) -> X [n, m]`` to every problem of a possibly ragged batch; 0 elsewhere."""
-    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
-    B, N, M = batched.shape
-    rows = [N] * B if num_templates is None else num_templates.tolist()
-    columns = [M] * B if num_proposals is None else num_proposals.tolist()
-    result = torch.zeros_like(batched)
-    for b, (n, m) in enumerate(zip(rows, columns)):
-        if n and m:
-            result[b, :n, :m] = solve(batched[b, :n, :m])
-    return result.reshape(cost.shape)
+def check_tensor(name: str, given: object) -> None:
+    """Refuse a list or an array with a message of its own; shapes and dtypes are checked later."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: takes a tensor [N, M] or [B, N, M], got {type(given).__name__}; torch.as_tensor makes one")
+
+
+def _batched(name: str, cost: Tensor) -> Tensor:
+    """The cost as [B, N, M]."""
+    check_tensor(name, cost)
+    if cost.dim() not in (2, 3):
+        raise ValueError(f"{name}: must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
+    return cost if cost.dim() == 3 else cost[None]
+
+
+def _valid(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> Tensor:
+    """What of a batch [B, N, M] is not padding: bool, broadcasts against it."""
+    valid = torch.ones((1, 1, 1), dtype=torch.bool, device=cost.device)
+    for sizes, dim in ((num_templates, 1), (num_proposals, 2)):
+        if sizes is not None:
+            shape = [1, cost.shape[1], 1] if dim == 1 else [1, 1, cost.shape[2]]
+            valid = valid & (torch.arange(cost.shape[dim], device=cost.device).view(shape) < sizes[:, None, None])
+    return valid
 
 
 def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
-    """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first. 0/1, no gradient."""
-
-    def solve(c: Tensor) -> Tensor:
-        x = torch.zeros_like(c)
-        free = c.detach().clone()
-        for _ in range(min(c.shape)):
-            i, j = divmod(int(free.argmin()), c.shape[1])
-            x[i, j] = 1
-            free[i], free[:, j] = torch.inf, torch.inf
-        return x
-
-    return _per_problem(cost, num_templates, num_proposals, solve)
+    """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first; among equal ones the first. 0/1, no
+    gradient. A problem with a non-finite cost is NaN throughout. Runs on the device of ``cost``, without a host read."""
+    batched = _batched("greedy", cost).detach()  # [B, N, M]
+    B, N, M = batched.shape
+    if batched.numel() == 0:
+        return torch.zeros_like(batched).reshape(cost.shape)
+    valid = _valid(batched, num_templates, num_proposals)
+    free = batched.masked_fill(~valid, torch.inf)  # [B, N, M]
+    poison = (batched.masked_fill(~valid, 0) * 0).sum((1, 2), keepdim=True)  # [B, 1, 1], 0 or NaN
+    problem = torch.arange(B, device=cost.device)
+    found = []
+    for _ in range(min(N, M)):
+        least, place = free.flatten(1).min(1)  # [B]; inf, at a used place, where nothing is free
+        found.append((place, least < torch.inf))
+        row = place // M
+        free[problem, row] = torch.inf
+        free[problem, :, place - row * M] = torch.inf
+    places, taken = (torch.stack(part, 1) for part in zip(*found))  # [B, min(N, M)]
+    x = torch.where(valid, poison, 0).expand_as(batched).flatten(1).scatter_add(1, places, taken.to(cost.dtype))
+    return x.reshape(cost.shape)
 
 
 def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
-    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment`` (on the host). 0/1, no gradient; a problem with a
-    non-finite cost is NaN throughout."""
+    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment``. 0/1, no gradient; a problem with a non-finite cost is
+    NaN throughout. The batch is copied to the host once."""
+    choice, _, broken = _solve_on_host(_batched("hungarian", cost), num_templates, num_proposals)
+    B, N = choice.shape
+    x = np.zeros((B, N, cost.shape[-1]), np.float32)
+    if x.size:
+        x[np.arange(B)[:, None], np.arange(N), choice] = choice >= 0
+    result = torch.from_numpy(x).to(cost)
+    if broken.any():
+        poisoned = torch.from_numpy(broken).to(cost.device)[:, None, None] & _valid(result, num_templates, num_proposals)
+        result = result.masked_fill(poisoned, torch.nan)
+    return result.reshape(cost.shape)
+
+
+def _solve_on_host(
+    cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For costs [B, N, M] the optimal choice: the column of each row [B, N] (-1: none), its cost [B, N] (0: none), and which
+    problems hold a non-finite cost [B]; nothing is chosen there."""
     from scipy.optimize import linear_sum_assignment
 
-    def solve(c: Tensor) -> Tensor:
-        if not c.isfinite().all():
-            return torch.full_like(c, torch.nan)
-        x = torch.zeros_like(c)
-        i, j = linear_sum_assignment(c.detach().double().cpu().numpy())
-        x[i, j] = 1
-        return x
-
-    return _per_problem(cost, num_templates, num_proposals, solve)
+    B, N, M = cost.shape
+    ragged = num_templates is not None or num_proposals is not None
+    if ragged:  # one copy for everything: a read of each part would make the host wait three times for a GPU
+        sizes = [cost.new_full((B, 1), n) if part is None else part[:, None] for part, n in ((num_templates, N), (num_proposals, M))]
+        host = torch.cat([part.double() for part in (cost.detach().reshape(B, N * M), *sizes)], 1).cpu().numpy()
+        costs, sizes = host[:, : N * M].reshape(B, N, M), host[:, N * M :].astype(int).tolist()
+        problems = [c[:n, :m] for c, (n, m) in zip(costs, sizes)]
+    else:
+        problems = costs = cost.detach().double().cpu().numpy()
+    broken = np.zeros(B, bool)
+    if not np.isfinite(costs).all():  # padding may hold anything
+        broken = np.array([not np.isfinite(c).all() for c in problems], bool)
+    if not ragged and 0 < N <= M and B and not broken.any():
+        choice = np.array([linear_sum_assignment(c)[1] for c in problems])
+        return choice, costs[np.arange(B)[:, None], np.arange(N), choice], broken
+    choice, value = np.full((B, N), -1), np.zeros((B, N))
+    for b, c in enumerate(problems):
+        if c.size and not broken[b]:
+            row, column = linear_sum_assignment(c)
+            choice[b, row], value[b, row] = column, c[row, column]
+    return choice, value, broken
 
 
 def sinkhorn(
@@ -260,13 +309,8 @@ def sinkhorn(
 
     Each round scales rows to 1, then scales down the columns that exceed 1.
     """
-    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
-    B, N, M = batched.shape
-    valid = torch.ones(B, N, M, dtype=torch.bool, device=cost.device)
-    if num_templates is not None:
-        valid &= (torch.arange(N, device=cost.device) < num_templates[:, None])[:, :, None]
-    if num_proposals is not None:
-        valid &= (torch.arange(M, device=cost.device) < num_proposals[:, None])[:, None, :]
+    batched = _batched("sinkhorn", cost)  # [B, N, M]
+    valid = _valid(batched, num_templates, num_proposals)
     floor = torch.finfo(cost.dtype).min / 4
     log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
     v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
@@ -278,6 +322,7 @@ def sinkhorn(
 
 def mask_confident(assignment: Tensor) -> Tensor:
     """Keep each template's most confident proposal: X * 1[X = row max] (Section 4.1). Differentiable through what is kept."""
+    check_tensor("mask_confident", assignment)
     if assignment.shape[-1] == 0:
         return assignment
     return assignment * (assignment == assignment.amax(-1, keepdim=True))
@@ -291,10 +336,8 @@ def assign(
 
     ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
     """
-    x = hungarian(-assignment, num_templates=num_templates, num_proposals=num_proposals)
-    if x.shape[-1] == 0:
-        return torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device)
-    return torch.where((x * assignment).amax(-1) > 0, x.argmax(-1), -1)
+    choice, value, _ = _solve_on_host(-_batched("assign", assignment), num_templates, num_proposals)
+    return torch.from_numpy(np.where(value < 0, choice, -1)).to(assignment.device).reshape(assignment.shape[:-1])
 
 
 def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:
@@ -302,6 +345,7 @@ def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> d
     there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings
     them to 1e-3.
     """
+    check_tensor("feasibility", assignment)
     rows = (assignment.sum(-1) - 1).abs()  # [B, N]
     if num_templates is not None:
         rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < num_templates[:, None], 0)
