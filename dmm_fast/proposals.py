@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmm_fast.device import open_device
 from dmm_fast.masks import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.model.masks import mask_boxes
@@ -317,8 +318,8 @@ class MaskRCNNProposer:
     """
 
     def __init__(self, model: nn.Module, top: int = TOP, threshold: float = 0.0, device: str | torch.device = "cpu"):
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.top, self.threshold, self.device = top, threshold, torch.device(device)
+        self.top, self.threshold, self.device = top, threshold, open_device(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray | Tensor) -> Proposals:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmm_fast import reference
+from dmm_fast.device import open_device
 from dmm_fast.graph import GraphStep
 from dmm_fast.model import (
     Config,
@@ -102,7 +103,7 @@ class Segmenter:
         if not 1 <= slots <= 255:
             raise ValueError(f"Segmenter: slots must be in 1..255, got {slots}")
         self.config, self.matcher, self.decision, self.slots = config, matcher, decision, slots
-        self.device = torch.device(device)
+        self.device = open_device(device)
         self.proposer = proposer
         if graph and (self.device.type != "cuda" or (matcher, decision) != ("dmm", "confident")):
             raise ValueError("Segmenter: graph needs a CUDA device, the matcher 'dmm' and the decision 'confident'")

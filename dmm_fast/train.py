@@ -7,6 +7,7 @@ the ground truth. A run is a function of its configuration: clips depend on (see
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from dmm_fast.checkpoint import Average, read_counters, read_state, weights_of, 
 from dmm_fast.clips import ClipDataset, Clips, Mixture, PasteClips, StillClips, SyntheticClips
 from dmm_fast.configs import ConfigError, Data, TrainConfig, from_dict, nearest
 from dmm_fast.datasets import Video, VideoDataset, open_dataset
+from dmm_fast.device import open_device
 from dmm_fast.evaluation import ABSENT, score_ids
 from dmm_fast.imagenet import imagenet_weights
 from dmm_fast.losses import TERMS, step_losses
@@ -243,7 +245,8 @@ def unroll_all(net: DMMNet, clips: Sequence[Clip], config: TrainConfig) -> Tenso
     rows = []
     for clip, levels in zip(clips, encode_all(net, clips, config)):
         terms = unroll(net, clip, levels, config)  # [terms]
-        rows.append(torch.cat([(terms * terms.new_tensor(weights)).sum()[None], terms]))
+        total = sum(weight * term for weight, term in zip(weights, terms))
+        rows.append(torch.cat([total[None], terms]))
     return torch.stack(rows)
 
 
@@ -253,12 +256,16 @@ def encode_all(net: DMMNet, clips: Sequence[Clip], config: TrainConfig) -> list[
     for size in dict.fromkeys(clip.frames.shape[2:] for clip in clips):
         group = [i for i, clip in enumerate(clips) if clip.frames.shape[2:] == size]
         frames = torch.cat([clips[i].frames for i in group])
-        with torch.set_grad_enabled(not config.freeze), torch.autocast(frames.device.type, torch.bfloat16, config.amp):
+        with torch.set_grad_enabled(not config.freeze), mixed_precision(frames.device, config):
             levels = net.encode(frames)
         counts = [len(clips[i].frames) for i in group]
         for i, *parts in zip(group, *(level.float().split(counts) for level in levels)):
             found[i] = parts
     return [found[i] for i in range(len(clips))]
+
+
+def mixed_precision(device: torch.device, config: TrainConfig) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if config.amp else contextlib.nullcontext()
 
 
 def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], config: TrainConfig) -> Tensor:
@@ -275,7 +282,7 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], config: TrainConfig) -
             assignment = net.match(cost, proposals.scores, valid)
         else:
             assignment = reference.hungarian(cost.detach())
-        with torch.autocast(cost.device.type, torch.bfloat16, config.amp):
+        with mixed_precision(cost.device, config):
             output, state = net.decide(features, proposals, affinity, assignment, state)
         losses = step_losses(output, affinity, proposals, clip.masks[t], match_iou=config.loss.match_iou)
         steps.append(torch.stack([losses[term] for term in TERMS]))
@@ -452,10 +459,7 @@ class Team:
     def __init__(self, device: str):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.first = self.rank == 0
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if device == "cuda" and self.size > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = torch.device(device)
+        self.device = open_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.joined = self.size > 1 and not dist.is_initialized()

@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dmm_fast.datasets import Video, open_dataset
+from dmm_fast.device import open_device
 from dmm_fast.detector import DetectorConfig, build, load_detector, save_detector
 from dmm_fast.imagenet import CARRIERS, imagenet_weights
 from dmm_fast.masks import whole_file
@@ -253,7 +254,7 @@ def train(
         raise ValueError(f"held-out or left-out videos that no data set has: {', '.join(sorted(unknown))}")
     checked = [example for example in examples if example.video.name in held_out][::5]
     learned = [example for example in examples if example.video.name not in {*held_out, *leave_out}]
-    run = _Run(config, schedule, Path(out), minutes, init, torch.device(device))
+    run = _Run(config, schedule, Path(out), minutes, init, open_device(device))
     batches = Batches(learned, schedule, (config.short_side, round(config.short_side * 16 / 9 / 16) * 16))
     rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
     loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers)

@@ -182,7 +182,7 @@ class Memory(nn.Module):
         value = torch.cat([value, 1.0 - value], 1)  # [N, 2, h w]
         # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
         # a GPU would have to wait for the answer, and could not capture the step as a graph.
-        if self.near or keys.is_cuda:
+        if self.near or not keys.is_cpu:
             total = recall(query, known, value)
         else:
             total = recall_by_frame(query, known, value, valid)

@@ -369,7 +369,7 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
     fails(capsys, [*good, "--backbone", "resnet50"], "resnet50", "weights")
     fails(capsys, [*good, "--preset", "davis", "--weights", tmp_path / "w.safetensors"], "w.safetensors")
     for device in ("cuda:99", "gpu"):
-        fails(capsys, [*good, "--device", device], f"--device {device} cannot be used here", "dmm-fast doctor")
+        fails(capsys, [*good, "--device", device], f"device {device} cannot be used here", "dmm-fast doctor")
     fails(capsys, [*good, "--overlay", tmp_path / "nowhere/o.mp4"], "there is no directory")
     assert not (tmp_path / "out").exists()
 

@@ -35,11 +35,7 @@ def count(text: str, least: int = 1) -> int:
 
 
 def check_device(name: str) -> None:
-    """Tell in words, and before anything is read, that torch cannot use a device here."""
-    import torch
+    """Refuse a device that torch cannot use here, before anything is read."""
+    from dmm_fast.device import open_device
 
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({cause}); dmm-fast doctor tells more") from None
+    open_device(name)

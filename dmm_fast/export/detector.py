@@ -5,6 +5,8 @@ torchvision's `nms` and `roi_align` live in a library that only Python loads, so
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,22 +16,28 @@ from dmm_fast.detector import TimmPyramid
 from dmm_fast.proposals import MaskRCNNProposer, ProposalError
 
 
+ROUNDS = 24  # of suppression where their number must be fixed
+
+
 class ProposalNetwork(nn.Module):
     """frame [3, H, W] uint8 -> boxes [M, 4], scores [M], masks [M, 28, 28], as the `Detector` it is made of.
 
     Every stage looks at a fixed number of boxes and gives those that are none a score of -inf. A script cuts them off where it
-    can; a traced program, whose sizes are fixed, carries them to the end: M is then always the detector's `top`.
+    can; a traced program, whose sizes are fixed, carries them to the end: M is then always the detector's `top`. So does
+    `fixed`, which also never makes the host wait for the device, as a CUDA graph asks.
     """
 
-    def __init__(self, detector: MaskRCNNProposer) -> None:
+    def __init__(self, detector: MaskRCNNProposer, fixed: bool = False) -> None:
         super().__init__()
+        self.rounds = ROUNDS if fixed else 0  # of suppression, 0: until nothing changes
         model = detector.model
         if not isinstance(model.backbone, TimmPyramid) or model.roi_heads.box_predictor.cls_score.out_features != 2:
             raise ProposalError("export: the proposal network must be one of dmm-fast train-proposals on a timm backbone")
         rpn, heads, size = model.rpn, model.roi_heads, model.transform
         self.body, self.fpn = model.backbone.body, model.backbone.fpn
-        self.rpn_head, self.rpn_coder = rpn.head, rpn.box_coder
-        self.box_head, self.box_predictor, self.box_coder = heads.box_head, heads.box_predictor, heads.box_coder
+        self.rpn_head, self.rpn_weights = rpn.head, list(map(float, rpn.box_coder.weights))
+        self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
+        self.box_weights = list(map(float, heads.box_coder.weights))
         self.mask_head, self.mask_predictor = heads.mask_head, heads.mask_predictor
         self.box_cells, self.mask_cells = int(heads.box_roi_pool.output_size[0]), int(heads.mask_roi_pool.output_size[0])
         self.short_side, self.long_side, self.multiple = int(size.min_size[-1]), int(size.max_size), int(size.size_divisible)
@@ -48,8 +56,9 @@ class ProposalNetwork(nn.Module):
         regions, likely = self.propose(image, features[1:] + [pyramid["pool"]], (height, width))
         boxes, scores = self.detect(features, regions, likely, (height, width))
         masks = self.mask_predictor(self.mask_head(pool_regions(features, boxes, self.mask_cells)))
-        scale = [frame.shape[2] / width, frame.shape[1] / height]
-        return boxes * torch.tensor(scale + scale, device=boxes.device), scores, masks[:, 1].sigmoid()
+        wide, tall = frame.shape[2] / width, frame.shape[1] / height
+        boxes = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
+        return boxes, scores, masks[:, 1].sigmoid()
 
     def resized(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """-> the image [1, 3, h, w] with zeros to its right and below, and its own height and width in there."""
@@ -75,12 +84,12 @@ class ProposalNetwork(nn.Module):
             # As many candidates on every level, so that their number does not follow from the frame's size.
             best, index = F.pad(level, [0, self.candidates], value=float("-inf")).topk(self.candidates)
             index = index.clamp(max=level.shape[0] - 1)
-            found = clip_boxes_to_image(self.rpn_coder.decode_single(deltas[index], anchors[index]), size)
+            found = clip_boxes_to_image(decode(deltas[index], anchors[index], self.rpn_weights), size)
             scores.append(best)
             boxes.append(found)
-        likely = suppress(torch.stack(boxes), torch.stack(scores), 1e-3, self.rpn_nms).flatten()  # [levels * candidates]
+        likely = suppress(torch.stack(boxes), torch.stack(scores), 1e-3, self.rpn_nms, self.rounds).flatten()  # [levels * candidates]
         likely, order = likely.topk(self.regions)
-        return cut(torch.cat(boxes)[order], likely)
+        return cut(torch.cat(boxes)[order], likely, self.rounds > 0)
 
     def detect(
         self, features: list[Tensor], regions: Tensor, likely: Tensor, size: tuple[int, int]
@@ -90,14 +99,26 @@ class ProposalNetwork(nn.Module):
         scores = logits.softmax(-1)[:, 1]
         scores = torch.where((likely > float("-inf")) & (scores > self.threshold), scores, float("-inf"))
         scores, order = scores.sort(descending=True, stable=True)
-        boxes = clip_boxes_to_image(self.box_coder.decode_single(offsets[:, 4:], regions)[order], size)
-        scores = suppress(boxes[None], scores[None], 1e-2, self.nms)[0]
+        boxes = clip_boxes_to_image(decode(offsets[:, 4:], regions, self.box_weights)[order], size)
+        scores = suppress(boxes[None], scores[None], 1e-2, self.nms, self.rounds)[0]
         scores, order = scores.topk(min(self.top, scores.shape[0]))
-        return cut(boxes[order], scores)
+        return cut(boxes[order], scores, self.rounds > 0)
 
 
-def cut(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def decode(deltas: Tensor, boxes: Tensor, weights: list[float]) -> Tensor:
+    """Boxes [R, 4] moved by deltas [R, 4], as torchvision's `BoxCoder.decode_single` (which makes constants on the host)."""
+    size, shift, scale = boxes[:, 2:] - boxes[:, :2], deltas[:, :2], deltas[:, 2:]
+    center = boxes[:, :2] + 0.5 * size
+    center = center + torch.stack([shift[:, 0] / weights[0], shift[:, 1] / weights[1]], 1) * size
+    scale = torch.stack([scale[:, 0] / weights[2], scale[:, 1] / weights[3]], 1).clamp(max=math.log(1000 / 16))
+    half = 0.5 * (scale.exp() * size)
+    return torch.cat([center - half, center + half], 1)
+
+
+def cut(boxes: Tensor, scores: Tensor, fixed: bool) -> tuple[Tensor, Tensor]:
     """Without the last ones, which have a score of -inf; a traced program keeps them."""
+    if fixed:
+        return boxes, scores
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
             return boxes, scores
@@ -105,12 +126,12 @@ def cut(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return boxes[:count], scores[:count]
 
 
-def suppress(boxes: Tensor, scores: Tensor, least: float, threshold: float) -> Tensor:
+def suppress(boxes: Tensor, scores: Tensor, least: float, threshold: float, rounds: int = 0) -> Tensor:
     """Scores [L, R] of boxes [L, R, 4], best first, with -inf for those with a side below `least` and those that a better one
     which stays covers with an IoU above `threshold`.
 
     Whether a box stays follows from those before it, so repeating the rule for all at once settles on the one answer, in as
-    many rounds as the longest chain of boxes that decide about each other.
+    many rounds as the longest chain of boxes that decide about each other, some ten; or in `rounds`, if given, without asking the device.
     """
     shared = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     shared = (shared - torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])).clamp(min=0).prod(3)  # [L, R, R]
@@ -120,17 +141,21 @@ def suppress(boxes: Tensor, scores: Tensor, least: float, threshold: float) -> T
     better = torch.ones_like(shared).triu(1) * real[:, :, None]  # row before column
     covers = torch.where(shared / (areas[:, :, None] + areas[:, None] - shared) > threshold, better, 0.0)
     stays = real.float()
+    if rounds > 0:
+        for _ in range(rounds):
+            stays = settle_once(stays, covers) * real
+        return torch.where(stays > 0, scores, float("-inf"))
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
             return torch.where(_settle(stays, covers) > 0, scores, float("-inf"))
     before = torch.zeros_like(stays)
     while not torch.equal(stays, before):
         before = stays
-        stays = decide(stays, covers) * real
+        stays = settle_once(stays, covers) * real
     return torch.where(stays > 0, scores, float("-inf"))
 
 
-def decide(stays: Tensor, covers: Tensor) -> Tensor:
+def settle_once(stays: Tensor, covers: Tensor) -> Tensor:
     """[L, R] of 0 and 1: whether none of those that stay covers it."""
     return ((stays[:, None] @ covers)[:, 0] == 0).float()
 
@@ -143,7 +168,7 @@ def _settle(real: Tensor, covers: Tensor) -> Tensor:
         return (stays != before).any()
 
     def again(stays: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        return decide(stays, covers) * real, stays.clone()
+        return settle_once(stays, covers) * real, stays.clone()
 
     return while_loop(differ, again, (real.clone(), torch.zeros_like(real)))[0]
 
