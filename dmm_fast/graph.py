@@ -14,7 +14,7 @@ from dmm_fast.model import DMMNet, Output, Proposals, State
 class GraphStep:
     """`net.step` on a GPU for one frame size, number of object slots and kind of proposal masks, with up to `top` proposals.
 
-    The first call for a shape runs the step a few times and captures it, which takes seconds; later ones copy their inputs
+    Capturing needs shapes that stay: see `pad`, and `Segmenter`, which keeps the number of slots. The first call for a shape runs the step a few times and captures it, which takes seconds; later ones copy their inputs
     in and replay it. The state that a call returns lies in the graph's own memory and is overwritten by the next one: pass it
     back as it is, or copy it. What the network is trained to do must not change in between.
     """
@@ -24,6 +24,7 @@ class GraphStep:
             raise ValueError("GraphStep: CUDA graphs need a network on a GPU")
         self.net, self.top = net, top
         self._key: Any = None
+        self.captures = 0
 
     @torch.no_grad()
     def __call__(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
@@ -32,12 +33,16 @@ class GraphStep:
         key = [(leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs)]
         if key != self._key:
             self._capture(inputs)
+            self.captures += 1
             self._key = key
         for own, given in zip(tree_leaves(self._inputs), tree_leaves(inputs)):
             if own is not given:
                 own.copy_(given)
-        self._graph.replay()
+        self._replay()
         return tree_map(torch.clone, self._output), self._inputs[2]
+
+    def _replay(self) -> None:
+        self._graph.replay()
 
     def _capture(self, inputs: tuple[Tensor, Proposals, State]) -> None:
         self._inputs = tree_map(torch.clone, inputs)

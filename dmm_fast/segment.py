@@ -64,6 +64,7 @@ def segment(
     weights: str | os.PathLike | None = None,
     online: str | None = None,
     device: str = "cpu",
+    graph: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -75,6 +76,7 @@ def segment(
     frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay
     video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
+    graph: whether the step runs as a CUDA graph (see `Segmenter`); the report says whether it did.
     save_every: seconds between saved states.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
@@ -105,17 +107,17 @@ def segment(
         kept = folder.tuned if online is not None else weights
         if folder.tuned_proposer.exists() and isinstance(propose, Live):
             propose.load(folder.tuned_proposer)
-        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device)
+        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device, graph=graph)
     else:
         segmenter = _make_segmenter(
-            preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision
+            preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision, graph=graph
         )
     if budget is not None and segmenter.config.backbone == "none":
         raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
     folder.begin(frames.stems, checkpoint)
     run = _Run(frames, given, propose, segmenter, folder, checkpoint, budget)
     run.forward(progress, save_every)
-    return run.finish(video, {**settings, "device": device})
+    return run.finish(video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
 
 
 def online_budget(text: str) -> dict[str, float]:
@@ -281,7 +283,7 @@ def _draw(
 
 
 def _make_segmenter(
-    preset: str | None, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: str | None
+    preset: str | None, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: Any
 ) -> Segmenter:
     config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
     return Segmenter(config, weights=weights, device=device, **options)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dmm_fast import reference
 from dmm_fast.device import open_device
-from dmm_fast.graph import GraphStep
+from dmm_fast.graph import GraphStep, pad
 from dmm_fast.model import (
     Config,
     DMMNet,
+    Output,
     Proposals,
     State,
     digest,
@@ -32,7 +33,6 @@ from dmm_fast.model import (
     read_weights,
     save_weights,
 )
-from dmm_fast.model.network import absent
 from dmm_fast.model.state import grow
 from dmm_fast.model.weights import write_tensors
 
@@ -76,8 +76,9 @@ class Segmenter:
     an exported step does); "assign" rounds the assignment with the Hungarian algorithm, so that no two objects take
     the same proposal.
     slots: object slots to start with; more are added when needed.
-    graph: on a GPU, run the step as a CUDA graph (`dmm_fast.graph`): proposals are padded to the config's `top`, and a change
-    of shape captures again. Needs the matcher "dmm" and the decision "confident".
+    graph: run the step as a CUDA graph (`dmm_fast.graph`), several times as fast: None where that is possible (on a GPU, with
+    the matcher "dmm" and the decision "confident"), True to insist, False never. Proposals are padded to the config's `top`
+    and slots to a power of two; only more slots, another frame size or another kind of proposal masks capture again.
     proposer: called with the frame when `step` gets no proposals.
 
     A call that raises leaves the session as it was.
@@ -94,7 +95,7 @@ class Segmenter:
         matcher: str = "dmm",
         decision: str = "confident",
         slots: int = 1,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> None:
         config, weights = _resolve(config, weights, refine)
         for name, value, allowed in (("matcher", matcher, MATCHERS), ("decision", decision, DECISIONS)):
@@ -105,11 +106,10 @@ class Segmenter:
         self.config, self.matcher, self.decision, self.slots = config, matcher, decision, slots
         self.device = open_device(device)
         self.proposer = proposer
-        if graph and (self.device.type != "cuda" or (matcher, decision) != ("dmm", "confident")):
-            raise ValueError("Segmenter: graph needs a CUDA device, the matcher 'dmm' and the decision 'confident'")
+        self.graph = graph_wanted(graph, self.device, matcher, decision)
         self.net = _build(config, weights).to(self.device).eval()
         self._inference = inference(self.net)
-        self._graph = GraphStep(self._inference, config.top) if graph else None
+        self._graph_step = GraphStep(self._inference, config.top) if self.graph else None
         self.note = _note(config, weights)
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
@@ -153,7 +153,7 @@ class Segmenter:
         ids, masks = _masks(masks, tuple(frame.shape[1:]))
         if not ids:
             raise ValueError("Segmenter.start: no object in the masks")
-        slots = max(self.slots, len(ids))
+        slots = self._room(max(self.slots, len(ids)))
         full = torch.zeros((slots, *masks.shape[1:]), dtype=torch.bool, device=self.device)
         full[: len(ids)] = masks.to(self.device)
         valid = torch.arange(slots, device=self.device) < len(ids)
@@ -176,27 +176,36 @@ class Segmenter:
             proposals = self.proposer(frame)
         proposals, kept = _proposals(proposals, size, self.config.top, self.device)
         tensor = tensor.to(self.device)
-
-        if self._graph is not None:
-            output, state = self._graph(tensor, proposals, state)
-        else:
-            net = self._inference
-            proposals = net.prepare(proposals, state)
-            features = net.encode(tensor[None])
-            affinity = net.compare(features, proposals, state)
-            assignment = self._assignment(net.cost(affinity), proposals.scores, state.valid)
-            output, state = net.decide(features, proposals, affinity, assignment, state)
+        output, state = self._advance(tensor, proposals, state)
 
         table = np.array([0, *self._slot_ids], np.uint8)
         ids = table[output.labels.cpu().numpy()]
-        columns = (output.proposal, output.score, output.runner_up, output.lost)
+        # One array of one dtype, so that a GPU is waited for once.
+        columns = torch.stack([output.proposal.double(), output.score, output.runner_up, output.lost]).tolist()
         objects = [
-            ObjectResult(i, None if lost else kept[proposal], score, runner_up, lost)
-            for i, proposal, score, runner_up, lost in zip(self._slot_ids, *(column.tolist() for column in columns))
+            ObjectResult(i, None if lost else kept[int(proposal)], score, runner_up, bool(lost))
+            for i, proposal, score, runner_up, lost in zip(self._slot_ids, *columns)
             if i
         ]
         self._state, self._frame, self._ids = state, tensor, ids
         return FrameResult(ids.copy(), sorted(objects, key=lambda o: o.id))
+
+    def _advance(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """The device's part of a step."""
+        if self._graph_step is not None:
+            return self._graph_step(frame, proposals, state)
+        net = self._inference
+        if (self.matcher, self.decision) == ("dmm", "confident"):
+            return net.step(frame, proposals, state)
+        proposals = net.prepare(proposals, state)
+        features = net.encode(frame[None])
+        affinity = net.compare(features, proposals, state)
+        assignment = self._assignment(net.cost(affinity), proposals.scores, state.valid)
+        return net.decide(features, proposals, affinity, assignment, state)
+
+    def _room(self, objects: int) -> int:
+        """Slots for so many objects: with a graph a power of two, so that it is seldom captured again."""
+        return min(255, 1 << (objects - 1).bit_length()) if self.graph else objects
 
     @torch.no_grad()
     def add(self, masks: Masks) -> FrameResult:
@@ -207,9 +216,11 @@ class Segmenter:
         if known:
             raise ValueError(f"Segmenter.add: objects {known} are followed already; drop them first")
         slot_ids = list(self._slot_ids)
-        slot_ids += [0] * (len(ids) - slot_ids.count(0))
-        if len(slot_ids) > 255:
-            raise ValueError(f"Segmenter.add: at most 255 objects, got {len(slot_ids)}")
+        objects = len(self.object_ids) + len(ids)
+        if objects > 255:
+            raise ValueError(f"Segmenter.add: at most 255 objects, got {objects}")
+        if objects > len(slot_ids):
+            slot_ids += [0] * (self._room(objects) - len(slot_ids))
         state = grow(state, len(slot_ids))
         free = [slot for slot, i in enumerate(slot_ids) if i == 0][: len(ids)]
         full = torch.zeros_like(state.masks)
@@ -259,7 +270,7 @@ class Segmenter:
         weights: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         proposer: Proposer | None = None,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> Segmenter:
         """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
@@ -298,6 +309,14 @@ class Segmenter:
         if self.decision == "assign":
             x = x * _one_hot(reference.assign(x), x.size(1))
         return x
+
+
+def graph_wanted(graph: bool | None, device: torch.device, matcher: str, decision: str) -> bool:
+    """Whether the step runs as a CUDA graph: where it can unless `graph` is False; ValueError where True asks too much."""
+    possible = device.type == "cuda" and (matcher, decision) == ("dmm", "confident")
+    if graph and not possible:
+        raise ValueError("Segmenter: graph needs a CUDA device, the matcher 'dmm' and the decision 'confident'")
+    return possible and graph is not False
 
 
 def _one_hot(columns: Tensor, size: int) -> Tensor:
@@ -413,7 +432,9 @@ def _proposals(
         shapes = [list(part.shape) for part in (boxes, scores, masks)]
         raise ValueError(f"Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .], got {shapes}")
     if count == 0:
-        return absent(torch.zeros((0, *size), device=device)), []
+        soft = masks.is_floating_point() and masks.size(1) == masks.size(2) > 0
+        kind = masks.to(device, torch.float32) if soft else torch.zeros((0, *size), dtype=torch.bool, device=device)
+        return pad(Proposals(torch.zeros((0, 4), device=device), torch.zeros(0, device=device), kind), 1), []
     if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
         raise ValueError("Segmenter: proposals must have finite boxes and scores")
     if masks.dtype == torch.bool:

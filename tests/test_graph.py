@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from dmm_fast.graph import GraphStep, pad
 from dmm_fast.model import Config, DMMNet, Proposals
 from dmm_fast.model.masks import mask_boxes
 
-from dmm_fast.segmenter import Segmenter
+from dmm_fast.segmenter import Segmenter, _proposals, graph_wanted
+from torch.utils._pytree import tree_leaves, tree_map
 
 SIZE = (64, 96)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,6 +46,75 @@ def test_too_many_and_no_gpu():
         GraphStep(DMMNet(Config()), 5)
     with pytest.raises(ValueError, match="graph needs a CUDA device"):
         Segmenter("iou", graph=True)
+
+
+class Recorded(GraphStep):
+    """The graph's bookkeeping without a GPU: what it would capture runs as it is."""
+
+    def __init__(self, net: DMMNet, top: int):
+        self.net, self.top, self._key, self.captures = net, top, None, 0
+
+    def _capture(self, inputs):
+        self._inputs = tree_map(torch.clone, inputs)
+
+    def _replay(self):
+        self._output, following = self.net.step(*self._inputs)
+        for own, new in zip(tree_leaves(self._inputs[2]), tree_leaves(following)):
+            own.copy_(new)
+
+
+def objects(*ids: int) -> dict[int, torch.Tensor]:
+    return dict(zip(ids, proposals(len(ids)).masks))
+
+
+def test_when_the_segmenter_uses_it():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert graph_wanted(None, gpu, "dmm", "confident") and graph_wanted(True, gpu, "dmm", "confident")
+    assert not graph_wanted(False, gpu, "dmm", "confident") and not graph_wanted(None, cpu, "dmm", "confident")
+    assert not graph_wanted(None, gpu, "hungarian", "confident") and not graph_wanted(None, gpu, "dmm", "assign")
+    with pytest.raises(ValueError, match="the matcher 'dmm'"):
+        graph_wanted(True, gpu, "greedy", "confident")
+
+
+@pytest.mark.parametrize("refine", ["none", "light"])
+def test_objects_come_and_go_in_few_captures(refine, monkeypatch):
+    """The results are those without a graph, and only more slots capture again."""
+    torch.manual_seed(0)
+    config = Config(backbone="test_resnet", input_size=SIZE, iou_weight=0.5, refine=refine, hidden=16, top=9)
+    net = DMMNet(config).eval()
+    monkeypatch.setattr("dmm_fast.segmenter._build", lambda *_: net)
+    eager = Segmenter(config)
+    monkeypatch.setattr("dmm_fast.segmenter.graph_wanted", lambda *_: True)
+    monkeypatch.setattr("dmm_fast.segmenter.GraphStep", Recorded)
+    graph = Segmenter(config)
+    frames = np.random.default_rng(0).integers(0, 256, (9, *SIZE, 3), dtype=np.uint8)
+    captures = []
+    for segmenter in (eager, graph):
+        segmenter.start(frames[0], objects(1, 2, 3))
+    for number, frame in enumerate(frames[1:]):
+        for segmenter in (eager, graph):
+            if number == 1:
+                segmenter.add(objects(4))  # a slot is free
+            if number == 3:
+                segmenter.drop([2, 3])
+            if number == 5:
+                segmenter.add(objects(7, 8, 9))  # five objects: more slots
+        found = proposals(0) if number == 6 else proposals(3 + number % 5)
+        expected, result = eager.step(frame, found), graph.step(frame, found)
+        assert np.array_equal(result.ids, expected.ids) and [o.id for o in result.objects] == [o.id for o in expected.objects]
+        for ours, theirs in zip(result.objects, expected.objects):
+            assert (ours.proposal, ours.lost) == (theirs.proposal, theirs.lost)
+            assert ours.score == pytest.approx(theirs.score, abs=1e-5)
+        captures.append(graph._graph_step.captures)
+    assert captures == [1, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_no_proposals_are_of_the_kind_of_others():
+    """A frame without proposals must not capture again."""
+    soft = Proposals(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 28, 28))
+    for given, kind in ((soft, (torch.float32, 28, 28)), (proposals(0), (torch.bool, *SIZE))):
+        none, kept = _proposals(given, SIZE, 9, torch.device("cpu"))
+        assert (none.masks.dtype, *none.masks.shape[1:]) == kind and kept == [] and none.scores.tolist() == [float("-inf")]
 
 
 @gpu
