@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmm_fast.commands import bench, export, proposals, runtime, study, train, train_proposals, weights
-from dmm_fast.commands import Help, add_command, check_device, count, examples
+from dmm_fast.commands import Help, Parser, add_command, check_device, count, examples
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -45,8 +45,8 @@ def _complain(message: str) -> None:
 # ------------------------------------------------------------------------------------------------------ what is asked
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dmm-fast",
         description="Follow objects through a video, given their masks in the first frame (DMM-Net).",
         epilog=examples(

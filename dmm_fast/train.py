@@ -120,7 +120,7 @@ def train(
                     sums += losses.detach()
                 team.sum_gradients(parameters)
                 norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip or math.inf)
-                values = [*team.sum(sums).tolist(), float(norm)]
+                values = torch.cat([team.sum(sums), norm.detach()[None]]).tolist()  # the one time that a step waits for a GPU
                 if not all(map(math.isfinite, values)):
                     raise RuntimeError(f"train: the loss or its gradient is not finite at step {step + 1}; lower the rates")
                 optimizer.step()

@@ -507,3 +507,19 @@ def test_doctor(capsys):
     shown = capsys.readouterr().out
     assert code == (1 if build_info()["mend"] else 0)
     assert "torch" in shown and "GPU" in shown
+
+
+def test_settings_may_follow_options(capsys):
+    """KEY=VALUE words are settings wherever they stand, unless an option takes them."""
+    from dmm_fast.cli import _parser
+
+    parse = _parser().parse_args
+    a = parse(["train", "small", "--minutes", "5", "out=X", "--quiet", "epochs=3"])
+    assert (a.config, a.settings, a.minutes, a.quiet) == ("small", ["out=X", "epochs=3"], 5, True)
+    a = parse(["train-proposals", "small", "rate=1e-3", "--data", "A", "B", "batch=8", "--out", "o=1", "fpn=64"])
+    assert (a.changes, a.data, a.out) == (["rate=1e-3", "batch=8", "fpn=64"], ["A", "B"], "o=1")
+    assert main(["train", "small", "--show", "--device", "cpu", "epochs=3"]) == 0
+    assert "epochs: 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(["train", "small", "--minutes", "5", "nonsense"])
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         ("dmm-fast train small --show", "the whole configuration as YAML, to start one's own from"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
+    parser.add_settings("settings", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
     again = parser.add_mutually_exclusive_group()
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     online.add_argument("--weights", metavar="FILE", help="where to begin (default: the network in the package)")
     online.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
     online.add_argument("--out", metavar="FILE", help="the weights to write")
-    online.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ..; with CONFIG it is the setting device")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, .., in place of the setting device (--online: default cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
@@ -56,11 +56,12 @@ def learn_online(a: argparse.Namespace) -> int:
         raise ValueError("train --online takes --masks and --out, and no CONFIG")
     if not Path(a.out).resolve().parent.is_dir():
         raise ValueError(f"{a.out}: there is no directory {Path(a.out).parent}")
-    check_device(a.device)
+    device = a.device or "cpu"
+    check_device(device)
     frame = read_image(a.online)
     ids, notes = read_first_masks(a.masks, frame.shape[:2])
     proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
-    segmenter = Segmenter(weights=a.weights, device=a.device)
+    segmenter = Segmenter(weights=a.weights, device=device)
     steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
     segmenter.save_weights(a.out)
     for note in notes:
@@ -78,7 +79,7 @@ def run(a: argparse.Namespace) -> int:
         return learn_online(a)
     if a.config is None:
         raise ValueError("train needs a CONFIG (small, youtube-vos, davis or a .yaml file), or --online FRAME")
-    config = read_config(a.config, a.settings)
+    config = read_config(a.config, a.settings + ([f"device={a.device}"] if a.device else []))
     if a.show:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
          "the paper's, with other settings"),
     )  # fmt: skip
     parser.add_argument("config", metavar="PRESET|FILE.yaml", help="what to train, see above")
-    parser.add_argument("changes", nargs="*", metavar="NAME=VALUE", help="settings to change, such as steps=2000 fpn=64")
+    parser.add_settings("changes", metavar="NAME=VALUE", help="settings to change, such as steps=2000 fpn=64")
     parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="data sets: video or single pictures")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument(
