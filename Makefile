@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make bench   the benchmarks of this machine
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
+# make oldest  do the native sources compile with the oldest torch that is supported?
 # make sanitize  the native library and the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f -not -path 'csrc/runtime/*') CMakeLists.txt setup.py pyproject.toml
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test bench runtime sanitize clean
+.PHONY: demo test bench runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -34,6 +35,9 @@ runtime: $(VENV)/.runtime
 $(VENV)/.runtime: $(VENV)/.built $(RUNTIME)
 	$(BIN)/dmm-fast runtime --build --work build/runtime
 	touch $@
+
+oldest: $(VENV)/.installed
+	$(BIN)/python tests/oldest_torch.py
 
 # The test process must start with the sanitizer's runtime; leaks of Python itself are not ours to report.
 sanitize: $(VENV)/.installed

@@ -50,10 +50,10 @@ inline Tensor new_like(const Tensor& contiguous) {
   const auto sizes = contiguous.sizes();
   const auto strides = contiguous.strides();
   int32_t dtype, device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(contiguous.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(contiguous.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(contiguous.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(contiguous.get(), &device_type));
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   device_type, contiguous.get_device_index(), &result));
   return Tensor(result);
 }
