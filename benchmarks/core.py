@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from text import microseconds, table  # noqa: F401  the suites take them from here
 
 import dmm_fast
 from dmm_fast import _library
@@ -162,28 +163,6 @@ def record(benchmark, samples: list[float], row: dict) -> None:
     benchmark.extra_info.update(row)
     ROWS.append(row)
     benchmark.pedantic(advance, rounds=len(samples))
-
-
-def microseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    us = seconds * 1e6
-    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, aligned so that a terminal shows it well too."""
-    widths = [max(3, *(len(line[i]) for line in [header, *rows])) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return (
-            "| "
-            + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
-            + " |"
-        )
-
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 # ---- the machine ----

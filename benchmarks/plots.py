@@ -53,7 +53,7 @@ def measure_cpu() -> dict:
 
 
 def read_gpu(path: Path) -> dict:
-    from gpu_report import merged
+    from gpu_tables import merged
 
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     machine = next({key: row[key] for key in row if key != "table"} for row in rows if row["table"] == "machine")

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <tuple>
 
 namespace dmm {
@@ -86,6 +87,7 @@ inline MatchInputs check_match(const char* op, const Tensor& cost, const std::op
     check_dtype(op, "lr_tensor", *lr_tensor, accumulate_type(type));
     check_same_device(op, "lr_tensor", *lr_tensor, "cost", cost);
   }
+  DMM_CHECK(lr_tensor || (options.lr > 0 && std::isfinite(options.lr)), op, ": lr must be positive and finite, got ", options.lr);
   DMM_CHECK(options.n_grad >= 1, op, ": n_grad must be at least 1, got ", options.n_grad);
   DMM_CHECK(options.n_proj >= 1, op, ": n_proj must be at least 1, got ", options.n_proj);
   return {as_contiguous(cost),          as_contiguous(init),      as_contiguous(num_templates),

@@ -13,9 +13,4 @@ inline constexpr const char* kMatchPricesBackwardSchema =
     "match_prices_backward(Tensor grad, Tensor cost, Tensor? num_templates, Tensor? num_proposals, Tensor? lr_tensor, "
     "int n_grad, int n_proj, float lr, bool last) -> (Tensor grad_cost, Tensor grad_lr)";
 
-// A number that is not positive has no meaning here (1 / t is computed); as a tensor it makes its problem NaN.
-inline void check_prices_lr(const char* op, double lr, const std::optional<Tensor>& lr_tensor) {
-  DMM_CHECK(lr_tensor || lr > 0, op, ": lr must be positive, got ", lr);
-}
-
 }  // namespace dmm

@@ -36,7 +36,7 @@ def match(
         init: the start X^0, like ``cost``. None: zeros (the result equals that of the uniform start 1/M).
         n_grad: gradient steps, N_grad >= 1. The paper uses 40 on video and 400 in its study.
         n_proj: rounds of Dykstra's projections per step, N_proj >= 1 (5 and 50).
-        lr: step size alpha (0.1 and 0.01). A tensor ``[]`` or ``[B]`` in float32 (float64 for a float64 cost) gets a gradient.
+        lr: step size alpha, positive (0.1 and 0.01). A tensor ``[]`` or ``[B]`` in float32 (float64 for a float64 cost) gets a gradient.
         dykstra: "reset" is Algorithm 1, "carry" is Listing 1: Dykstra's corrections are carried from step to step, and the
             start counts in the average. "released" (the authors' code) exists with backend="reference" only.
         output: "average" of the iterates (the paper), or the "last" iterate, which is closer to the optimum.
@@ -112,7 +112,7 @@ def match_prices(
     Differentiable once in cost and lr; nothing but the inputs is kept for the backward.
 
     Raises:
-        RuntimeError: as ``match``; lr not positive. ValueError: an unknown option.
+        RuntimeError: as ``match``. ValueError: an unknown option.
     """
     reference.check_tensor("match_prices", cost)
     if backend == "reference":

@@ -8,6 +8,8 @@ same shape.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,8 @@ def match(
 
 def _stack_problems(cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
     """``solve(b, cost [n, m], lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0 elsewhere, differentiable."""
+    if not isinstance(lr, Tensor) and not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr:g}")
     batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
     B, N, M = batched.shape
     steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B

@@ -5,6 +5,8 @@ Serves CUDA tensors where the native CUDA library is not built; tensors of any d
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -213,7 +215,7 @@ _launchable = (
 )  # or the interpreter
 
 
-def _check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int) -> None:
+def _check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
     """The checks and the words of csrc/match.h."""
     if cost.dim() not in (2, 3):
         raise RuntimeError(f"{op}: cost must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
@@ -236,6 +238,8 @@ def _check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad:
             raise RuntimeError(f"{op}: {name} must be {expected[name]}, got {tensor.dtype}")
         if tensor is not None and tensor.device != cost.device:
             raise RuntimeError(f"{op}: {name} must be on the device of cost")
+    if lr_tensor is None and not 0 < lr < math.inf:
+        raise RuntimeError(f"{op}: lr must be positive and finite, got {lr:g}")
     for name, value in (("n_grad", n_grad), ("n_proj", n_proj)):
         if value < 1:
             raise RuntimeError(f"{op}: {name} must be at least 1, got {value}")
@@ -295,7 +299,7 @@ def _match(
     carry: bool,
     last: bool,
 ) -> Tensor:
-    _check("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj)
+    _check("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
     out = torch.empty_like(cost, memory_format=torch.contiguous_format)
     if cost.numel() > 0:
         tensors, sizes, constants = _arguments(cost, init, num_templates, num_proposals, lr_tensor, lr)
@@ -320,7 +324,7 @@ def _match_backward(
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "dmm::match_backward"
-    _check(op, cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj)
+    _check(op, cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
     if grad.shape != cost.shape or grad.dtype != cost.dtype or grad.device != cost.device:
         raise RuntimeError(
             f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}"

@@ -157,9 +157,7 @@ def _backward_kernel(
 
 def _check(op: str, cost, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
     """The checks and the words of csrc/match_prices.h."""
-    _match_kernels._check(op, cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj)
-    if lr_tensor is None and not lr > 0:
-        raise RuntimeError(f"{op}: lr must be positive, got {lr:g}")
+    _match_kernels._check(op, cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
 
 
 def _arguments(cost, num_templates, num_proposals, lr_tensor, lr):

@@ -14,6 +14,21 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """What `-m gpu` selects: tests marked so, which are skipped without a GPU; cases with a device "cuda"; Triton's tests."""
+    absent = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if not torch.cuda.is_available():
+                item.add_marker(absent)
+        elif "triton" in item.path.stem or any(str(v).startswith("cuda") for v in _parameters(item)):
+            item.add_marker(pytest.mark.gpu)
+
+
+def _parameters(item) -> list:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The development data beside the repository (or at DMM_FAST_DATA); tests on it are skipped where it is absent."""

@@ -13,7 +13,7 @@ from dmm_fast.segmenter import Segmenter, _proposals, graph_wanted
 from torch.utils._pytree import tree_leaves, tree_map
 
 SIZE = (64, 96)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 
 
 def proposals(count: int, device: str = "cpu") -> Proposals:

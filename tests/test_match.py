@@ -435,6 +435,10 @@ COST = torch.rand(2, 3, 4)
         (lambda: dmm_fast.match(COST, num_proposals=torch.tensor([1, 1], dtype=torch.int32)), r"must be Long, got Int"),
         (lambda: dmm_fast.match(COST, lr=torch.tensor([0.1])), r"lr_tensor must have shape \[\] or \[2\], got \[1\]"),
         (lambda: dmm_fast.match(COST, lr=torch.tensor(0.1, dtype=torch.float64)), r"lr_tensor must be Float, got Double"),
+        (lambda: dmm_fast.match(COST, lr=-0.1), r"dmm::match: lr must be positive and finite, got -0.1"),
+        (lambda: dmm_fast.match(COST, lr=torch.nan), r"lr must be positive and finite, got nan"),
+        (lambda: dmm_fast.match(COST, lr=torch.inf), r"lr must be positive and finite, got inf"),
+        (lambda: dmm_fast.match(COST, lr=0.0), r"lr must be positive and finite, got 0"),
         (lambda: dmm_fast.match(COST, n_grad=0), r"n_grad must be at least 1, got 0"),
         (lambda: dmm_fast.match(COST, n_proj=-3), r"n_proj must be at least 1, got -3"),
         (lambda: torch.ops.dmm.match_backward(COST[0], COST, None, None, None, None, n_grad=1, n_proj=1, lr=0.1, carry=False,
@@ -458,19 +462,26 @@ def test_a_list_is_refused(name):
         getattr(dmm_fast, name)([[0.1, 0.2], [0.3, 0.4]])
 
 
+@pytest.mark.parametrize("name", ["match", "match_prices"])
+def test_the_reference_checks_the_step_size(name):
+    for lr in (0.0, -0.1, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="lr must be positive and finite"):
+            getattr(dmm_fast, name)(COST, lr=lr, backend="reference")
+
+
 @pytest.mark.parametrize("name", ["greedy", "hungarian", "sinkhorn", "assign"])
 def test_peers_check_the_shape(name):
     with pytest.raises(ValueError, match=rf"{name}: must have shape \[B, N, M\] or \[N, M\], got \[4\]"):
         getattr(dmm_fast, name)(torch.rand(4))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_devices_must_agree():
     with pytest.raises(RuntimeError, match="init must be on the device of cost"):
         dmm_fast.match(COST.cuda(), COST)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_counts_out_of_range_are_nan_on_a_gpu():
     x = dmm_fast.match(COST.cuda(), num_proposals=torch.tensor([5, 4], device="cuda"))
     assert x[0].isnan().all() and torch.equal(x[1].cpu().isnan(), torch.zeros(3, 4, dtype=torch.bool))

@@ -127,7 +127,7 @@ def test_errors_name_op_argument_rule_and_value():
     cost = random(2, 3, 4)
     for options, words in [
         (dict(n_grad=0), "dmm::match_prices: n_grad must be at least 1, got 0"),
-        (dict(lr=0.0), "dmm::match_prices: lr must be positive, got 0"),
+        (dict(lr=0.0), "dmm::match_prices: lr must be positive and finite, got 0"),
         (dict(lr_tensor=torch.zeros(3, device=DEVICE)), r"lr_tensor must have shape \[\] or \[2\], got \[3\]"),
     ]:
         with pytest.raises(RuntimeError, match=words):

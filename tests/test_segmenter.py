@@ -212,7 +212,7 @@ def test_soft_proposals():
     assert (result.ids != truth(1)).mean() < 0.1  # the half-covered pixels around each box
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_gpu_gives_the_same(light):
     for options in ({}, {"config": LIGHT, "weights": light}):
         there, here = started(device="cuda", **options), started(**options)

@@ -15,7 +15,7 @@ from dmm_fast import _library, reference
 CPU = torch.device("cpu")
 DEVICES = [
     CPU,
-    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    pytest.param(torch.device("cuda"), marks=pytest.mark.gpu),
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -341,7 +341,7 @@ def test_compiled_gradient():
         assert distance(value, want) < 1e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_cuda_graph():
     """No synchronisation, and nothing but the caching allocator: both ops and the backward can be captured."""
     assignment, masks, boxes, previous = (x.cuda() for x in step_inputs())

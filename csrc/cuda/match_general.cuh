@@ -7,6 +7,10 @@
 
 namespace dmm::cuda {
 
+// The most threads of a block. Its registers are the limit: 128 for each of 512, of which double would spill some.
+template <typename T>
+constexpr int kGeneralThreads = sizeof(T) == 8 ? 256 : 512;
+
 template <typename T>
 __device__ __forceinline__ T load(const void* tensor, int64_t i, Element element) {
   switch (element) {
@@ -198,7 +202,8 @@ struct General {
 
 // `scratch` is null where a block's arrays are in shared memory.
 template <typename T>
-__global__ void general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
+__global__ void __launch_bounds__(kGeneralThreads<T>, 1)
+    general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
   unsigned char* arrays = scratch ? scratch + blockIdx.x * sizes.array_bytes<T>() : shared_memory;
   Cursor<T> cursor{reinterpret_cast<T*>(arrays)};
   General<T> solve(p, cursor);
@@ -217,8 +222,8 @@ __global__ void general_forward_kernel(Problem p, GeneralSizes sizes, unsigned c
 
 // Snapshots before every outer step, then the outer steps in reverse, the masks of one at a time.
 template <typename T>
-__global__ void general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch,
-                                        Gradients out) {
+__global__ void __launch_bounds__(kGeneralThreads<T>, 1)
+    general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch, Gradients out) {
   using From = typename General<T>::From;
   unsigned char* arrays = scratch ? scratch + blockIdx.x * sizes.array_bytes<T>() : shared_memory;
   Cursor<T> cursor{reinterpret_cast<T*>(arrays)};

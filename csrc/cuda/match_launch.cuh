@@ -113,7 +113,7 @@ struct GeneralPlan {
   GeneralPlan(const Problem& p, const GeneralSizes& sizes) {
     constexpr int64_t kScratchLimit = int64_t{1} << 30;  // for all blocks together, as long as one block fits
     const int64_t array_bytes = sizes.array_bytes<T>();
-    threads = std::clamp<int64_t>(std::max(32 * p.N, (p.M + 31) / 32 * 32), 64, 512);
+    threads = std::clamp<int64_t>(std::max(32 * p.N, (p.M + 31) / 32 * 32), 64, kGeneralThreads<T>);
     shared_bytes = array_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 ? array_bytes : 0;
     const int64_t per_block = (shared_bytes ? 0 : array_bytes) + sizes.cold_bytes<T>();
     blocks = std::min(p.B, attribute(cudaDevAttrMultiProcessorCount) * (2048 / threads));

@@ -14,7 +14,6 @@ MatchInputs check_prices(const char* op, const Tensor& cost, const std::optional
                          int64_t n_grad, int64_t n_proj, double lr, bool last) {
   MatchInputs in = check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
                                {n_grad, n_proj, lr, /*carry=*/false, last});
-  check_prices_lr(op, lr, lr_tensor);
   return in;
 }
 

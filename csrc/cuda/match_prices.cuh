@@ -458,7 +458,8 @@ struct GeneralSolver {
 };
 
 template <typename T>
-__global__ void general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
+__global__ void __launch_bounds__(kGeneralThreads<T>, 1)
+    general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
   const int64_t bytes = sizes.template array_bytes<T>();
   Cursor<T> cursor{reinterpret_cast<T*>(scratch ? scratch + blockIdx.x * bytes : shared_memory)};
   GeneralSolver<T> solve(p, cursor);
@@ -476,8 +477,8 @@ __global__ void general_forward_kernel(Problem p, GeneralSizes sizes, unsigned c
 }
 
 template <typename T>
-__global__ void general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch,
-                                        Gradients out) {
+__global__ void __launch_bounds__(kGeneralThreads<T>, 1)
+    general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch, Gradients out) {
   const int64_t bytes = sizes.template array_bytes<T>();
   Cursor<T> cursor{reinterpret_cast<T*>(scratch ? scratch + blockIdx.x * bytes : shared_memory)};
   GeneralSolver<T> solve(p, cursor);

@@ -1,0 +1,320 @@
+"""What gpu_report.py measures, each stage in a process of its own that appends rows to results.jsonl.
+
+    python benchmarks/gpu_stages.py STAGE --out DIR [--seconds N] [--quick] [--dry-run]
+
+A row that is there already is not measured again, so a second run goes on where the first was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # core and the suites, also under PYTHONSAFEPATH
+from gpu_tables import read_results  # noqa: E402
+
+SIZES = {"240p": (240, 427), "480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
+
+
+class Run:
+    """Where rows go, how much time there is, and what is there already."""
+
+    def __init__(self, out: Path, seconds: float, quick: bool, dry_run: bool):
+        self.out, self.quick, self.dry_run = out, quick, dry_run
+        self.device = "cpu" if dry_run else "cuda"
+        self.deadline = time.monotonic() + seconds
+        self.rows = read_results(out)
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def has(self, **facts: Any) -> bool:
+        facts = json.loads(json.dumps(facts))  # tuples as lists, as in the file
+        return any(all(row.get(key) == value for key, value in facts.items()) for row in self.rows)
+
+    def write(self, **row: Any) -> None:
+        self.rows.append(json.loads(json.dumps(row)))
+        with (self.out / "results.jsonl").open("a") as results:
+            results.write(json.dumps(row) + "\n")
+        print({key: value for key, value in row.items() if key not in ("peers", "skipped", "text")}, flush=True)
+
+
+# ---- sanitizer ----
+
+
+def sanitize(run: Run) -> None:
+    """Every kind of kernel once, small; data is made on the CPU, so that little else runs on the GPU."""
+    import torch
+
+    import dmm_fast
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.rand(*shape, dtype=torch.float64).to(dtype).cuda()
+
+    shapes = [(3, n, m) for n, m in ((1, 50), (3, 33), (5, 50), (5, 100), (10, 64), (16, 128), (20, 200))]
+    calls = [(shape, torch.float32, {}) for shape in [*shapes, (1100, 5, 50), (1100, 10, 50), (1100, 5, 100)]]
+    calls += [((3, 5, 50), dtype, {}) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+    calls += [((3, 5, 50), torch.float32, dict(n_grad=60, n_proj=20)), ((2, 20, 40), torch.float32, dict(n_grad=30))]
+    ragged = dict(num_templates=torch.tensor([0, 2, 5]).cuda(), num_proposals=torch.tensor([50, 7, 0]).cuda())
+    calls += [((3, 5, 50), torch.float32, {**ragged, "dykstra": dykstra}) for dykstra in ("reset", "carry")]
+    for shape, dtype, options in calls:
+        cost, init = random(*shape, dtype=dtype).requires_grad_(), random(*shape, dtype=dtype).requires_grad_()
+        x = dmm_fast.match(cost, init, **{"n_grad": 2, "n_proj": 3, **options})
+        torch.autograd.grad(x, (cost, init), random(*shape, dtype=dtype))
+    for shape, options in (((3, 5, 50), {}), ((3, 16, 128), {}), ((2, 20, 200), {}), ((2, 5, 50), dict(n_grad=2000))):
+        for output in ("last", "average"):
+            cost = random(*shape).requires_grad_()
+            torch.autograd.grad(dmm_fast.match_prices(cost, output=output, **options), cost, random(*shape))
+    masks = [(torch.rand(count, 37, 53) < 0.5).cuda() for count in (4, 7)]
+    dmm_fast.mask_iou(*masks)
+    boxes = torch.tensor([[2.0, 3, 30, 31], [-5, -5, 60, 40], [10, 10, 10, 20]]).cuda()
+    assignment, small = random(2, 3).requires_grad_(), random(3, 28, 28).requires_grad_()
+    pasted = dmm_fast.paste_combine(assignment, small, boxes, (37, 53))
+    torch.autograd.grad(pasted, (assignment, small), random(*pasted.shape))
+    torch.cuda.synchronize()
+    print("done")
+
+
+# ---- whole frames ----
+
+
+def step_cases(quick: bool) -> Iterator[tuple[str, int, str, str, str]]:
+    """(size, objects, proposals, kind, dtype), the most wanted first: graph before eager, given before live."""
+    for kind in ("graph", "eager"):
+        for size, objects in (("240p", 1), ("240p", 3), ("240p", 10), ("480p", 3), ("1080p", 3), ("4K", 3)):
+            if quick and size != "240p":
+                continue
+            for proposals in ("soft", "masks"):
+                yield size, objects, proposals, kind, "float32"
+            if objects == 3:
+                yield size, objects, "live", kind, "float32"
+    yield "4K", 3, "soft", "graph", "bfloat16"  # the one size where it might pay
+
+
+def steps(run: Run) -> None:
+    """Frames of the packaged network through `Segmenter`'s own step: median, p99, memory grown."""
+    import torch
+
+    import dmm_fast
+
+    frames = 2 if run.dry_run else 200
+    nets: dict[str, Any] = {}
+    for size, objects, proposals, kind, dtype in step_cases(run.quick):
+        if run.dry_run and (kind == "graph" or size != "240p" or objects == 10):
+            continue
+        if run.late:
+            break
+        facts = {"table": "step", "size": SIZES[size], "objects": objects, "proposals": proposals, "kind": kind, "dtype": dtype}
+        if run.has(**facts):
+            continue
+        if kind not in nets:
+            nets[kind] = dmm_fast.Segmenter(device=run.device, graph=kind == "graph")
+        try:
+            with torch.autocast(run.device, torch.bfloat16, enabled=dtype != "float32", cache_enabled=False):
+                measured = follow(nets[kind], SIZES[size], objects, proposals, frames, run)
+        except RuntimeError as error:  # out of memory, or a capture that failed: the others go on
+            run.write(table="failed", case=f"step {size} {objects} {proposals} {kind} {dtype}", error=str(error)[:300])
+            continue
+        run.write(**facts, **measured)
+
+
+def follow(segmenter: Any, size: tuple[int, int], objects: int, proposals: str, frames: int, run: Run) -> dict[str, Any]:
+    """Random frames and 50 boxes: the work does not depend on what they show."""
+    import torch
+
+    from dmm_fast.model import Proposals
+    from dmm_fast.model.masks import mask_boxes
+
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator).to(run.device)
+    masks = torch.zeros((50, *size), dtype=torch.bool)
+    for k, mask in enumerate(masks):
+        y, x = k * height // 80, k * width // 80
+        mask[y : y + height // 3, x : x + width // 4] = True
+    soft = torch.rand(50, 28, 28, generator=generator)
+    given = Proposals(mask_boxes(masks), torch.rand(50, generator=generator), soft if proposals == "soft" else masks)
+    given = Proposals(*(part.to(run.device) for part in given))
+    propose: Callable = (lambda _: given) if proposals != "live" else _detector(run.device)
+    segmenter.start(frame, masks[:: 50 // objects][:objects])
+    times, before = [], 0
+    for number in range(frames + 5):
+        if number == 5 and run.device == "cuda":
+            before = torch.cuda.memory_allocated()
+        begin = time.perf_counter()
+        segmenter.step(frame, propose(frame))  # the result is on the host: the device has been waited for
+        times.append(1e3 * (time.perf_counter() - begin))
+    grown = torch.cuda.memory_allocated() - before if run.device == "cuda" else 0
+    counted = sorted(times[5:])
+    return {"ms": counted[frames // 2], "p99": counted[int(0.99 * (frames - 1))], "frames": frames, "grown": grown}
+
+
+def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006  one for the process
+    from dmm_fast.proposals import open_proposer
+
+    if device not in kept:
+        kept[device] = open_proposer("small", device=device)
+    return kept[device]
+
+
+def pt2(run: Run) -> None:
+    """The packaged network compiled ahead of time for this GPU; it takes minutes, so it runs beside the others."""
+    if run.dry_run or run.has(table="pt2"):
+        return
+    import torch
+
+    import dmm_fast
+    from dmm_fast.export import Sizes, export, load
+
+    net = dmm_fast.Segmenter(device="cuda").net
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        export("pt2", net, Path(folder) / "export", sizes=Sizes(H=240, W=427), soft=True, progress=print)
+        seconds = time.monotonic() - begin
+        exported = load(Path(folder) / "export", device="cuda")
+        frame = torch.randint(0, 256, (3, 240, 427), dtype=torch.uint8, device="cuda")
+        masks = torch.zeros((3, 240, 427), dtype=torch.bool, device="cuda")
+        masks[0, :90, :90], masks[1, 90:180, 90:180], masks[2, 150:, 200:] = True, True, True
+        state = exported.start(frame, masks, torch.ones(3, dtype=torch.bool, device="cuda"))
+        given = dmm_fast.model.Proposals(
+            torch.tensor([[10.0, 10, 100, 100]] * 50).cuda(), torch.rand(50).cuda(), torch.rand(50, 28, 28).cuda()
+        )
+        times = []
+        for _ in range(50):
+            begin = time.perf_counter()
+            _, state = exported.step(frame, given, state)
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - begin))
+    run.write(table="pt2", seconds=seconds, ms=sorted(times[5:])[22])
+
+
+# ---- decisions ----
+
+
+def decisions(run: Run) -> None:
+    """Ways to decide 5x50, from a cost on the device to an answer on the device, seconds per problem."""
+    import core
+    import torch
+    from scipy.optimize import linear_sum_assignment
+
+    import dmm_fast
+
+    def scipy(cost: torch.Tensor) -> torch.Tensor:
+        host = cost.double().cpu().numpy()
+        columns = [linear_sum_assignment(problem)[1] for problem in host]
+        return torch.tensor(columns).to(cost.device)
+
+    ways: dict[str, Callable] = {
+        "scipy, copied": scipy, "hungarian": dmm_fast.hungarian, "assign": dmm_fast.assign, "greedy": dmm_fast.greedy,
+        "match_prices": dmm_fast.match_prices,
+    }  # fmt: skip
+    if importlib.util.find_spec("torch_linear_assignment"):
+        from torch_linear_assignment import batch_linear_assignment
+
+        ways["torch-linear-assignment"] = batch_linear_assignment
+    timer = core.cpu_time if run.dry_run else core.device_time
+    for batch in (1, 64, 4096):
+        if run.late or run.has(table="decisions", batch=batch) or (run.dry_run and batch > 64):
+            continue
+        cost = torch.rand(batch, 5, 50, generator=torch.Generator().manual_seed(batch)).to(run.device)
+        soft = dmm_fast.match(cost)
+        calls = {name: (lambda way=way, given=soft if name == "assign" else cost: way(given)) for name, way in ways.items()}
+        times = core.medians(core.compare(calls, timer, rounds=1 if run.dry_run else 5, sample=0.001 if run.dry_run else 0.02))
+        run.write(table="decisions", batch=batch, seconds={name: value / batch for name, value in times.items()})
+
+
+# ---- the layer ----
+
+
+def plan(quick: bool) -> Iterator[tuple[str, list, list[str]]]:
+    """(name, cases, peers), the most wanted first: the run may end before the plan does."""
+    from bench_match import BATCHES, SHAPES, Case
+
+    def cases(shapes, batches, **options):
+        return [
+            Case(batch, n, m, backward=backward, device="cuda", **options)
+            for n, m in shapes
+            for batch in batches
+            for backward in (False, True)
+        ]
+
+    study = dict(n_grad=400, n_proj=50)
+    eager = ["Listing 1", "batched eager", "batched eager, graph", "match_prices", "sinkhorn"]
+    eager += ["linear assignment", "triton"]
+    others = [shape for shape in SHAPES if shape != (5, 50)]
+    yield "5x50, 40x5", cases([(5, 50)], BATCHES), eager
+    if quick:
+        return
+    yield "other shapes, 40x5", cases(others, BATCHES), ["batched eager", "sinkhorn", "linear assignment"]
+    yield "5x50, 400x50", cases([(5, 50)], BATCHES, **study), []
+    yield "torch.compile", cases([(5, 50)], BATCHES), ["compiled", "compiled, graph"]
+    yield "Triton, other shapes", cases(others, [1, 4096]), ["triton"]
+    yield "study peers", cases([(5, 50)], [1, 64, 4096], **study), ["batched eager", "sinkhorn"]
+    yield "study literal", cases([(5, 50)], [1], **study), ["Listing 1"]
+    yield "other shapes, 400x50", cases(others, BATCHES, **study), []
+
+
+def layer(run: Run) -> None:
+    """Cases of the layer against its peers until the plan or the time is used up."""
+    from dataclasses import replace
+
+    import core
+    import torch
+    from bench_match import Case, batched, measure_gpu, measure_memory, ours
+
+    if run.dry_run:  # the same path with the CPU's clock, and nothing to capture
+        core.device_time = core.cold_device_time = core.cpu_time
+        core.captured = lambda function, calls=1: lambda: [function() for _ in range(calls)][-1]
+        core.peak_memory = lambda function: function().nbytes
+        torch.set_num_threads(1)
+    if not run.has(table="machine"):
+        run.write(table="machine", **core.machine(run.device))
+    for name, cases, peers in plan(run.quick):
+        for case in cases:
+            if run.dry_run:
+                peers = [peer for peer in peers if peer != "triton"]
+                case = replace(case, device="cpu", batch=min(case.batch, 8), n_grad=min(case.n_grad, 41), n_proj=2)
+            if run.has(table="match", name=name, case=str(case)):
+                continue
+            if run.late:
+                run.write(table="cut", name=name, case=str(case))
+                break
+            try:
+                row = measure_gpu(case, peers, rounds=3)
+            except (AssertionError, RuntimeError) as error:  # the row is refused or impossible; the others go on
+                run.write(table="failed", case=str(case), error=str(error)[:400])
+                continue
+            run.write(table="match", name=name, **row)
+            if not run.dry_run:
+                torch.cuda.empty_cache()
+        if not run.has(table="memory"):
+            case = Case(8 if run.dry_run else 4096, backward=True, device=run.device)
+            run.write(table="memory", **measure_memory(case, {"ours": ours(case), "batched eager": batched(case)}))
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "sanitize": sanitize, "steps": steps, "pt2": pt2, "decisions": decisions, "layer": layer,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    STAGES[args.stage](Run(args.out, args.seconds, args.quick, args.dry_run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""From results.jsonl of gpu_report.py to Markdown: ``python benchmarks/gpu_tables.py DIR``. Needs nothing installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from text import microseconds as us
+from text import table
+
+NAME = "performance_gpu.md"
+
+
+def read_results(out: Path) -> list[dict]:
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """One row per case of the layer: peers measured in a later part of the plan join the first."""
+    cases: dict[str, dict] = {}
+    for row in rows:
+        if row["table"] == "match":
+            kept = cases.setdefault(row["case"], row)
+            kept["peers"].update(row["peers"])
+            kept["skipped"].update(row["skipped"])
+    return list(cases.values())
+
+
+def render(out: Path) -> str:
+    """Everything measured so far; also written to performance_gpu.md."""
+    rows = read_results(out)
+    machine = next((row for row in rows if row["table"] == "machine"), {})
+    parts = ["; ".join(f"{key} {value}" for key, value in machine.items() if key != "table") + "."]
+    for section in (steps, decisions, layer, peers, memory, vision, compiled, refused):
+        parts += section(rows)
+    text = "\n\n".join(parts) + "\n"
+    (out / NAME).write_text(text)
+    return text
+
+
+def steps(rows: list[dict]) -> Iterator[str]:
+    """Whole frames of a segmenter, given and live proposals."""
+    found = [row for row in rows if row["table"] == "step"]
+    if not found:
+        return
+    yield "A frame of the packaged network, ms (median); wall-clock, the GPU waited for after every frame."
+    header = ["frame", "objects", "proposals", "", "ms", "p99", "frames/s", "memory grown"]
+    cells = [
+        [f"{row['size'][1]}x{row['size'][0]}", str(row["objects"]), row["proposals"], f"{row['kind']}, {row['dtype']}",
+         f"{row['ms']:.2f}", f"{row['p99']:.2f}", f"{1e3 / row['ms']:.0f}", f"{row['grown']} B in {row['frames']}"]
+        for row in found
+    ]  # fmt: skip
+    yield table(header, cells)
+
+
+def decisions(rows: list[dict]) -> Iterator[str]:
+    """Ways to decide, from a cost on the device to an answer on the device."""
+    found = [row for row in rows if row["table"] == "decisions"]
+    if not found:
+        return
+    names = list(dict.fromkeys(name for row in found for name in row["seconds"]))
+    yield "Decisions, 5x50, us per problem, the copy to the host and back included where there is one."
+    cells = [[f"{row['batch']}", *(us(row["seconds"].get(name)) for name in names)] for row in found]
+    yield table(["B", *names], cells)
+
+
+def layer(rows: list[dict]) -> Iterator[str]:
+    """The layer alone: kernels, calls, limits."""
+    match = merged(rows)
+    forward = {_key(row): row for row in match if not row["backward"]}
+    backward = {_key(row): row for row in match if row["backward"]}
+    for setting in dict.fromkeys((row["n_grad"], row["n_proj"]) for row in match):
+        keys = [key for key in dict.fromkeys([*forward, *backward]) if key[3:] == setting]
+        cells = []
+        for key in keys:
+            line = [f"{key[1]}x{key[2]}", f"{key[0]}"]
+            for row in (forward.get(key), backward.get(key)):
+                share = f"{row['limit'] / row['kernel']:.0%}" if row and row["limit"] else "-"
+                line += [us(row["kernel"]), us(row["call"]), us(row["limit"]), share] if row else ["-"] * 4
+            cells.append(line)
+        header = ["n x m", "B", "forward", "call", "limit", "share", "with backward", "call", "limit", "share"]
+        yield (
+            f"Ours at {setting[0]}x{setting[1]}, us: kernels alone (graph replay), whole eager call, predicted limit and its share."
+        )
+        yield table(header, cells)
+
+
+def _key(row: dict) -> tuple[int, ...]:
+    return tuple(row[name] for name in ("batch", "n", "m", "n_grad", "n_proj"))
+
+
+def peers(rows: list[dict]) -> Iterator[str]:
+    """The layer's peers, and what was not run and why."""
+    match = merged(rows)
+    for backward in (False, True):
+        shown = [row for row in match if row["backward"] == backward and row["peers"]]
+        if not shown:
+            continue
+        names = list(dict.fromkeys(peer for row in shown for peer in row["peers"]))
+        cells = []
+        for row in shown:
+            line = [f"{row['n']}x{row['m']} {row['n_grad']}x{row['n_proj']}", f"{row['batch']}", us(row["call"])]
+            found = [row["peers"].get(peer) for peer in names]
+            cells.append(line + [f"{us(each['time'])} ({each['ratio']:,.1f}x)" if each else "-" for each in found])
+        title = "Forward and backward" if backward else "Forward"
+        yield f"{title}, us per call; in brackets the ratio to ours in the same run (graphs against ours as a graph)."
+        yield table(["n x m", "B", "ours", *names], cells)
+    skipped = {f"{peer}: {row['case']}: {why}" for row in match for peer, why in row["skipped"].items()}
+    if reasons := sorted(reason for reason in skipped if any(word in reason for word in (" GB", "would take", "memory"))):
+        yield "Not run:\n" + "\n".join(f"- {reason}" for reason in reasons)
+
+
+def memory(rows: list[dict]) -> Iterator[str]:
+    for row in rows:
+        if row["table"] == "memory":
+            sizes = {key: value for key, value in row.items() if isinstance(value, int)}
+            yield f"Peak memory of {row['case']}, beyond its inputs (outputs: X and the gradient of the cost)."
+            yield table(["", "MB"], [[key, f"{value / 1e6:,.1f}"] for key, value in sizes.items()])
+
+
+def vision(rows: list[dict]) -> Iterator[str]:
+    for row in rows:
+        if row["table"] == "vision":
+            yield "Mask IoU and Eq. 8.\n\n" + row["text"]
+
+
+def compiled(rows: list[dict]) -> Iterator[str]:
+    for row in rows:
+        if row["table"] == "pt2":
+            yield f"`.pt2` of the packaged network: compiled in {row['seconds']:.0f} s, {row['ms']:.2f} ms a frame of 427x240."
+
+
+def refused(rows: list[dict]) -> Iterator[str]:
+    """What failed, and what the time did not suffice for."""
+    done = {(row.get("name"), row.get("case")) for row in rows if row["table"] == "match"}
+    failed = {row["case"]: row["error"] for row in rows if row["table"] == "failed"}
+    if failed:
+        lines = [f"- {case}: {error}" for case, error in list(failed.items())[:10]]
+        yield f"REFUSED, {len(failed)} cases, the first of them:\n" + "\n".join(lines)
+    cut = {row["name"]: row["case"] for row in rows if row["table"] == "cut" and (row["name"], row["case"]) not in done}
+    if cut:
+        yield "Cut for time:\n" + "\n".join(f"- {name}: from {case} on" for name, case in cut.items())
+
+
+if __name__ == "__main__":
+    print(render(Path(sys.argv[1])))
