@@ -180,10 +180,10 @@ def test_zero_sizes(shape, device):
     assert cost.grad.shape == shape
 
 
-@on_devices
 LARGE = torch.rand(3, 6, 4, generator=torch.Generator().manual_seed(0)) * 3000
 
 
+@on_devices
 @pytest.mark.parametrize("cost", [torch.zeros(2, 4, 9), torch.ones(20, 4, 9) * 5000, LARGE], ids=["zero", "constant", "large"])
 def test_constant_and_large_costs_stay_finite(cost, device):
     leaf_cost = cost.to(device).requires_grad_()
