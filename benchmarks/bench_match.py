@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dmm_fast
-from dmm_fast import reference
+from dmm_fast.ops import reference
 
 Solve = Callable[[Tensor], Tensor]  # cost [B, N, M] -> assignment [B, N, M]
 

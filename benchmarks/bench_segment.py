@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dmm_fast.bench import _make_clip
+
+from dmm_fast.data.masks import read_mask
+from dmm_fast.data.video import open_frames
 from dmm_fast.export import export
-from dmm_fast.masks import read_mask
-from dmm_fast.proposals import read_coco
-from dmm_fast.segmenter import Segmenter
-from dmm_fast.video import open_frames
+from dmm_fast.inference.bench import _make_clip
+from dmm_fast.inference.segmenter import Segmenter
+from dmm_fast.proposals.coco import read_coco
 
 
 @pytest.mark.parametrize("objects", [1, 5, 10, 20])

@@ -7,13 +7,13 @@ first agree with ours.
 
 from __future__ import annotations
 
+import core
 import pytest
 import torch
 from torch import Tensor
 
-import core
-from dmm_fast import reference
-from dmm_fast.vision import mask_iou, paste_combine
+from dmm_fast.ops import reference
+from dmm_fast.ops.vision import mask_iou, paste_combine
 
 N, M, S, SIZE = 10, 50, 28, (480, 854)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

@@ -23,7 +23,7 @@ import torch
 from text import microseconds, table  # noqa: F401  the suites take them from here
 
 import dmm_fast
-from dmm_fast import _library
+from dmm_fast.ops import library as _library
 
 Function = Callable[[], object]
 Timer = Callable[[Function, int], float]  # (function, calls) -> seconds per call

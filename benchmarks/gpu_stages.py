@@ -129,7 +129,6 @@ def steps(run: Run) -> None:
 def follow(segmenter: Any, size: tuple[int, int], objects: int, proposals: str, frames: int, run: Run) -> dict[str, Any]:
     """Random frames and 50 boxes: the work does not depend on what they show."""
     import torch
-
     from dmm_fast.model import Proposals
     from dmm_fast.model.masks import mask_boxes
 
@@ -158,7 +157,7 @@ def follow(segmenter: Any, size: tuple[int, int], objects: int, proposals: str, 
 
 
 def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006  one for the process
-    from dmm_fast.proposals import open_proposer
+    from dmm_fast.proposals.sources import open_proposer
 
     if device not in kept:
         kept[device] = open_proposer("small", device=device)

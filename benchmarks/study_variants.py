@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import dmm_fast
-from dmm_fast import reference
+from dmm_fast.ops import reference
 
 # The settings of Newton prices were chosen on other seeds (1 to 7, and 0 to 2 for learning): these are fresh.
 COUNT = 500  # contested problems per family
@@ -82,8 +82,8 @@ class RealCosts:
     """
 
     def __init__(self, data: Path, frames: int = 6):
-        from dmm_fast.masks import read_mask
-        from dmm_fast.proposals import read_coco
+        from dmm_fast.data.masks import read_mask
+        from dmm_fast.proposals.coco import read_coco
 
         rng = np.random.default_rng(107)
         root = data / "davis16-train"

@@ -9,27 +9,59 @@ Importing the package loads the matching op (``torch.ops.dmm.match``) and nothin
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
-from .ops import match, match_prices
-from .reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
-from .vision import mask_iou, paste_combine
+if TYPE_CHECKING:
+    from dmm_fast.evaluation import evaluate
+    from dmm_fast.inference.segmenter import Segmenter
+    from dmm_fast.ops import (
+        assign,
+        feasibility,
+        greedy,
+        hungarian,
+        mask_confident,
+        mask_iou,
+        match,
+        match_prices,
+        paste_combine,
+        reference,
+        sinkhorn,
+    )
+    from dmm_fast.ops.info import build_info
 
 __version__ = "0.1.0"
 
+_OPS = (
+    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
+    "sinkhorn",
+)  # fmt: skip
 # Loaded when first asked for: their dependencies (torchvision, timm, Pillow ...) are not those of the layer.
 _LAZY = {
-    "Segmenter": "segmenter",
-    "build_info": "info",
+    **dict.fromkeys(_OPS, "ops"),
+    "Segmenter": "inference.segmenter",
+    "build_info": "ops.info",
     "evaluate": "evaluation",
 }
 
 __all__ = [
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices",
-    "paste_combine", "sinkhorn", *_LAZY,
+    "Segmenter", "assign", "build_info", "evaluate", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match",
+    "match_prices", "paste_combine", "reference", "sinkhorn",
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module("dmm_fast.ops.reference")
     if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        globals()[name] = value  # asked for once
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The command imports what it needs itself: `dmm-fast --help` must not wait for torch.
+if os.path.basename(sys.argv[0] if sys.argv else "") != "dmm-fast":
+    from dmm_fast.ops import *  # noqa: F403
+    from dmm_fast.ops import reference  # noqa: F401

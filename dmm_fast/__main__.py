@@ -2,6 +2,6 @@
 
 import sys
 
-from dmm_fast.cli import main
+from dmm_fast.commands.main import main
 
 sys.exit(main())

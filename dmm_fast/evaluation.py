@@ -31,7 +31,8 @@ import numpy as np
 from scipy.ndimage import find_objects
 from tqdm import tqdm
 
-from dmm_fast.masks import VOID, is_indexed, read_binary, read_ids, whole_file
+from dmm_fast.data.masks import VOID, is_indexed, read_binary, read_ids
+from dmm_fast.files import whole_file
 
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
 PROTOCOLS = {"davis": "inner", "vos": "inner", "segtrack": "after-first"}  # and the frames each scores

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dmm_fast import _library
+from dmm_fast.ops import library
 
-FOLDER = _library.FOLDER / "runtime"
+FOLDER = library.FOLDER / "runtime"
 BUILD = "dmm-fast runtime --build"
 
 

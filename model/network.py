@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmm_fast import ops, vision  # noqa: F401  they register torch.ops.dmm.*
+from dmm_fast import ops  # noqa: F401  registers torch.ops.dmm.*
 
 from .config import Config
 from .features import roi_means

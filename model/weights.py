@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmm_fast.files import whole_file
+
 from .config import Config
 
 FORMAT = 1
@@ -29,12 +31,10 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], a
     """Write a safetensors file with `about` as JSON in its metadata; it appears whole or not at all."""
     # Cloned where memory is shared (tied weights), which the format does not allow; contiguous, as channels-last is not.
     whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    save_file(whole, partial, {"dmm_fast": json.dumps(about)})
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the bytes
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(whole, partial, {"dmm_fast": json.dumps(about)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the bytes
 
 
 def save_weights(net: nn.Module, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:

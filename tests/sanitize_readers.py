@@ -85,8 +85,9 @@ def samples() -> dict[str, list[bytes]]:
 
 
 def manifests() -> list[bytes]:
-    from dmm_fast.export import export
     from dmm_fast.model import Config, DMMNet
+
+    from dmm_fast.export import export
 
     with tempfile.TemporaryDirectory() as folder:
         export("torchscript", DMMNet(Config.preset("iou")), folder)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from dmm_fast.evaluation import (EvaluationError, boundary_f, boundary_map, decay, evaluate, jaccard, score_ids)
-from dmm_fast.masks import write_mask
+from dmm_fast.data.masks import write_mask
+from dmm_fast.evaluation import EvaluationError, boundary_f, boundary_map, decay, evaluate, jaccard, score_ids
 
 EXACT = dict(rel=0, abs=1e-9)
 

@@ -12,19 +12,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dmm_fast.model import Config, DMMNet, Proposals, State
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmm_fast
-from dmm_fast.augment import Clip
-from dmm_fast.configs import TrainConfig
-from dmm_fast.detector import packaged_detector
+from dmm_fast.data.augment import Clip
 from dmm_fast.export.detector import ProposalNetwork
-from dmm_fast.graph import pad
-from dmm_fast.model import Config, DMMNet, Proposals, State
-from dmm_fast.online import LOSS
-from dmm_fast.train import unroll_all
+from dmm_fast.inference.graph import pad
+from dmm_fast.learning.online import LOSS
+from dmm_fast.learning.unroll import unroll_all
+from dmm_fast.proposals.network import packaged_detector
+from dmm_fast.training.config import TrainConfig
 
 H, W = 120, 216
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

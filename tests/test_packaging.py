@@ -99,12 +99,13 @@ def test_a_cpp_program_builds_against_the_wheel(wheel, tmp_path):
     """examples/cpp by find_package(dmm), out of the tree: with the sources of an installed wheel, and this torch."""
     import numpy as np
     import torch
-    from dmm_fast.export import export
-    from dmm_fast.masks import write_mask
     from dmm_fast.model import Config, DMMNet, Proposals
     from dmm_fast.model.masks import mask_boxes
-    from dmm_fast.proposals import write_coco
     from PIL import Image
+
+    from dmm_fast.data.masks import write_mask
+    from dmm_fast.export import export
+    from dmm_fast.proposals.coco import write_coco
 
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
     package, example = tmp_path / "site" / "dmm_fast", tmp_path / "example"

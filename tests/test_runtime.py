@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dmm_fast.export import Sizes, export
-from dmm_fast.masks import PALETTE, read_first_masks, read_mask, write_mask
 from dmm_fast.model import Config, DMMNet, Proposals, save_weights
 from dmm_fast.model.masks import mask_boxes
-from dmm_fast.proposals import ProposalError, read_coco, write_coco
-from dmm_fast.segmenter import Segmenter
-from dmm_fast.video import open_frames
 from PIL import Image
 from safetensors.torch import load_file
+
+from dmm_fast.data.masks import PALETTE, read_first_masks, read_mask, write_mask
+from dmm_fast.data.video import open_frames
+from dmm_fast.export import Sizes, export
+from dmm_fast.inference.segmenter import Segmenter
+from dmm_fast.proposals.base import ProposalError
+from dmm_fast.proposals.coco import read_coco, write_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("sanitize_readers", ROOT / "tests" / "sanitize_readers.py")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import add_command, check_device, count
+from dmm_fast.commands.options import add_command, check_device, count
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
@@ -52,8 +52,8 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> int:
     import torch
 
-    from dmm_fast.bench import bench, plot, table
-    from dmm_fast.segmenter import Segmenter
+    from dmm_fast.inference.bench import bench, plot, table
+    from dmm_fast.inference.segmenter import Segmenter
 
     check_device(a.device)
     if a.threads:

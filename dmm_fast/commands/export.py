@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import Any
 
-from . import add_command, check_device, count
+from dmm_fast.commands.options import add_command, check_device, count
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 FORMATS = ("torchscript", "pt2", "onnx")
@@ -66,8 +66,8 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from dmm_fast.export import ExportError, Sizes, export
+    from dmm_fast.inference.segmenter import Segmenter
     from dmm_fast.model import Config, DMMNet
-    from dmm_fast.segmenter import Segmenter
 
     check_device(a.device)
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
@@ -106,7 +106,8 @@ def run(a: argparse.Namespace) -> int:
 def _detector(a: argparse.Namespace) -> Any:
     """The proposal network to export, or None."""
     from dmm_fast.export import ExportError
-    from dmm_fast.proposals import TOP, open_proposer
+    from dmm_fast.proposals.base import TOP
+    from dmm_fast.proposals.sources import open_proposer
 
     own = a.weights is None and a.backbone is None and a.preset in (None, "small")
     name = a.detector or ("small" if own else "none")

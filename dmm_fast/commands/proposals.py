@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_command, check_device, count
+from dmm_fast.commands.options import add_command, check_device, count
 
 
 def add(commands: Any) -> None:
@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from dmm_fast.proposals import ProposalError, open_proposer
+    from dmm_fast.proposals.base import ProposalError
+    from dmm_fast.proposals.sources import open_proposer
 
     check_device(a.device)
     if a.split and not a.dataset:
@@ -65,10 +66,10 @@ def run(a: argparse.Namespace) -> int:
 def _videos(a: argparse.Namespace) -> list[tuple[Path, Any]]:
     """(file to write, frames to read) of each video."""
     if a.frames:
-        from dmm_fast.video import open_frames
+        from dmm_fast.data.video import open_frames
 
         return [(Path(a.out), open_frames(a.frames))]
-    from dmm_fast.datasets import open_dataset
+    from dmm_fast.data.datasets import open_dataset
 
     dataset, out = open_dataset(a.dataset, split=a.split), Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -78,8 +79,8 @@ def _videos(a: argparse.Namespace) -> list[tuple[Path, Any]]:
 def _write(path: Path, source: Any, propose: Any, fresh: bool, quiet: bool, label: str | None) -> None:
     from tqdm import tqdm
 
-    from dmm_fast.proposals import CocoWriter
-    from dmm_fast.video import prefetch
+    from dmm_fast.data.video import prefetch
+    from dmm_fast.proposals.coco import CocoWriter
 
     with CocoWriter(path, source.size, fresh=fresh) as writer:
         todo = [index for index, stem in enumerate(source.stems) if stem not in writer.done]

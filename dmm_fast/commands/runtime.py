@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import add_command
+from dmm_fast.commands.options import add_command
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

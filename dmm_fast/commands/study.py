@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import Help, add_command, count, examples
+from dmm_fast.commands.options import Help, add_command, count, examples
 
 
 def add(commands: Any) -> None:

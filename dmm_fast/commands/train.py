@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands import add_command, check_device
+from dmm_fast.commands.options import add_command, check_device
 
 INTERRUPTED = 130
 
@@ -47,10 +47,10 @@ def add(commands: Any) -> None:
 
 
 def learn_online(a: argparse.Namespace) -> int:
-    from dmm_fast.masks import read_first_masks
-    from dmm_fast.proposals import read_coco
-    from dmm_fast.segmenter import Segmenter
-    from dmm_fast.video import read_image
+    from dmm_fast.data.masks import read_first_masks
+    from dmm_fast.data.video import read_image
+    from dmm_fast.inference.segmenter import Segmenter
+    from dmm_fast.proposals.coco import read_coco
 
     if a.config is not None or a.masks is None or a.out is None:
         raise ValueError("train --online takes --masks and --out, and no CONFIG")
@@ -73,7 +73,7 @@ def learn_online(a: argparse.Namespace) -> int:
 def run(a: argparse.Namespace) -> int:
     import yaml
 
-    from dmm_fast.configs import read_config
+    from dmm_fast.training.config import read_config
 
     if a.online is not None:
         return learn_online(a)
@@ -84,7 +84,7 @@ def run(a: argparse.Namespace) -> int:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
 
-    from dmm_fast.train import train
+    from dmm_fast.training.loop import train
 
     result = train(config, resume=a.resume, overwrite=a.overwrite, minutes=a.minutes, progress=not a.quiet)
     if result.stopped:

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from . import add_command, check_device, count
+from dmm_fast.commands.options import add_command, check_device, count
 
 
 def add(commands: Any) -> None:
@@ -49,7 +49,7 @@ def _names(text: str) -> list[str]:
 
 
 def run(a: argparse.Namespace) -> int:
-    from dmm_fast.train_detector import settings, train
+    from dmm_fast.training.detector import settings, train
 
     check_device(a.device)
     if not a.minutes > 0:

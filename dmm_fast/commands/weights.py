@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import add_command
+from dmm_fast.commands.options import add_command
 
 
 def add(commands: Any) -> None:

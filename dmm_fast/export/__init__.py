@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dmm_fast.model import DMMNet, digest, inference
-from dmm_fast.proposals import MaskRCNNProposer
+from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
 
 from .loaded import Exported, verify
 from .manifest import KINDS, NAME, OPEN, ExportError, Manifest, Sizes, config_of, read, require_ops
@@ -31,7 +31,7 @@ def export(
 ) -> Manifest:  # fmt: skip
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
-    detector: a `dmm_fast.detector.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
+    detector: a `dmm_fast.proposals.network.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
     alone. progress: told what is being worked on, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
     where a size may vary), soft (proposals come as soft masks in their boxes). What these compute is compared with the
     networks, at other sizes than they were traced with. The manifest is written last: a folder without one is no export.

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.boxes import box_area, clip_boxes_to_image
 
-from dmm_fast.detector import TimmPyramid
-from dmm_fast.proposals import MaskRCNNProposer, ProposalError
-
+from dmm_fast.proposals.base import ProposalError
+from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
+from dmm_fast.proposals.network import TimmPyramid
 
 ROUNDS = 24  # of suppression where their number must be fixed
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmm_fast import reference
 from dmm_fast.model import DMMNet
+from dmm_fast.ops import reference
 
 from .flat import POOLING, Progress, Traced, traced, traced_layer
 from .loaded import Run

@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from dmm_fast.reference import _PAPER_ORDER, _dykstra, hungarian
+from dmm_fast.ops.reference import _PAPER_ORDER, _dykstra, hungarian
 
 from .figures import COLOURS, INK, QUIET, figure, label_ends
 

@@ -27,15 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmm_fast import reference
-from dmm_fast.clips import Clip, PasteClips
-from dmm_fast.datasets import VideoDataset, open_dataset
+from dmm_fast.data.clips import Clip, PasteClips
+from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.evaluation import boundary_f, jaccard
-from dmm_fast.imagenet import imagenet_weights
-from dmm_fast.losses import greedy_target
+from dmm_fast.learning.losses import greedy_target
 from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.network import absent
+from dmm_fast.ops import reference
+from dmm_fast.training.imagenet import imagenet_weights
 
 from .figures import COLOURS, QUIET, figure
 

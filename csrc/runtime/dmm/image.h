@@ -19,7 +19,7 @@ Image read_frame(const std::string& path);
 
 /// Object ids, one channel, of an indexed or grey PNG: 0 is background, void (255) becomes background; a mask of 0 and 255
 /// alone is object 1. `height` and `width` are what it must have. Everything that would be a guess throws Error, as
-/// dmm_fast.masks does.
+/// dmm_fast.data.masks does.
 Image read_mask(const std::string& path, int height, int width);
 
 /// Write ids as an indexed PNG in the DAVIS palette, whole or not at all.

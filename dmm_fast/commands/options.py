@@ -1,0 +1,133 @@
+"""What several commands share: the parser, options, checks, the summary of a run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
+STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
+
+
+SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose KEY=VALUE words may stand anywhere, also after options; see `add_settings`."""
+
+    settings: str | None = None
+
+    def add_settings(self, name: str, **options: Any) -> None:
+        """A positional argument that takes the KEY=VALUE words of a command line."""
+        self.settings = name
+        self.add_argument(name, nargs="*", **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.settings is None:
+            return super().parse_known_args(args, namespace)
+        settings, others = [], []
+        for word in sys.argv[1:] if args is None else args:
+            before = self._option_string_actions.get(others[-1]) if others else None
+            is_value = before is not None and before.nargs is None  # as in --out a=b
+            (settings if SETTING.match(word) and not is_value else others).append(word)
+        namespace, unknown = super().parse_known_args(others, namespace)
+        setattr(namespace, self.settings, settings)
+        return namespace, unknown
+
+
+def examples(*lines: tuple[str, str]) -> str:
+    return "examples:\n" + "\n".join(f"  {command}\n      {what}" for command, what in lines)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable, summary: str, text: str, *lines: tuple[str, str]
+) -> Parser:
+    parser = commands.add_parser(name, help=summary, description=text, epilog=examples(*lines), formatter_class=Help)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def count(text: str, least: int = 1) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch cannot use here, before anything is read."""
+    from dmm_fast.ops.device import open_device
+
+    open_device(name)
+
+
+def complain(message: str) -> None:
+    print(f"dmm-fast: {message}", file=sys.stderr)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--preset", choices=PRESETS,
+        help="small: the trained network in the package (default); iou: overlap alone, no network; the others are the "
+        "paper's settings and need weights. Default with --weights FILE: what the file is for",
+    )  # fmt: skip
+    group.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
+    group.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
+    group.add_argument(
+        "--refine", choices=("none", "light", "heavy"),
+        help="mask refinement in place of the preset's; none: the masks are the matched proposals",
+    )  # fmt: skip
+    group.add_argument(
+        "--matcher", choices=("dmm", "greedy", "hungarian"), default="dmm",
+        help="the matching layer (default), or another on the same cost, to compare with",
+    )  # fmt: skip
+    group.add_argument(
+        "--decision", choices=("confident", "assign"), default="confident",
+        help="confident: each object takes its largest entry of the assignment (default); assign: it is rounded, so "
+        "that no two objects take the same proposal",
+    )  # fmt: skip
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    group.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, default=None,
+        help="run the step as a CUDA graph, several times as fast (default: where possible)",
+    )  # fmt: skip
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--detector-weights", default="DEFAULT", metavar="FILE",
+        help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
+    )  # fmt: skip
+
+
+def model_options(a: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(a, name) for name in ("preset", "backbone", "weights", "refine", "matcher", "decision", "device", "graph")
+    }
+
+
+def summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
+    for note in report["notes"]:
+        print(f"note: {note}")
+    speed = report["speed"]
+    shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in speed["seconds"].items())
+    count = len(report["objects"])
+    print(f"{speed['frames']} frames, {count} object{'s' * (count != 1)}, {speed['fps']} frames/s ({shares})")
+    for label, row in report["objects"].items():
+        if row["lost"]:
+            print(f"object {label}: no match in {row['lost']} of {row['frames']} frames, its last mask was kept there")
+        if row["shared"]:
+            print(f"object {label}: one proposal with another object in {row['shared']} of {row['frames']} frames, "
+                  "where one hides the other; --decision assign gives each its own")  # fmt: skip
+    for name, path in files.items():
+        if path is not None:
+            print(f"{name:8}{path}")

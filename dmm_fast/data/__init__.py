@@ -1,0 +1,1 @@
+"""Masks, frames, data sets and training clips."""

@@ -1,0 +1,536 @@
+"""Data sets of annotated video on disk: DAVIS 2016 and 2017, YouTube-VOS, SegTrack v2, plain folders, stills, video files.
+
+``open_dataset(path)`` finds the layout. A data set lists videos by name; a video gives frames, object ids and proposals
+by frame. What is missing or contradicts its layout raises a `DataError` that names the file and the rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dmm_fast.data.masks import VOID, MaskWarning, check_size, is_indexed, read_binary, read_ids, read_mask
+from dmm_fast.data.video import SUFFIXES, VIDEO_SUFFIXES, ImageFrames, VideoFrames, image_size, open_frames
+from dmm_fast.model import Proposals
+from dmm_fast.proposals.base import TOP
+from dmm_fast.proposals.coco import ProposalFile, read_coco
+
+MASK_SUFFIXES = (".png", ".bmp")
+OPEN_VIDEOS = 64  # kept open per data set: listings and proposals, no pixels
+SPLIT_COUNTS = (3000, 200)  # videos of YouTube-VOS's train-train and train-val (Section 4.2 of the paper)
+
+
+class DataError(ValueError):
+    """A data set that is incomplete or not in its layout; the message names the file and the rule."""
+
+
+class VideoObject(NamedTuple):
+    """An object of a video."""
+
+    id: int  # 1..254, its value in the id maps
+    first: int  # index of the frame in which it first occurs
+    category: str | None  # where the data set has categories
+
+
+# ------------------------------------------------------------------------------------------------------------ a video
+
+
+class Video:
+    """One video: ``stems`` (the frames' names), ``size`` (H, W), frames, ids and proposals by index.
+
+    files: the annotation files of a frame by its stem: one id map or, binary, the masks of the objects 1, 2, ..
+    merge: every object counts as object 1, as DAVIS 2016 has it.
+    strict: 255 is always void. Otherwise a mask of 0 and 255 alone is one object.
+    dense: every visible object is in every annotation, so 0 is background. YouTube-VOS's validation split is not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: ImageFrames | VideoFrames,
+        files: dict[str, Sequence[Path]],
+        *,
+        merge: bool = False,
+        strict: bool = False,
+        binary: bool = False,
+        dense: bool = True,
+        proposals: Path | None = None,
+        top: int = TOP,
+    ):
+        self.name, self.source, self.dense = name, source, dense
+        self.stems, self.size = list(source.stems), source.size
+        self._files, self._merge, self._strict, self._binary = files, merge, strict, binary
+        self._proposals, self._top = proposals, top
+        if unknown := sorted(set(files) - set(self.stems)):
+            raise DataError(f"{files[unknown[0]][0]}: an annotation of no frame: {source.path} has no {unknown[0]}")
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def frame(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3] RGB."""
+        return self.frames([index])[0]
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Several frames, in the order asked for; a video file is decoded once for all of them."""
+        within = {index for index in indices if 0 <= index < len(self)}
+        found = {index: frame for index, _, frame in self.source.pick(within)}
+        if missing := set(indices) - set(found):  # a damaged video file may end early
+            raise DataError(f"{self.source.path}: frame {min(missing)} is not there; the video has {len(self)}")
+        return [found[index] for index in indices]
+
+    @cached_property
+    def annotated(self) -> list[int]:
+        """Indices of the frames that have an annotation."""
+        return [index for index, stem in enumerate(self.stems) if stem in self._files]
+
+    def ids(self, index: int) -> np.ndarray | None:
+        """Object ids, uint8 [H, W], 0 background, without void; None where the frame is not annotated."""
+        files = self._files.get(self.stems[index])
+        if files is None:
+            return None
+        ids = self._stack(files) if self._binary else self._read(files[0])
+        return (ids > 0).astype(np.uint8) if self._merge else ids
+
+    def _read(self, file: Path) -> np.ndarray:
+        if self._strict:
+            ids = read_ids(file)
+            check_size(file, ids, self.size)
+            return np.where(ids == VOID, np.uint8(0), ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaskWarning)  # 0/255 masks are common here, and said once in the docs
+            return read_mask(file, self.size)
+
+    def _stack(self, files: Sequence[Path]) -> np.ndarray:
+        """One mask per object; where two overlap the later object is in front."""
+        ids = np.zeros(self.size, np.uint8)
+        for number, file in enumerate(files, 1):
+            mask = read_binary(file)
+            check_size(file, mask, self.size)
+            ids[mask] = number
+        return ids
+
+    @cached_property
+    def objects(self) -> list[VideoObject]:
+        """Every object, by id; read from all annotations unless the data set lists them."""
+        first: dict[int, int] = {}
+        for index in self.annotated:
+            for number in np.unique(self.ids(index)).tolist():
+                first.setdefault(number, index)
+        return [VideoObject(number, first[number], None) for number in sorted(first) if number]
+
+    @property
+    def has_proposals(self) -> bool:
+        return self._proposals is not None
+
+    @cached_property
+    def _coco(self) -> ProposalFile:
+        if self._proposals is None:
+            raise DataError(f"{self.name}: the data set was opened without proposals; name their folder (proposals=DIR)")
+        return read_coco(self._proposals, self._top)
+
+    def proposals(self, index: int) -> Proposals:
+        """The best proposals of a frame, masks bool [M, H, W] decoded on the spot."""
+        return self._coco.frame(self.stems[index], self.size)
+
+
+class StillFrame(ImageFrames):
+    """One image as a video of one frame."""
+
+    def __init__(self, path: Path):
+        self.path, self.files, self.stems, self.size = path, [path], [path.stem], image_size(path)
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+class VideoDataset:
+    """Videos by name: ``len(dataset)``, ``dataset.names``, ``dataset.video(name)``, and iteration over the videos.
+
+    path: the data set's folder. names: the videos to list, all by default. proposals: a folder with a COCO results file
+    NAME.json for each video, of which a frame keeps the ``top`` best. A layout defines ``find`` and ``open``.
+    """
+
+    layout = ""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        names: Iterable[str] | None = None,
+        *,
+        proposals: str | os.PathLike | None = None,
+        top: int = TOP,
+    ):
+        self.path, self.top = Path(path), top
+        self.proposals = None if proposals is None else _folder(Path(proposals), "proposals")
+        found = self.find()
+        self.names = found if names is None else list(names)
+        if unknown := sorted(set(self.names) - set(found)):
+            raise DataError(f"{self.path}: the {self.layout} layout has no video {_listed(unknown)} here, of {len(found)}")
+        if not self.names:
+            raise DataError(f"{self.path}: no video in the {self.layout} layout")
+        self._open: OrderedDict[str, Video] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self):
+        return map(self.video, self.names)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} videos)"
+
+    def video(self, name: str) -> Video:
+        """Open a video; the last ones opened are kept."""
+        if name not in self._open:
+            if name not in self.names:
+                raise DataError(f"{self.path}: no video {name!r} in this data set")
+            self._open[name] = self.open(name)
+            if len(self._open) > OPEN_VIDEOS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def subset(self, names: Iterable[str]) -> VideoDataset:
+        """The same data set with these videos only, in this order."""
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__, names=list(names), _open=OrderedDict())
+        if unknown := sorted(set(part.names) - set(self.names)):
+            raise DataError(f"{self.path}: no video {_listed(unknown)} in this data set")
+        return part
+
+    def find(self) -> list[str]:
+        """Names of all videos of the layout, sorted."""
+        raise NotImplementedError
+
+    def open(self, name: str) -> Video:
+        raise NotImplementedError
+
+    def _video(self, name: str, source: ImageFrames | VideoFrames, files: dict, **settings) -> Video:
+        proposals = self.proposals and self.proposals / f"{name}.json"
+        if proposals and not proposals.is_file():
+            raise DataError(f"{proposals}: no proposals for video {name}; each video needs NAME.json there")
+        return Video(name, source, files, proposals=proposals, top=self.top, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # workers open their own
+
+
+class FolderDataset(VideoDataset):
+    """``JPEGImages/<video>/*.jpg`` and ``Annotations/<video>/*.png``, names of frames alike; unannotated frames may be."""
+
+    layout = "folder"
+    merge = strict = False
+    complete = False  # whether every video must have annotations
+
+    @property
+    def images(self) -> Path:
+        return self.path / "JPEGImages"
+
+    @property
+    def annotations(self) -> Path:
+        return self.path / "Annotations"
+
+    def find(self) -> list[str]:
+        return _folders(_folder(self.images, "frames"))
+
+    def open(self, name: str) -> Video:
+        files = _masks(self.annotations / name)
+        if self.complete and not files:
+            raise DataError(f"{self.annotations / name}: no masks; the {self.layout} layout has at least the first frame's")
+        return self._video(name, open_frames(self.images / name), files, merge=self.merge, strict=self.strict)
+
+
+class DavisDataset(FolderDataset):
+    """DAVIS: ``JPEGImages/<resolution>/<video>``, the same for Annotations, and ``ImageSets/<year>/<split>.txt``.
+
+    year: "2017" has an id for each object, "2016" one object (255, or all of 2017's). split: train, val, test-dev, ..
+    resolution: 480p or Full-Resolution; by default the first that is there.
+    """
+
+    layout = "davis"
+    complete = True
+
+    def __init__(
+        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, year: str = "2017", split: str | None = None,
+        resolution: str | None = None, **settings,
+    ):  # fmt: skip
+        if year not in ("2016", "2017"):
+            raise DataError(f"DAVIS is of the year 2016 or 2017, got {year!r}")
+        self.merge, self.strict = year == "2016", year == "2017"
+        root = _folder(Path(path) / "JPEGImages", "frames")
+        there = [part for part in ("480p", "Full-Resolution") if (root / part).is_dir()]
+        self.resolution = resolution or (there or ["480p"])[0]
+        if self.resolution not in there:
+            raise DataError(f"{root / self.resolution}: no such directory; DAVIS keeps its frames in JPEGImages/480p")
+        if names is None and split is not None:
+            names = self._split(Path(path) / "ImageSets", year, split)
+        super().__init__(path, names, **settings)
+
+    def _split(self, sets: Path, year: str, split: str) -> list[str]:
+        """2017 lists videos; 2016 lists "/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png" by frame."""
+        files = [sets / part / f"{split}.txt" for part in (year, *(("480p", "1080p") if year == "2016" else ()))]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise DataError(f"{files[0]}: no such list of videos; DAVIS keeps its splits in ImageSets/{year}")
+        lines = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
+
+    @property
+    def images(self) -> Path:
+        return self.path / "JPEGImages" / self.resolution
+
+    @property
+    def annotations(self) -> Path:
+        return self.path / "Annotations" / self.resolution
+
+
+class YouTubeVOSDataset(VideoDataset):
+    """YouTube-VOS 2018 and 2019: ``<split>/{JPEGImages,Annotations}/<video>`` and ``<split>/meta.json``.
+
+    split: train or valid; with the suffix _all_frames frames come from ``<split>_all_frames/JPEGImages``, annotations
+    and meta.json from the split itself. train-train, train-val and train-test are the paper's parts of train, see
+    `split_names`; seed and counts choose them. Objects, their first frames and categories are those of meta.json.
+    """
+
+    layout = "youtube-vos"
+
+    def __init__(
+        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str = "train", seed: int = 0,
+        counts: tuple[int, int] = SPLIT_COUNTS, **settings,
+    ):  # fmt: skip
+        root = Path(path)
+        whole, _, part = split.partition("-")
+        base = whole.removesuffix("_all_frames")
+        # Given .../train itself, or its parent.
+        parent = root.parent if (root / "meta.json").is_file() and root.name == base else root
+        self.images = _folder(parent / whole / "JPEGImages", "frames")
+        self.annotations = _folder(parent / base / "Annotations", "annotations")
+        self.dense = base == "train"
+        self._meta_file = parent / base / "meta.json"
+        self._meta = _read_meta(self._meta_file)
+        if part:
+            chosen = split_names(self._meta, part, seed, counts)
+            names = chosen if names is None else [name for name in names if name in set(chosen)]
+        super().__init__(root, names, **settings)
+
+    def find(self) -> list[str]:
+        there = set(_folders(self.images))
+        if missing := sorted(set(self._meta) - there):
+            what = f"meta.json lists {len(self._meta)} videos, {len(missing)} of them have no frames"
+            raise DataError(f"{self.images / missing[0]}: no such directory: {what}")
+        return sorted(self._meta)
+
+    def open(self, name: str) -> Video:
+        video = self._video(name, open_frames(self.images / name), _masks(self.annotations / name), strict=True,
+                            dense=self.dense)  # fmt: skip
+        index, annotated = {stem: i for i, stem in enumerate(video.stems)}, set(video.annotated)
+        objects = []
+        for number, entry in self._meta[name].items():
+            where = f"{self._meta_file}: video {name}, object {number}"
+            if not (number.isdecimal() and 0 < int(number) < VOID):
+                raise DataError(f"{where}: an object's id is a number in 1..{VOID - 1}")
+            frames = entry.get("frames") if isinstance(entry, dict) else None
+            if not (isinstance(frames, list) and frames):
+                raise DataError(f"{where}: needs frames, the list of the frames it is seen in")
+            if missing := [stem for stem in frames if stem not in index]:
+                raise DataError(f"{where}: frame {missing[0]} is not in {self.images / name}")
+            if self.dense and (bare := [stem for stem in frames if index[stem] not in annotated]):
+                raise DataError(f"{self.annotations / name / bare[0]}.png: no such mask, and {where} is seen in that frame")
+            objects.append(VideoObject(int(number), min(index[stem] for stem in frames), entry.get("category")))
+        video.objects = sorted(objects)
+        return video
+
+
+def split_names(names: Iterable[str], part: str, seed: int = 0, counts: tuple[int, int] = SPLIT_COUNTS) -> list[str]:
+    """The "train", "val" or "test" part of a training split: counts[0], counts[1] videos and the rest, sorted.
+
+    Videos are ordered by a hash of seed and name, so the parts are the same with any release of Python and NumPy.
+    """
+    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    train, val = counts
+    if train + val > len(ordered):
+        raise DataError(f"parts of {train} and {val} videos need {train + val}, the data set has {len(ordered)}; set counts")
+    parts = {"val": ordered[:val], "train": ordered[val : val + train], "test": ordered[val + train :]}
+    if part not in parts:
+        raise DataError(f"the parts of train are train-train, train-val and train-test, got train-{part}")
+    return sorted(parts[part])
+
+
+def _read_meta(file: Path) -> dict[str, dict[str, Any]]:
+    """Objects of each video by id."""
+    try:
+        videos = json.loads(file.read_bytes())["videos"]
+        return {name: video["objects"] for name, video in videos.items()}
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file; YouTube-VOS lists its videos and objects there") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: needs {{videos: {{NAME: {{objects: ..}}}}}} ({type(error).__name__}: {error})") from None
+
+
+class SegTrackDataset(VideoDataset):
+    """SegTrack v2: ``JPEGImages/<video>`` and ``GroundTruth/<video>``, or ``GroundTruth/<video>/<1..n>``; png, bmp or both.
+
+    split: the name of a list ``ImageSets/<split>.txt`` (its names start with "*"); all videos by default.
+    """
+
+    layout = "segtrack"
+
+    def __init__(
+        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str | None = None, **settings
+    ):
+        if names is None and split is not None:
+            file = Path(path) / "ImageSets" / f"{split}.txt"
+            if not file.is_file():
+                raise DataError(f"{file}: no such list of videos")
+            names = [name for line in file.read_text().splitlines() if (name := line.strip().lstrip("*"))]
+        super().__init__(path, names, **settings)
+
+    def find(self) -> list[str]:
+        return _folders(_folder(self.path / "JPEGImages", "frames"))
+
+    def open(self, name: str) -> Video:
+        source = open_frames(self.path / "JPEGImages" / name)
+        folder = _folder(self.path / "GroundTruth" / name, "masks")
+        parts = sorted((part for part in _folders(folder) if part.isdecimal()), key=int)
+        if not parts:
+            files = _masks(folder)
+            if files and is_indexed(next(iter(files.values()))[0]):
+                return self._video(name, source, files)
+            return self._video(name, source, files, binary=True)
+        if parts != [str(number + 1) for number in range(len(parts))]:
+            raise DataError(f"{folder}: instance folders are named 1..n, got {_listed(parts)}")
+        masks = [_masks(folder / part) for part in parts]
+        for part, other in zip(parts, masks):
+            if odd := sorted(set(other) ^ set(masks[0])):
+                raise DataError(f"{folder / part}: frame {odd[0]} is in one of the folders 1 and {part} only; both need all")
+        return self._video(name, source, {stem: [mask[stem][0] for mask in masks] for stem in masks[0]}, binary=True)
+
+
+class StillsDataset(VideoDataset):
+    """Images with masks, ``JPEGImages/*.jpg`` and ``Annotations/*.png``, as videos of one frame."""
+
+    layout = "stills"
+
+    def find(self) -> list[str]:
+        self._images = _by_stem(_folder(self.path / "JPEGImages", "images"), SUFFIXES)
+        return sorted(self._images)
+
+    def open(self, name: str) -> Video:
+        mask = _by_stem(self.path / "Annotations", MASK_SUFFIXES).get(name)
+        if mask is None:
+            raise DataError(f"{self.path / 'Annotations' / name}.png: no mask for {self._images[name]}")
+        return self._video(name, StillFrame(self._images[name]), {name: [mask]})
+
+
+class VideoFilesDataset(VideoDataset):
+    """Video files ``<video>.mp4`` in a folder, or one file, with ``Annotations/<video>/00000.png`` beside them, if any."""
+
+    layout = "video"
+
+    def find(self) -> list[str]:
+        files = {self.path.stem: self.path} if self.path.is_file() else _by_stem(self.path, VIDEO_SUFFIXES)
+        self._files = files
+        return sorted(files)
+
+    def open(self, name: str) -> Video:
+        file = self._files[name]
+        return self._video(name, open_frames(file), _masks(file.parent / "Annotations" / name))
+
+
+# ------------------------------------------------------------------------------------------------------- what is where
+
+LAYOUTS = {
+    "davis2016": DavisDataset, "davis2017": DavisDataset, "youtube-vos": YouTubeVOSDataset, "segtrack": SegTrackDataset,
+    "folder": FolderDataset, "stills": StillsDataset, "video": VideoFilesDataset,
+}  # fmt: skip
+
+
+def open_dataset(
+    path: str | os.PathLike,
+    layout: str = "auto",
+    *,
+    split: str | None = None,
+    names: Iterable[str] | None = None,
+    proposals: str | os.PathLike | None = None,
+    top: int = TOP,
+    **settings,
+) -> VideoDataset:
+    """Open a data set.
+
+    layout: one of `LAYOUTS`, or "auto". split: the data set's own (train, val, valid, train-train, ..), where it has any.
+    names: videos to list. proposals: a folder of NAME.json, COCO results. settings: further ones of the layout's class,
+    such as DAVIS's resolution.
+
+    Raises DataError where the path has none of the layouts, and whatever the layout checks.
+    """
+    path = Path(path)
+    layout = find_layout(path) if layout == "auto" else layout
+    if layout not in LAYOUTS:
+        raise DataError(f"layout must be auto or one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout.startswith("davis"):
+        settings["year"] = layout.removeprefix("davis")
+    if split is not None:
+        if layout in ("folder", "stills", "video"):
+            raise DataError(f"{path}: the {layout} layout has no splits, got {split!r}; choose videos with names=[..]")
+        settings["split"] = split
+    return LAYOUTS[layout](path, names, proposals=proposals, top=top, **settings)
+
+
+def find_layout(path: Path) -> str:
+    """The layout of a folder, by what lies in it."""
+    images = path / "JPEGImages"
+    if path.is_file() or (path.is_dir() and not images.is_dir() and _by_stem(path, VIDEO_SUFFIXES)):
+        return "video"
+    if any((folder / "meta.json").is_file() for folder in (path, path / "train", path / "valid", path / "test")):
+        return "youtube-vos"
+    if (path / "GroundTruth").is_dir() and images.is_dir():
+        return "segtrack"
+    if (images / "480p").is_dir() or (images / "Full-Resolution").is_dir():
+        return "davis2017" if (path / "ImageSets" / "2017").is_dir() else "davis2016"
+    if images.is_dir():
+        return "folder" if _folders(images) else "stills"
+    if not path.exists():
+        raise DataError(f"{path}: no such directory")
+    inside = _listed(sorted(entry.name for entry in path.iterdir())) or "nothing"
+    raise DataError(f"{path}: no known layout: it holds {inside}; expected JPEGImages and Annotations, or video files")
+
+
+def _folder(path: Path, what: str) -> Path:
+    if not path.is_dir():
+        raise DataError(f"{path}: no such directory; the {what} are expected there")
+    return path
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Files by stem; none where there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in suffixes and file.name[0] != ".":
+            if file.stem in files:
+                raise DataError(f"{file}: the same name as {files[file.stem].name}; one of them must go")
+            files[file.stem] = file
+    return files
+
+
+def _masks(folder: Path) -> dict[str, list[Path]]:
+    return {stem: [file] for stem, file in _by_stem(folder, MASK_SUFFIXES).items()}
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", .." if len(names) > most else "")

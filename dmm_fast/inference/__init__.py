@@ -1,0 +1,1 @@
+"""From frames to masks: the streaming API, runs to files, CUDA graphs, benchmarks."""

@@ -1,0 +1,266 @@
+"""What a frame costs, stage by stage, by number of objects and by runtime: ``dmm-fast bench``.
+
+Every runtime follows the same objects through the same clip, with the same files in and out, in turns. Times are wall-clock
+milliseconds of one frame, one stage after the other; the first frames (compilation, caches) do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dmm_fast import __version__
+from dmm_fast.data.masks import read_mask, write_mask
+from dmm_fast.data.synthetic import Scene
+from dmm_fast.model import DMMNet, Proposals, State, inference
+from dmm_fast.model.masks import mask_boxes
+from dmm_fast.proposals.coco import CocoWriter, read_coco
+from dmm_fast.proposals.sources import open_proposer
+
+RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
+STAGES = ("decode", "proposals", "features", "matching", "refinement", "step", "write")
+WARM = 5  # frames that do not count
+ROUNDS = 3  # runtimes take turns, as the machine's speed may drift
+
+Times = dict[str, list[float]]  # by stage, milliseconds per frame
+
+
+def bench(
+    net: DMMNet,
+    *,
+    objects: list[int],
+    runtimes: list[str],
+    size: tuple[int, int] = (255, 448),
+    frames: int = 40,
+    proposals: int = 50,
+    detector: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure; returns {"machine", "settings", "rows"}, one row per runtime, number of objects and stage.
+
+    detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network.
+    """
+    net = inference(net)
+    device = net.mean.device
+    source = (
+        "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
+    )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
+        exports = _Exports(net, Path(folder), size, detector, progress)
+        for count in objects:
+            clip = Path(folder) / f"clip-{count}"
+            _make_clip(clip, count, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
+            turns: dict[str, Times] = {name: defaultdict(list) for name in runtimes}
+            for name in runtimes * ROUNDS:
+                for stage, times in _run(name, net, exports, clip, detector).items():
+                    turns[name][stage] += times[WARM:]
+            for name, stages in turns.items():
+                for stage in (stage for stage in STAGES if stage in stages):
+                    counted = np.array(stages[stage])
+                    p50, p99 = np.percentile(counted, (50, 99))
+                    row = {"runtime": name, "objects": count, "stage": stage, "p50": p50, "p99": p99, "mean": counted.mean()}
+                    rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+                progress(f"{count} objects, {name}: step {rows[-2]['p50']:.2f} ms")
+    settings = {
+        "config": net.config.to_dict(), "device": str(device), "size": list(size),
+        "frames": ROUNDS * math.ceil(frames / ROUNDS),
+        "proposals a frame": proposals, "proposals": source,
+    }  # fmt: skip
+    return {"machine": machine(device), "settings": settings, "rows": rows}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
+    facts = {
+        "dmm_fast": __version__, "torch": torch.__version__, "CPU": cpu or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "load before": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+    return {**facts, "GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else facts
+
+
+def table(report: dict[str, Any]) -> str:
+    """p50 / p99 of every stage, one line per runtime and number of objects."""
+    cells: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
+    for row in report["rows"]:
+        cells[row["objects"], row["runtime"]][row["stage"]] = f"{row['p50']:.2f}/{row['p99']:.2f}"
+    lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
+    lines.append(f"proposals: {report['settings']['proposals']}; p50/p99 in ms; step = features + matching + refinement")
+    lines.append(f"{'objects':>7}  {'runtime':16}" + "".join(f"{stage:>16}" for stage in STAGES))
+    for (count, name), stages in cells.items():
+        lines.append(f"{count:>7}  {name:16}" + "".join(f"{stages.get(stage, '-'):>16}" for stage in STAGES))
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Median milliseconds of a step against the number of objects, one line per runtime."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in dict.fromkeys(row["runtime"] for row in report["rows"]):
+        steps = [row for row in report["rows"] if row["runtime"] == name and row["stage"] == "step"]
+        axes.plot([row["objects"] for row in steps], [row["p50"] for row in steps], "o-", label=name)
+    height, width = report["settings"]["size"]
+    facts = report["machine"]
+    axes.set(xlabel="objects", ylabel="ms per step (median)", ylim=(0, None))
+    axes.set_title(f"{width}x{height}, {facts.get('GPU', facts['CPU'])}", fontsize=9)
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+class _Exports:
+    """Exports of one net, and its detector if any, for frames of one size; each made when first asked for."""
+
+    def __init__(
+        self, net: DMMNet, folder: Path, size: tuple[int, int], detector: str | None, progress: Callable[[str], None]
+    ):
+        self.net, self.folder, self.size, self.detector, self.progress = net, folder, size, detector, progress
+
+    def __call__(self, kind: str) -> Path:
+        from dmm_fast.export import Sizes, export
+
+        path = self.folder / kind
+        if not path.exists():
+            self.progress(f"exporting {kind}")
+            device = self.net.mean.device
+            options = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
+            if options:  # proposals that are pasted in the step, as everywhere else
+                options["soft"] = self.detector is not None
+            detector = None if self.detector is None else open_proposer(self.detector, device=device)
+            export(kind, self.net, path, detector=detector, **options)
+        return path
+
+
+def _make_clip(folder: Path, objects: int, frames: int, size: tuple[int, int], proposals: int) -> None:
+    """JPEG frames, first.png and proposals.json with exactly `proposals` a frame."""
+    scene = Scene(3, size=size, objects=objects, strangers=0, length=(0.25, 0.35), clutter=proposals)
+    (folder / "frames").mkdir(parents=True)
+    with CocoWriter(folder / "proposals.json", size, fresh=True) as writer:
+        for number in range(frames):
+            frame, ids = scene.render(number)
+            Image.fromarray(frame).save(folder / "frames" / f"{number:05d}.jpg", quality=94)
+            if number == 0:
+                write_mask(folder / "first.png", ids)
+            masks, scores = (torch.from_numpy(array) for array in scene.proposals(number))
+            best = scores.argsort(descending=True)[:proposals]
+            writer.add(f"{number:05d}", Proposals(mask_boxes(masks[best]), scores[best], masks[best]))
+
+
+def _run(name: str, net: DMMNet, exports: _Exports, clip: Path, detector: str | None) -> Times:
+    if name.startswith("c++ "):
+        return _cpp(exports(name.removeprefix("c++ ")), clip, net.mean.device, detector is not None)
+    if name == "eager":
+        propose = None if detector is None else open_proposer(detector, device=net.mean.device)
+        return _python(net, _stages_of(net), clip, net.mean.device, propose)
+    from dmm_fast.export import load
+
+    exported = load(exports(name), device=str(net.mean.device))
+    step = ("step", lambda kept: kept.update(zip(("output", "state"), exported.step(*_given(kept)))))
+    return _python(exported, [step], clip, net.mean.device, None if detector is None else exported.propose)
+
+
+def _given(kept: dict[str, Any]) -> tuple[torch.Tensor, Proposals, State]:
+    return kept["frame"], kept["proposals"], kept["state"]
+
+
+def _stages_of(net: DMMNet) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
+    """`DMMNet.step` in its three parts, each from and to `kept`."""
+
+    def features(kept: dict[str, Any]) -> None:
+        kept["features"] = net.encode(kept["frame"][None])
+
+    def matching(kept: dict[str, Any]) -> None:
+        kept["proposals"] = net.prepare(kept["proposals"], kept["state"])
+        kept["affinity"] = net.compare(kept["features"], kept["proposals"], kept["state"])
+        kept["x"] = net.match(net.cost(kept["affinity"]), kept["proposals"].scores, kept["state"].valid)
+
+    def refinement(kept: dict[str, Any]) -> None:
+        given = (kept[name] for name in ("features", "proposals", "affinity", "x", "state"))
+        kept["output"], kept["state"] = net.decide(*given)
+
+    return [("features", features), ("matching", matching), ("refinement", refinement)]
+
+
+@torch.no_grad()
+def _python(
+    step: Any, stages: list, clip: Path, device: torch.device, propose: Callable[[torch.Tensor], Proposals] | None
+) -> Times:
+    """Follow the clip in Python. `step` has `start`; `stages` are its step, in parts that work on a dict."""
+    times: Times = defaultdict(list)
+    file = read_coco(clip / "proposals.json")
+    kept: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def clock(stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times[stage].append(1e3 * (time.perf_counter() - begin))
+
+    for path in sorted((clip / "frames").iterdir()):
+        if not kept:
+            image = np.array(Image.open(path))
+            ids = torch.from_numpy(read_mask(clip / "first.png", image.shape[:2])).to(device)
+            masks = torch.stack([ids == label for label in ids.unique() if label])
+            frame = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
+            kept["state"] = step.start(frame, masks, torch.ones(len(masks), dtype=torch.bool, device=device))
+            continue
+        with clock("decode"):
+            image = np.array(Image.open(path))
+            kept["frame"] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
+        with clock("proposals"):
+            found = file.frame(path.stem, image.shape[:2]) if propose is None else propose(kept["frame"])
+            kept["proposals"] = Proposals(*(part.to(device) for part in found))
+        for stage, work in stages:
+            with clock(stage):
+                work(kept)
+        with clock("write"):
+            write_mask(clip / "out.png", kept["output"].labels.cpu().numpy())
+    if "step" not in times:
+        times["step"] = [sum(parts) for parts in zip(*(times[stage] for stage, _ in stages))]
+    return times
+
+
+def _cpp(export: Path, clip: Path, device: torch.device, live: bool) -> Times:
+    """Follow the clip with dmm-segment, which keeps the time itself. live: by the export's own proposals, not the file's."""
+    from dmm_fast.runtime import PROGRAM
+
+    report = clip / "report.json"
+    given = {"model": export, "frames": clip / "frames", "masks": clip / "first.png"}
+    if not live:
+        given["proposals"] = clip / "proposals.json"
+    how = {"out": clip / "masks", "report": report, "device": device, "threads": torch.get_num_threads()}
+    words = [str(word) for name, value in {**given, **how}.items() for word in (f"--{name}", value)]
+    result = subprocess.run([str(PROGRAM), *words, "--quiet"], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"bench: {result.stderr.strip()}")
+    times: Times = defaultdict(list)
+    for row in json.loads(report.read_text())["frames"][1:]:  # the first is given
+        for stage, milliseconds in row["ms"].items():
+            times[stage].append(milliseconds)
+    return times

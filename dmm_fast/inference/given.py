@@ -1,0 +1,53 @@
+"""Where the objects of a run come from."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from dmm_fast.data.masks import MaskWarning, read_first_masks, read_mask
+from dmm_fast.data.video import ImageFrames, VideoFrames
+from dmm_fast.inference.folder import RunError
+
+MASK_SUFFIXES = (".png", ".bmp")
+
+class GivenMasks:
+    """Where objects come from.
+
+    A file gives the objects of the first frame, or of the frame that bears its name. A directory gives, by frame name,
+    masks of any frames: what is new in a later one appears there, and 0 there is not background. A directory of which
+    no file bears a frame's name holds the first frame's masks, one file per object.
+    """
+
+    def __init__(self, path: Path, frames: ImageFrames | VideoFrames):
+        self.path, self.size = path, frames.size
+        self.notes: list[str] = []
+        if not path.exists():
+            raise RunError(f"{path}: no such mask file or directory")
+        files = [path]
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.suffix.lower() in MASK_SUFFIXES and file.name[0] != "."]
+        by_stem, stems = {file.stem: file for file in files}, set(frames.stems)
+        self._files = {stem: file for stem, file in by_stem.items() if stem in stems}
+        if not self._files:
+            self._files = {frames.stems[0]: path}
+        elif extra := len(by_stem) - len(self._files):
+            self.notes.append(f"{path}: {extra} of {len(by_stem)} masks bear no frame's name and are not used")
+        first = next(stem for stem in frames.stems if stem in self._files)
+        if first != frames.stems[0]:
+            self.notes.append(f"the first mask is that of frame {first}; frames before it have no objects")
+        self.read(first, first=True)  # so that a bad mask is told at once, not after the model has loaded
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self._files
+
+    def read(self, stem: str, first: bool) -> tuple[np.ndarray, list[str]]:
+        """-> ids uint8 [H, W] and notes; first: there must be an object."""
+        if first:
+            return read_first_masks(self._files[stem], self.size)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MaskWarning)
+            ids = read_mask(self._files[stem], self.size)
+        return ids, [str(warning.message) for warning in caught]

@@ -1,0 +1,87 @@
+"""Losses of one unrolled step: of the refined masks, of the matched masks, and of the similarities that match them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmm_fast.model import Affinity, Output, Proposals
+from dmm_fast.ops import reference
+
+TERMS = ("refined", "matched", "cosine", "parts", "bce")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the terms of `dmm_fast.learning.losses`; match_iou: what counts as a proposal of an object."""
+
+    refined: float = 1.0
+    matched: float = 1.0
+    cosine: float = 1.0
+    parts: float = 1.0
+    bce: float = 0.0
+    match_iou: float = 0.3
+
+
+def step_losses(
+    output: Output, affinity: Affinity, proposals: Proposals, masks: Tensor, *, match_iou: float = 0.3
+) -> dict[str, Tensor]:
+    """The loss terms of one frame, each a scalar >= 0; masks [N, H, W] bool is the ground truth.
+
+    refined, matched: 1 - soft IoU of `output.masks` and of `output.matched`. cosine, parts: see `cosine_loss` and
+    `parts_loss`. bce: binary cross entropy of `output.masks`; it alone also asks for an empty mask where an object is
+    hidden.
+    """
+    return {
+        "refined": soft_iou_loss(output.masks, masks),
+        "matched": soft_iou_loss(output.matched, masks),
+        "cosine": cosine_loss(affinity.cosine, proposals, masks, match_iou),
+        "parts": parts_loss(output.parts, proposals, masks),
+        "bce": bce_loss(output.masks, masks),
+    }
+
+
+def soft_iou_loss(pred: Tensor, masks: Tensor) -> Tensor:
+    """1 - sum(p t) / sum(p + t - p t), the mean over the objects that are seen; pred [N, H, W] in [0, 1], masks bool.
+
+    0 where no object is seen: the soft IoU with an empty mask is 0 whatever is predicted.
+    """
+    p, t = pred.float().flatten(1), masks.flatten(1).float()  # [N, H W]
+    both = (p * t).sum(1)
+    iou = both / (p.sum(1) + t.sum(1) - both).clamp(min=1e-6)  # [N]
+    seen = t.sum(1) > 0
+    return ((1.0 - iou) * seen).sum() / seen.sum().clamp(min=1)
+
+
+def cosine_loss(cosine: Tensor, proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """Mean squared difference of cosine [N, M] to `greedy_target`; 0 without proposals."""
+    if cosine.numel() == 0:
+        return cosine.sum()
+    return F.mse_loss(cosine.float(), greedy_target(proposals, masks, match_iou))
+
+
+def greedy_target(proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """The greedy one-to-one assignment by IoU with the ground truth, where that is above match_iou: [N, M] of 0 and 1."""
+    iou = torch.ops.dmm.mask_iou(masks, proposals.masks)  # [N, M]
+    return reference.greedy(-iou) * (iou > match_iou)
+
+
+def parts_loss(parts: Tensor, proposals: Proposals, masks: Tensor) -> Tensor:
+    """Binary cross entropy of parts [N, M] to the share of each proposal that lies on the object; 0 where there are none."""
+    if parts.numel() == 0:
+        return parts.sum()
+    flat = proposals.masks.flatten(1).float()  # [M, H W]
+    share = masks.flatten(1).float() @ flat.t() / flat.sum(1).clamp(min=1)  # [N, M]
+    return bce_loss(parts, share)
+
+
+def bce_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross entropy of probabilities to targets of the same shape, in float32.
+
+    Not torch's own: on a GPU that ends the process where a prediction is NaN, before anyone can tell why.
+    """
+    p, t = pred.float().clamp(1e-6, 1 - 1e-6), target.float()
+    return -(t * p.log() + (1 - t) * (1 - p).log()).mean()

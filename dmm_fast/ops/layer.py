@@ -1,0 +1,175 @@
+"""What torch needs to know about an op with a backward op: its gradient, shapes without data (fake kernels), autocast, vmap.
+
+The native libraries hold ``dmm::<name>`` and ``dmm::<name>_backward``, matching layers whose first argument is the cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmm_fast.ops import library
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_functorch = torch._C._are_functorch_transforms_active
+_in_autocast = torch.is_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+
+class Layer:
+    """``dmm::<name>``, made differentiable once; call it with the tuple of the op's arguments.
+
+    ``item_dims`` gives the dimensions that each leading tensor argument has per problem: 2 for the cost, 0 for a number per
+    problem. ``differentiable`` lists those that get a gradient: the cost first, the step size (one number per problem) last.
+    The backward op takes the gradient and the op's arguments, and returns gradients in that order.
+    """
+
+    def __init__(self, name: str, item_dims: tuple[int, ...], differentiable: tuple[int, ...]):
+        library.let_triton_serve(name, f"{name}_backward")
+        self.name = name
+        self.op = getattr(torch.ops.dmm, name).default
+        self.backward_op = getattr(torch.ops.dmm, f"{name}_backward").default
+        self.item_dims = item_dims
+        self.differentiable = differentiable
+        self._function = self._functions()
+        self._register()
+
+    def __call__(self, args: tuple) -> Tensor:
+        if _is_compiling() or _in_autocast("cpu") or _in_autocast("cuda"):
+            return self.op(*args)
+        if torch.is_grad_enabled():
+            for i in self.differentiable:
+                if args[i] is not None and args[i].requires_grad:
+                    return self._function[_in_functorch()].apply(*args)
+        return _call(self.op, args)
+
+    def _setup_context(self, ctx, inputs, output):
+        tensors = len(self.item_dims)
+        ctx.options = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors])
+
+    def _backward(self, call, ctx, grad: Tensor) -> tuple:
+        """The gradients of all the op's arguments, through ``call(args of the backward op)``."""
+        saved = ctx.saved_tensors
+        grads = [None] * (len(saved) + len(ctx.options))
+        for i, g in zip(self.differentiable, call((grad, *saved, *ctx.options)), strict=True):
+            if saved[i] is not None:
+                grads[i] = g.sum() if saved[i].dim() == 0 else g
+        return tuple(grads)
+
+    def _no_double_backward(self, ctx, *grads):
+        raise RuntimeError(
+            f"dmm::{self.name}_backward: the matching layer is differentiable once; a gradient of its gradient "
+            f"(create_graph=True) is not available. Use dmm_fast.{self.name}(..., backend='reference') for that."
+        )
+
+    def _functions(self) -> tuple[type, type]:
+        """The gradient in eager mode, outside and inside torch.func; compiled and exported graphs use the op's own."""
+        layer = self
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                layer._setup_context(ctx, args, None)
+                return _call(layer.op, args)
+
+            @staticmethod
+            def backward(ctx, grad):
+                def call(args):
+                    if torch.is_grad_enabled():  # create_graph=True: record, and refuse, the second derivative
+                        return BackwardFunction.apply(*args)
+                    return _call(layer.backward_op, args)
+
+                return layer._backward(call, ctx, grad)
+
+        class TransformableFunction(Function):
+            """In the form that torch.func asks for (twice as slow to enter)."""
+
+            generate_vmap_rule = True
+            setup_context = staticmethod(self._setup_context)
+
+            @staticmethod
+            def forward(*args):
+                return layer.op(*args)
+
+        class BackwardFunction(torch.autograd.Function):
+            generate_vmap_rule = True
+            backward = staticmethod(self._no_double_backward)
+
+            @staticmethod
+            def forward(*args):
+                return _call(layer.backward_op, args)
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                pass
+
+        return Function, TransformableFunction
+
+    def _register(self):
+        name, backward_name = f"dmm::{self.name}", f"dmm::{self.name}_backward"
+        torch.library.register_fake(name, self._fake)
+        torch.library.register_fake(backward_name, self._fake_backward)
+        torch.library.register_autograd(
+            name,
+            lambda ctx, grad: self._backward(lambda args: self.backward_op(*args), ctx, grad),
+            setup_context=self._setup_context,
+        )
+        torch.library.register_autograd(backward_name, self._no_double_backward)
+        for device in ("cpu", "cuda"):  # like softmax: float32 inside autocast
+            torch.library.register_autocast(name, device, torch.float32)
+        torch.library.register_vmap(name, self._vmap)
+        torch.library.register_vmap(backward_name, self._vmap_backward)
+
+    def _fake(self, cost: Tensor, *args, **kwargs) -> Tensor:
+        torch._check(
+            cost.dim() in (2, 3), lambda: f"dmm::{self.name}: cost must have shape [B, N, M] or [N, M], got {cost.shape}"
+        )
+        return torch.empty_like(cost, memory_format=torch.contiguous_format)
+
+    def _fake_backward(self, grad: Tensor, cost: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
+        accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
+        like_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
+        batch = cost.shape[0] if cost.dim() == 3 else 1
+        others = [torch.empty_like(like_cost) for _ in self.differentiable[1:-1]]
+        return like_cost, *others, cost.new_empty(batch, dtype=accumulate)
+
+    def _vmap(self, info, in_dims, *args):
+        tensors = len(self.item_dims)
+        merged, batch = _merge_batch(info, in_dims[:tensors], args[:tensors], self.item_dims)
+        x = self.op(*merged, *args[tensors:])
+        return x.unflatten(0, (info.batch_size, batch)) if batch else x, 0
+
+    def _vmap_backward(self, info, in_dims, *args):
+        tensors = len(self.item_dims) + 1
+        merged, batch = _merge_batch(info, in_dims[:tensors], args[:tensors], (2, *self.item_dims))
+        *grads, grad_lr = self.backward_op(*merged, *args[tensors:])
+        if batch:
+            grads = [g.unflatten(0, (info.batch_size, batch)) for g in grads]
+        grads.append(grad_lr.unflatten(0, (info.batch_size, max(batch, 1))))
+        return tuple(grads), (0,) * len(grads)
+
+
+def _call(op, args: tuple):
+    """Call an op below torch's autograd layer, where neither a gradient nor a function transform can want that layer: in Python
+    it costs some 4 us forward and 35 us with backward."""
+    if _in_functorch():
+        return op(*args)
+    with _below_autograd():
+        return op(*args)
+
+
+def _merge_batch(info, in_dims: tuple, tensors: tuple, item_dims: tuple) -> tuple[list, int]:
+    """vmap's dimension V joined with the batch B: every tensor as ``[V * B, ...]``, and B (0: the problems had no batch)."""
+    shape = list(tensors[0].shape)
+    if in_dims[0] is not None:
+        del shape[in_dims[0]]
+    batch = shape[0] if len(shape) == 3 else 0
+    merged = []
+    for tensor, dim, item in zip(tensors, in_dims, item_dims):
+        if tensor is not None:
+            tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            if tensor.dim() == item + 1:  # no batch in it: [V, ...] -> [V, B, ...]
+                tensor = tensor.unsqueeze(1).expand(-1, max(batch, 1), *tensor.shape[1:])
+            tensor = tensor.reshape(info.batch_size * max(batch, 1), *tensor.shape[2:])
+        merged.append(tensor)
+    return merged, batch

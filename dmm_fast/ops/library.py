@@ -1,0 +1,90 @@
+"""Loads the native libraries into torch. Importing this never initialises CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "lib"
+BACKENDS = ("auto", "native", "triton", "reference")
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def built_facts() -> dict:
+    """What the build wrote down about itself: torch, nvcc (None: no CUDA kernels) and why."""
+    path = FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_cpu() -> None:
+    """Load the schemas and the CPU kernels; without them there is no dmm_fast."""
+    path = FOLDER / "libdmm_cpu.so"
+    if not path.exists():
+        found = sorted(p.name for p in FOLDER.glob("*")) if FOLDER.exists() else "no such folder"
+        raise ImportError(
+            f"dmm_fast was installed without its native library: {path} is missing (found there: {found}). "
+            f"Rebuild it from the source folder with: {REBUILD}"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"{path} does not load into torch {torch.__version__} (it needs torch >= 2.11; built against "
+            f"{built_facts().get('torch', 'an unknown torch')}): {error}. Rebuild it with: {REBUILD}"
+        ) from error
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels chose: "portable", "avx2" or "avx512"."""
+    library = ctypes.CDLL(str(FOLDER / "libdmm_cpu.so"))
+    library.dmm_cpu_capability.restype = ctypes.c_char_p
+    return library.dmm_cpu_capability().decode()
+
+
+def load_cuda() -> str | None:
+    """Load the CUDA kernels where torch has CUDA. Returns None if loaded, otherwise why not."""
+    path = FOLDER / "libdmm_cuda.so"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not path.exists():
+        return f"not built: {built_facts().get('cuda_decision', 'the build left no record')}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def check_backend(name: str, tensor: torch.Tensor, backend: str) -> None:
+    """A backend that does not exist, or can't serve this tensor, is an error with words."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "native" and tensor.is_cuda and CUDA_MISSING is not None:
+        raise RuntimeError(f"{name}: backend='native' on a CUDA tensor, but the CUDA library is {CUDA_MISSING}")
+    if backend == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{name}: backend='triton' takes CUDA tensors, got one on {tensor.device}")
+
+
+def let_triton_serve(*ops: str) -> None:
+    """Where the CUDA library is absent, ``torch.ops.dmm.<op>`` on CUDA tensors goes to its Triton twin, ``dmm::<op>_triton``,
+    so that models, scripts and exports need not know. ``ops[0]`` names the module of ``dmm_fast.kernels``.
+    """
+    if CUDA_MISSING is None or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return
+    for op in ops:
+
+        def serve(*args, op=op):
+            importlib.import_module(f"dmm_fast.kernels.{ops[0]}")
+            return getattr(torch.ops.dmm, f"{op}_triton")(*args)
+
+        torch.library.impl(f"dmm::{op}", "cuda", serve)
+
+
+load_cpu()
+CUDA_MISSING = load_cuda()

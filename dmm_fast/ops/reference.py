@@ -1,0 +1,400 @@
+"""The matching layer in plain PyTorch: the yardstick that the fused kernels are tested and timed against.
+
+Everything here favours being obviously right over being fast. ``match`` is Algorithm 1 of the paper and its two published
+relatives; ``listing1`` is the paper's Listing 1 to the letter; ``greedy``, ``hungarian`` and ``sinkhorn`` are the peers
+people compare with. All take a cost ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals) and return an assignment of the
+same shape.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DYKSTRA = ("reset", "carry", "released")
+OUTPUT = ("average", "last")
+
+
+def project_rows(x: Tensor) -> Tensor:
+    """Project onto {X : X 1 = 1} (Eq. 5). ``x`` is ``[..., N, M]``."""
+    return x - (x.sum(-1, keepdim=True) - 1) / x.shape[-1]
+
+
+def project_columns(x: Tensor) -> Tensor:
+    """Project onto {X : X^T 1 <= 1} (Eq. 6). ``x`` is ``[..., N, M]``."""
+    column_sum = x.sum(-2, keepdim=True)  # [..., 1, M]
+    return torch.where(column_sum <= 1, x, x - (column_sum - 1) / x.shape[-2])
+
+
+def project_sign(x: Tensor) -> Tensor:
+    """Project onto {X : X >= 0} (Eq. 7)."""
+    return x.relu()
+
+
+_PAPER_ORDER = (project_rows, project_columns, project_sign)
+_RELEASED_ORDER = (project_sign, project_columns, project_rows)
+
+
+def _dykstra(x: Tensor, corrections: list[Tensor], projections, n_proj: int) -> Tensor:
+    """``n_proj`` rounds of Dykstra's cyclic projections; updates ``corrections`` in place (the list, not its tensors)."""
+    for _ in range(n_proj):
+        for i, project in enumerate(projections):
+            x = x + corrections[i]
+            y = project(x)
+            corrections[i] = x - y
+            x = y
+    return x
+
+
+def released_init(cost: Tensor) -> Tensor:
+    """The released code's start: each row takes its cheapest among the columns in which it is the cheapest row."""
+    wins = torch.zeros_like(cost, dtype=torch.bool).scatter_(-2, cost.argmin(-2, keepdim=True), True)  # [..., N, M]
+    choice = torch.where(wins, cost, cost.amax((-2, -1), keepdim=True)).argmin(-1, keepdim=True)  # [..., N, 1]
+    return torch.zeros_like(cost).scatter_(-1, choice, 1.0)
+
+
+def _match_dense(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr, dykstra: str, output: str) -> Tensor:
+    """One batch of equal sizes, ``[..., N, M]``."""
+    x = init
+    zeros = [torch.zeros_like(cost)] * 3
+    corrections = list(zeros)
+    iterates = [] if dykstra == "reset" else [init]
+    previous = None
+    for _ in range(n_grad):
+        x = x - lr * cost
+        if dykstra == "released":
+            iterates.append(x)
+            x = _dykstra(x, corrections, _RELEASED_ORDER, n_proj)
+            reached = (iterates[-1] * cost).norm()
+            if previous is not None and reached == previous:
+                break
+            previous = reached
+            continue
+        x = _dykstra(x, list(zeros) if dykstra == "reset" else corrections, _PAPER_ORDER, n_proj)
+        iterates.append(x)
+    return x if output == "last" else torch.stack(iterates).mean(0)
+
+
+def match(
+    cost: Tensor,
+    init: Tensor | None = None,
+    *,
+    n_grad: int = 40,
+    n_proj: int = 5,
+    lr: float | Tensor = 0.1,
+    dykstra: str = "reset",
+    output: str = "average",
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Projected gradient with Dykstra's projections, differentiable by plain autograd.
+
+    ``dykstra="reset"`` is Algorithm 1 (the corrections start at 0 in every outer step), ``"carry"`` is Listing 1 (they are
+    carried, and the start counts in the average), ``"released"`` the authors' released code (ReLU first, averages the points
+    *before* projection, greedy start, stops when the cost repeats; for weights trained with it).
+    Ragged batches: problem ``b`` is ``cost[b, :num_templates[b], :num_proposals[b]]``; the rest of its result is 0.
+    A problem with a non-finite cost, start or lr is NaN throughout and leaves the others alone.
+    """
+    if dykstra not in DYKSTRA or output not in OUTPUT:
+        raise ValueError(f"match: dykstra must be one of {DYKSTRA} and output one of {OUTPUT}, got {dykstra!r}, {output!r}")
+    start = init if init is None or init.dim() == 3 else init[None]  # [B, N, M]
+
+    def solve(b: int, c: Tensor, step) -> Tensor:
+        if start is not None:
+            x0 = start[b, : c.shape[0], : c.shape[1]]
+        else:
+            x0 = released_init(c) if dykstra == "released" else torch.zeros_like(c)
+        x = _match_dense(c, x0, n_grad, n_proj, step, dykstra, output)
+        return x + 0 * (c.sum() + x0.sum() + step)  # NaN anywhere in the problem if anything in it is not finite
+
+    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
+
+
+def _stack_problems(cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
+    """``solve(b, cost [n, m], lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0 elsewhere, differentiable."""
+    if not isinstance(lr, Tensor) and not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr:g}")
+    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
+    B, N, M = batched.shape
+    steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
+    rows = [N] * B if num_templates is None else num_templates.tolist()
+    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    results = []
+    for b in range(B):
+        c = batched[b, : rows[b], : columns[b]]
+        if c.numel() == 0:
+            results.append(torch.zeros_like(batched[b]) + c.sum())  # 0, still attached to the graph
+        else:
+            x = solve(b, c, steps[b])
+            results.append(F.pad(x, (0, M - columns[b], 0, N - rows[b])))
+    return torch.stack(results).reshape(cost.shape) if B else batched.clone().reshape(cost.shape)
+
+
+def match_prices(
+    cost: Tensor,
+    *,
+    n_grad: int = 40,
+    n_proj: int = 1,
+    lr: float | Tensor = 10.0,
+    output: str = "last",
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Newton prices (docs/variants.md): x_k = t_k relu(-C - a - b), one Newton step per round for the row prices a and the
+    column prices b >= 0, while the sharpness t_k = n_grad lr (k / n_grad)^3 grows. Differentiable by plain autograd.
+
+    Ragged batches as in ``match``. A problem with a non-finite cost, or an lr that is not positive and finite, is NaN
+    throughout and leaves the others alone.
+    """
+    if output not in OUTPUT:
+        raise ValueError(f"match_prices: output must be one of {OUTPUT}, got {output!r}")
+
+    def solve(b: int, c: Tensor, step) -> Tensor:
+        total = torch.zeros_like(c)
+        row_price = c.neg().amax(-1, keepdim=True).detach() - n_grad**2 / step  # [n, 1]; the first step forgets it
+        column_price = torch.zeros_like(c[:1])  # [1, m]
+        for k in range(1, n_grad + 1):
+            t = n_grad * step * (k / n_grad) ** 3
+            for _ in range(n_proj):
+                p = (-c - row_price - column_price).relu()
+                pos = (p > 0).to(c.dtype)
+                d = (p.sum(-1, keepdim=True) - 1 / t) / pos.sum(-1, keepdim=True).clamp(min=1)
+                s = (p - pos * d).sum(-2, keepdim=True)  # column sums after the row step
+                w = column_price + (s - 1 / t) / pos.sum(-2, keepdim=True).clamp(min=1)
+                row_price, column_price = row_price + d, w.relu()
+            if output == "average" or k == n_grad:
+                total = total + t * (-c - row_price - column_price).relu()
+        poison = 0 * (c.sum() + step) if step > 0 else torch.nan
+        return (total if output == "last" else total / n_grad) + poison
+
+    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
+
+
+def match_batched(cost: Tensor, *, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1) -> Tensor:
+    """Algorithm 1 on a batch of equal sizes ``[B, N, M]``, one PyTorch call per step for the whole batch (a benchmark peer)."""
+    return _match_dense(cost, torch.zeros_like(cost), n_grad, n_proj, lr, "reset", "average")
+
+
+def listing1(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr: float) -> Tensor:
+    """Listing 1 of the paper, literally: one problem ``[N, M]``, matrix products against ones, every iterate kept."""
+
+    def project_row(x: Tensor) -> Tensor:
+        row_sum = x.sum(dim=1, keepdim=True)  # [N, 1]
+        ones = torch.ones(1, x.shape[1]).to(x)  # [1, M]
+        return x - (row_sum - 1).mm(ones) / x.shape[1]
+
+    def project_column(x: Tensor) -> Tensor:
+        column_sum = x.sum(dim=0, keepdim=True)  # [1, M]
+        ones = torch.ones(x.shape[0], 1).to(x)  # [N, 1]
+        mask = (column_sum <= 1).to(x)
+        projected = x - ones.mm(column_sum - 1) / x.shape[0]
+        return x * mask + (1 - mask) * projected
+
+    x = init
+    corrections = [torch.zeros_like(cost) for _ in range(3)]
+    iterates = [init]
+    for _ in range(n_grad):
+        x = x - lr * cost
+        for _ in range(n_proj):
+            for i, project in enumerate((project_row, project_column, torch.relu)):
+                x = x + corrections[i]
+                y = project(x)
+                corrections[i] = x - y
+                x = y
+        iterates.append(x)
+    return torch.stack(iterates).mean(dim=0)
+
+
+def check_tensor(name: str, given: object) -> None:
+    """Refuse a list or an array with a message of its own; shapes and dtypes are checked later."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: takes a tensor [N, M] or [B, N, M], got {type(given).__name__}; torch.as_tensor makes one")
+
+
+def _batched(name: str, cost: Tensor) -> Tensor:
+    """The cost as [B, N, M]."""
+    check_tensor(name, cost)
+    if cost.dim() not in (2, 3):
+        raise ValueError(f"{name}: must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
+    return cost if cost.dim() == 3 else cost[None]
+
+
+def _valid(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> Tensor:
+    """What of a batch [B, N, M] is not padding: bool, broadcasts against it."""
+    valid = torch.ones((1, 1, 1), dtype=torch.bool, device=cost.device)
+    for sizes, dim in ((num_templates, 1), (num_proposals, 2)):
+        if sizes is not None:
+            shape = [1, cost.shape[1], 1] if dim == 1 else [1, 1, cost.shape[2]]
+            valid = valid & (torch.arange(cost.shape[dim], device=cost.device).view(shape) < sizes[:, None, None])
+    return valid
+
+
+def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first; among equal ones the first. 0/1, no
+    gradient. A problem with a non-finite cost is NaN throughout. Runs on the device of ``cost``, without a host read."""
+    batched = _batched("greedy", cost).detach()  # [B, N, M]
+    B, N, M = batched.shape
+    if batched.numel() == 0:
+        return torch.zeros_like(batched).reshape(cost.shape)
+    valid = _valid(batched, num_templates, num_proposals)
+    free = batched.masked_fill(~valid, torch.inf)  # [B, N, M]
+    poison = (batched.masked_fill(~valid, 0) * 0).sum((1, 2), keepdim=True)  # [B, 1, 1], 0 or NaN
+    problem = torch.arange(B, device=cost.device)
+    found = []
+    for _ in range(min(N, M)):
+        least, place = free.flatten(1).min(1)  # [B]; inf, at a used place, where nothing is free
+        found.append((place, least < torch.inf))
+        row = place // M
+        free[problem, row] = torch.inf
+        free[problem, :, place - row * M] = torch.inf
+    places, taken = (torch.stack(part, 1) for part in zip(*found))  # [B, min(N, M)]
+    x = torch.where(valid, poison, 0).expand_as(batched).flatten(1).scatter_add(1, places, taken.to(cost.dtype))
+    return x.reshape(cost.shape)
+
+
+def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment``. 0/1, no gradient; a problem with a non-finite cost is
+    NaN throughout. The batch is copied to the host once."""
+    choice, _, broken = _solve_on_host(_batched("hungarian", cost), num_templates, num_proposals)
+    B, N = choice.shape
+    x = np.zeros((B, N, cost.shape[-1]), np.float32)
+    if x.size:
+        x[np.arange(B)[:, None], np.arange(N), choice] = choice >= 0
+    result = torch.from_numpy(x).to(cost)
+    if broken.any():
+        poisoned = torch.from_numpy(broken).to(cost.device)[:, None, None] & _valid(result, num_templates, num_proposals)
+        result = result.masked_fill(poisoned, torch.nan)
+    return result.reshape(cost.shape)
+
+
+def _solve_on_host(
+    cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For costs [B, N, M] the optimal choice: the column of each row [B, N] (-1: none), its cost [B, N] (0: none), and which
+    problems hold a non-finite cost [B]; nothing is chosen there."""
+    from scipy.optimize import linear_sum_assignment
+
+    B, N, M = cost.shape
+    ragged = num_templates is not None or num_proposals is not None
+    if ragged:  # one copy for everything: a read of each part would make the host wait three times for a GPU
+        sizes = [cost.new_full((B, 1), n) if part is None else part[:, None] for part, n in ((num_templates, N), (num_proposals, M))]
+        host = torch.cat([part.double() for part in (cost.detach().reshape(B, N * M), *sizes)], 1).cpu().numpy()
+        costs, sizes = host[:, : N * M].reshape(B, N, M), host[:, N * M :].astype(int).tolist()
+        problems = [c[:n, :m] for c, (n, m) in zip(costs, sizes)]
+    else:
+        problems = costs = cost.detach().double().cpu().numpy()
+    broken = np.zeros(B, bool)
+    if not np.isfinite(costs).all():  # padding may hold anything
+        broken = np.array([not np.isfinite(c).all() for c in problems], bool)
+    if not ragged and 0 < N <= M and B and not broken.any():
+        choice = np.array([linear_sum_assignment(c)[1] for c in problems])
+        return choice, costs[np.arange(B)[:, None], np.arange(N), choice], broken
+    choice, value = np.full((B, N), -1), np.zeros((B, N))
+    for b, c in enumerate(problems):
+        if c.size and not broken[b]:
+            row, column = linear_sum_assignment(c)
+            choice[b, row], value[b, row] = column, c[row, column]
+    return choice, value, broken
+
+
+def sinkhorn(
+    cost: Tensor,
+    *,
+    rounds: int = 50,
+    temperature: float = 0.05,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """Entropic optimal transport with row sums 1 and column sums <= 1, in the log domain; differentiable, batched.
+
+    Each round scales rows to 1, then scales down the columns that exceed 1.
+    """
+    batched = _batched("sinkhorn", cost)  # [B, N, M]
+    valid = _valid(batched, num_templates, num_proposals)
+    floor = torch.finfo(cost.dtype).min / 4
+    log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
+    v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
+    for _ in range(rounds):
+        u = -torch.logsumexp(log_k + v, -1, keepdim=True)  # [B, N, 1]
+        v = (-torch.logsumexp(log_k + u, -2, keepdim=True)).clamp(max=0)  # [B, 1, M]
+    return torch.where(valid, torch.exp(log_k + u + v), 0).reshape(cost.shape)
+
+
+def mask_confident(assignment: Tensor) -> Tensor:
+    """Keep each template's most confident proposal: X * 1[X = row max] (Section 4.1). Differentiable through what is kept."""
+    check_tensor("mask_confident", assignment)
+    if assignment.shape[-1] == 0:
+        return assignment
+    return assignment * (assignment == assignment.amax(-1, keepdim=True))
+
+
+def assign(
+    assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None
+) -> Tensor:
+    """Round X to a decision: for each template the proposal that the Hungarian method picks on -X; -1 where X is 0 there, where
+    none is left, beyond ``num_templates``, and throughout a problem that is not finite.
+
+    ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
+    """
+    choice, value, _ = _solve_on_host(-_batched("assign", assignment), num_templates, num_proposals)
+    return torch.from_numpy(np.where(value < 0, choice, -1)).to(assignment.device).reshape(assignment.shape[:-1])
+
+
+def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:
+    """How far X is from the constraints of Eq. 3, per problem, ``[]`` or ``[B]``: ``rows`` max |row sum - 1| over the templates
+    there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings
+    them to 1e-3.
+    """
+    check_tensor("feasibility", assignment)
+    rows = (assignment.sum(-1) - 1).abs()  # [B, N]
+    if num_templates is not None:
+        rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < num_templates[:, None], 0)
+    columns = (assignment.sum(-2) - 1).clamp(min=0)  # [B, M]
+    signs = (-assignment).clamp(min=0).flatten(-2)  # [B, N * M]
+    return {name: F.pad(value, (0, 1)).amax(-1) for name, value in (("rows", rows), ("columns", columns), ("sign", signs))}
+
+
+# ---- the steps around the layer (dmm_fast.ops.vision) ----------------------------------------------------------------------
+
+
+def mask_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every pair of masks, bool: ``a [..., N, H, W], b [..., M, H, W] -> [..., N, M]`` float32; 0 if both are empty."""
+    a, b = a.flatten(-2).double(), b.flatten(-2).double()  # [..., N, HW], [..., M, HW]
+    both = a @ b.mT  # [..., N, M]
+    either = a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :] - both
+    return torch.where(either > 0, both / either.clamp(min=1), 0).float()
+
+
+def paste_weights(low: Tensor, high: Tensor, samples: int, size: int) -> Tensor:
+    """Bilinear weights ``[M, size, samples]`` that stretch ``samples`` mask cells over ``[low, high)``, both ``[M]`` in pixels.
+
+    A box without a positive, finite extent gets no weight anywhere.
+    """
+    extent = high - low
+    valid = (extent > 0) & extent.isfinite()
+    pixels = torch.arange(size, dtype=low.dtype, device=low.device) + 0.5
+    low, extent = torch.where(valid, low, 0), torch.where(valid, extent, 1)
+    at = (pixels - low[:, None]) / extent[:, None] * samples - 0.5  # [M, size]
+    cells = torch.arange(samples, dtype=low.dtype, device=low.device)
+    tent = (1 - (at[:, :, None] - cells).abs()).clamp(min=0)  # [M, size, samples]
+    return tent * valid[:, None, None]
+
+
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``[M, S, S]`` stretched into their boxes ``[M, 4]``: ``[M, H, W]``, each Ay M Ax^T.
+
+    Equal to detectron2's continuous paste (``grid_sample(..., align_corners=False)``, before its threshold).
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    ay = paste_weights(y0, y1, masks.shape[-1], size[0]).to(masks.dtype)  # [M, H, S]
+    ax = paste_weights(x0, x1, masks.shape[-1], size[1]).to(masks.dtype)  # [M, W, S]
+    return ay @ masks @ ax.mT
+
+
+def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Eq. 8: ``out_i = sum_j X_ij paste(mask_j, box_j)``, ``[N, M], [M, S, S], [M, 4] -> [N, H, W]``."""
+    return torch.einsum("nm,mhw->nhw", assignment, paste(masks, boxes, size))

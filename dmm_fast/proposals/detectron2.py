@@ -1,0 +1,69 @@
+"""Any instance segmenter of detectron2 as a proposer. detectron2 is imported only when one is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from dmm_fast.model import Proposals
+from dmm_fast.proposals.base import TOP, ProposalError
+
+INSTALL = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+
+
+class Detectron2Proposer:
+    """A detectron2 model with masks; its classes compete, so that the proposals are class-agnostic.
+
+    config: a file, or a name of detectron2's model zoo such as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml.
+    weights: a file or address; by default the zoo's, or those that the file names.
+
+    Raises ProposalError where detectron2 is missing, does not know the config, or the model gives no masks.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        weights: str | None = None,
+        top: int = TOP,
+        threshold: float = 0.0,
+        short_side: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        try:
+            from detectron2 import model_zoo
+            from detectron2.config import get_cfg
+            from detectron2.engine import DefaultPredictor
+        except ImportError as error:
+            raise ProposalError(f"detectron2 cannot be imported ({error}). It is built from source: {INSTALL}") from None
+        cfg = get_cfg()
+        if Path(config).is_file():
+            cfg.merge_from_file(config)
+        else:
+            try:
+                cfg.merge_from_file(model_zoo.get_config_file(config))
+                weights = weights or model_zoo.get_checkpoint_url(config)
+            except RuntimeError as error:
+                raise ProposalError(f"{config}: neither a file nor in detectron2's model zoo ({error})") from None
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = weights
+        cfg.MODEL.DEVICE = str(device)
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+        cfg.TEST.DETECTIONS_PER_IMAGE = 2 * top  # the same region may come once for each of two classes
+        if short_side is not None:
+            cfg.INPUT.MIN_SIZE_TEST = short_side
+        self.predictor, self.top, self.overlap = DefaultPredictor(cfg), top, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
+
+    def __call__(self, frame: np.ndarray | Tensor) -> Proposals:
+        """frame uint8 [H, W, 3] RGB (array) or [3, H, W] (tensor) -> at most ``top`` proposals, best first."""
+        if isinstance(frame, Tensor):
+            frame = frame.permute(1, 2, 0).cpu().numpy()
+        found = self.predictor(np.ascontiguousarray(frame[:, :, ::-1]))["instances"].to("cpu")  # it wants BGR
+        if not found.has("pred_masks"):
+            raise ProposalError("the detectron2 model finds boxes only; proposals need masks (an instance segmenter)")
+        boxes, scores, masks = found.pred_boxes.tensor, found.scores, found.pred_masks  # masks [M, H, W] bool
+        keep = nms(boxes, scores, self.overlap)[: self.top]
+        return Proposals(boxes[keep], scores[keep], masks[keep])

@@ -1,0 +1,1 @@
+"""Training runs: of the network (`loop`) and of the proposal network (`detector`)."""

@@ -1,0 +1,127 @@
+"""From a configuration to batches of clips, and to the videos that validate."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dmm_fast.data.augment import Augment, Clip
+from dmm_fast.data.clips import ClipDataset, Clips, Mixture, PasteClips, StillClips, SyntheticClips
+from dmm_fast.data.datasets import VideoDataset, open_dataset
+from dmm_fast.training.config import ConfigError, Data, TrainConfig, nearest
+from dmm_fast.training.team import Team
+
+KINDS: dict[str, type[Clips]] = {
+    "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
+}  # fmt: skip
+PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which videos
+
+def open_data(config: TrainConfig) -> tuple[Clips, VideoDataset | None]:
+    """The clips of the configuration's sources, and the videos that validate, if any."""
+    data = config.data
+    sources = [open_source(source, data, config.seed + number) for number, source in enumerate(data.sources)]
+    length = data.clips or sum(len(clips) for clips, _ in sources)
+    videos = None
+    if data.val_split or data.held_out:
+        place = {"split": data.val_split} if data.val_split else {"split": data.split, "names": list(data.held_out)}
+        proposals = data.val_proposals or data.proposals
+        if proposals is None:
+            raise ConfigError("train: validation needs proposals; give data.proposals, or neither val_split nor held_out")
+        videos = open_dataset(required_path(data), data.layout, proposals=proposals, top=config.model.top, **place)
+    return Mixture(sources, length, seed=config.seed), videos
+
+
+def open_source(source: dict[str, Any], data: Data, seed: int) -> tuple[Clips, float]:
+    """One entry of `data.sources`: its clips and its weight in the mixture."""
+    settings = dict(source)
+    kind, weight = settings.pop("kind", "clips"), settings.pop("weight", 1.0)
+    if kind not in KINDS:
+        raise ConfigError(f"train: no kind of source {kind!r}{nearest(str(kind), KINDS)}")
+    augment = {**data.augment, **settings.pop("augment", {})}
+    place = {name: settings.pop(name, getattr(data, name, None)) for name in PLACE}
+    arguments = {"frames": data.frames, "seed": seed, **tuples(settings)}
+    try:
+        if kind != "stills" or augment:  # which have their own default
+            arguments["augment"] = Augment(**tuples(augment))
+        if kind == "synthetic":
+            return SyntheticClips(**arguments), weight
+        path = place.pop("path") or required_path(data)
+        videos = open_dataset(path, place.pop("layout"), **place)
+        kept = [name for name in videos.names if name not in data.held_out]
+        return KINDS[kind](videos.subset(kept), **arguments), weight
+    except TypeError as error:  # an unknown setting
+        raise ConfigError(f"train: a source of kind {kind}: {error}") from None
+
+
+def required_path(data: Data) -> str:
+    if data.path is None:
+        raise ConfigError("train: data.path must name the folder of a data set, as in data.path=DAVIS")
+    return data.path
+
+
+def tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """YAML's lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def parts(batch: list[Clip], count: int) -> Iterator[list[Clip]]:
+    size = len(batch) // count
+    return (batch[i : i + size] for i in range(0, len(batch), size))
+
+
+class Order(Sampler):
+    """One process's indices of an epoch from some step on; shuffled by (seed, epoch)."""
+
+    def __init__(self, length: int, config: TrainConfig, team: Team):
+        self.length, self.seed, self.batch, self.team = length, config.seed, config.batch, team
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        used = order[: self.length // self.batch * self.batch].reshape(-1, self.batch)  # [steps, batch]
+        return iter(used[self.start :, self.team.rank :: self.team.size].flatten().tolist())
+
+
+class Loader:
+    """Batches of this process. Clips come one by one from the workers, which live as long as the run."""
+
+    def __init__(self, clips: Clips, config: TrainConfig, team: Team):
+        if config.batch % (team.size * config.accumulate):
+            raise ConfigError(
+                f"train: batch must be a multiple of accumulate times the processes, got {config.batch}, "
+                f"{config.accumulate} and {team.size}"
+            )
+        self.clips, self.size = clips, config.batch // team.size
+        self.order = Order(len(clips), config, team)
+        workers = config.data.workers
+        self.loader = DataLoader(
+            clips, batch_size=None, sampler=self.order, num_workers=workers, collate_fn=as_is,
+            worker_init_fn=leave_stopping_to_us, persistent_workers=workers > 0,
+            prefetch_factor=max(2, -(-2 * self.size // workers)) if workers else None, generator=torch.Generator(),
+        )  # fmt: skip
+
+    def epoch(self, epoch: int, start: int, steps: int) -> Iterator[list[Clip]]:
+        """The batches of an epoch from step `start` on."""
+        if start >= steps:
+            return
+        self.clips.set_epoch(epoch)
+        self.order.epoch, self.order.start = epoch, start
+        batch: list[Clip] = []
+        for clip in self.loader:
+            batch.append(clip)
+            if len(batch) == self.size:
+                yield batch
+                batch = []
+
+
+def as_is(clip: Clip) -> Clip:
+    return clip
+
+
+def leave_stopping_to_us(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

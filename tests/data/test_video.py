@@ -1,0 +1,189 @@
+"""Frames in and video out, on files written here and on real clips."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmm_fast.data.video import FramesError, VideoWriter, natural_key, open_frames, prefetch
+
+
+def save(path, value=0, size=(6, 8)):
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
+
+
+def moving_square(count=12, size=(48, 64)):
+    for index in range(count):
+        frame = np.full((*size, 3), 40, np.uint8)
+        frame[10:30, 2 * index : 2 * index + 20] = (200, 60, 30)
+        yield frame
+
+
+def write_video(path, **options):
+    frames = list(moving_square(**options))
+    with VideoWriter(path, frames[0].shape[:2], fps=12.5) as writer:
+        for frame in frames:
+            writer.write(frame)
+    return frames
+
+
+def test_directory_in_natural_order_with_mixed_formats(tmp_path):
+    for index, name in enumerate(["frame2.jpg", "frame10.png", "frame1.bmp", "frame3.webp"]):
+        save(tmp_path / name, value=50 * index)
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / "._frame2.jpg").write_text("what a file manager leaves behind")
+    frames = open_frames(tmp_path)
+    assert frames.stems == ["frame1", "frame2", "frame3", "frame10"]
+    assert (frames.size, len(frames), frames.fps) == ((6, 8), 4, None)
+    means = [frame.mean() for _, frame in frames.read()]
+    assert means == pytest.approx([100, 0, 150, 50], abs=2)
+    assert [stem for stem, _ in frames.read(start=2)] == ["frame3", "frame10"]
+    assert [(index, stem) for index, stem, _ in frames.pick({3, 0})] == [(0, "frame1"), (3, "frame10")]
+
+
+def test_turned_photographs_are_read_upright(tmp_path):
+    image = Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "0.png", exif=exif)
+    frames = open_frames(tmp_path)
+    ((_, frame),) = frames.read()
+    assert frames.size == frame.shape[:2] == (8, 6)
+    assert (frame == np.rot90(np.array(image), -1)).all()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "no images"),
+        ({"0.png": (6, 8), "1.png": (6, 9)}, r"1\.png: is 9x6, the first frame is 8x6"),
+        ({"0.png": (6, 8), "0.jpg": (6, 8)}, "same frame twice"),
+        ({"0.png": None}, "cannot be read as an image"),
+    ],
+)
+def test_bad_directories(tmp_path, files, message):
+    for name, size in files.items():
+        save(tmp_path / name, size=size) if size else (tmp_path / name).write_bytes(b"\x89PNG torn")
+    with pytest.raises(FramesError, match=message):
+        open_frames(tmp_path)
+
+
+def test_a_torn_image_is_named(tmp_path):
+    save(tmp_path / "0.png", size=(60, 80))
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[:-30])
+    with pytest.raises(FramesError, match=r"1\.png: cannot be read"):
+        list(open_frames(tmp_path).read())
+
+
+def test_video_round_trip(tmp_path):
+    written = write_video(tmp_path / "clip.mp4")
+    frames = open_frames(tmp_path / "clip.mp4")
+    assert (frames.size, len(frames), frames.fps) == ((48, 64), 12, 12.5)
+    assert frames.stems == [f"{index:05d}" for index in range(12)]
+    read = list(frames.read())
+    assert [stem for stem, _ in read] == frames.stems
+    for (_, frame), original in zip(read, written):
+        assert np.abs(frame.astype(int) - original).mean() < 6
+    rest = list(frames.read(start=9))
+    assert [stem for stem, _ in rest] == frames.stems[9:]
+    assert all((a == b).all() for (_, a), (_, b) in zip(rest, read[9:]))
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.avi", "clip.mov"])
+def test_other_containers_know_their_length(tmp_path, name):
+    write_video(tmp_path / name)
+    frames = open_frames(tmp_path / name)
+    assert len(frames) == len(list(frames.read())) == 12
+    assert [(index, stem) for index, stem, _ in frames.pick({7, 2})] == [(2, "00002"), (7, "00007")]
+
+
+def test_telephone_videos_are_read_upright(tmp_path):
+    """A file whose display matrix says: turn a quarter clockwise."""
+    write_video(tmp_path / "clip.mp4", count=2)
+    (_, lying), *_ = open_frames(tmp_path / "clip.mp4").read()
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    frames = open_frames(tmp_path / "turned.mp4")
+    (_, upright), *_ = frames.read()
+    assert frames.size == upright.shape[:2] == (64, 48)
+    assert (upright == np.rot90(lying, -1)).all()
+
+
+def test_odd_sizes_are_padded_not_cropped(tmp_path):
+    write_video(tmp_path / "odd.mp4", size=(47, 63), count=2)
+    assert open_frames(tmp_path / "odd.mp4").size == (48, 64)
+
+
+def test_video_writer_leaves_nothing_after_an_error(tmp_path):
+    with pytest.raises(ValueError, match="frame must be uint8"):
+        with VideoWriter(tmp_path / "clip.mp4", (48, 64)) as writer:
+            writer.write(np.zeros((48, 65, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FramesError, match="must end in .mp4"):
+        VideoWriter(tmp_path / "clip.nonsense", (48, 64))
+    with pytest.raises(FramesError, match="there is no directory"):
+        VideoWriter(tmp_path / "nowhere/clip.mp4", (48, 64))
+
+
+@pytest.mark.parametrize("content, message", [(b"", "nor a video"), (b"just text\n" * 50, "nor a video")])
+def test_files_that_are_no_video(tmp_path, content, message):
+    (tmp_path / "clip.mp4").write_bytes(content)
+    with pytest.raises(FramesError, match=message):
+        open_frames(tmp_path / "clip.mp4")
+
+
+def test_a_folder_of_folders_is_answered_with_a_hint(tmp_path):
+    (tmp_path / "JPEGImages/clip").mkdir(parents=True)
+    with pytest.raises(FramesError, match="no images .* did you mean .*JPEGImages/clip"):
+        open_frames(tmp_path / "JPEGImages")
+
+
+def test_missing_path(tmp_path):
+    with pytest.raises(FramesError, match="no such directory or video file"):
+        open_frames(tmp_path / "nowhere")
+
+
+def test_a_cut_video_is_a_shorter_clip_or_a_named_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), dtype=np.uint8)
+    with VideoWriter(tmp_path / "clip.mkv", (96, 128)) as writer:
+        for frame in noise:
+            writer.write(frame)
+    content = (tmp_path / "clip.mkv").read_bytes()
+    (tmp_path / "clip.mkv").write_bytes(content[: len(content) * 2 // 3])
+    frames = open_frames(tmp_path / "clip.mkv")
+    try:
+        count = sum(1 for _ in frames.read())
+    except FramesError as error:
+        assert "damaged at frame" in str(error)
+    else:
+        assert 0 < count < 12
+
+
+def test_prefetch_keeps_order_and_errors():
+    assert list(prefetch(range(5))) == [0, 1, 2, 3, 4]
+
+    def breaks():
+        yield 1
+        raise FramesError("broken")
+
+    items = prefetch(breaks())
+    assert next(items) == 1
+    with pytest.raises(FramesError, match="broken"):
+        next(items)
+
+
+def test_natural_order():
+    assert sorted(["10", "9", "a2", "a10", "1b", "1"], key=natural_key) == ["1", "1b", "9", "10", "a2", "a10"]
+
+
+def test_real_clip(data):
+    frames = open_frames(data / "clips/JPEGImages/puma-chair")
+    assert (frames.size, len(frames)) == ((480, 720), 60)
+    stem, frame = next(frames.read(start=59))
+    assert stem == "frame_000059" and frame.shape == (480, 720, 3) and frame.dtype == np.uint8

@@ -1,0 +1,35 @@
+"""dmm-fast bench: every stage of every runtime is timed, and the report says what it belongs to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dmm_fast.commands.main import main
+
+
+def test_bench_times_every_stage(tmp_path, capsys):
+    words = ["bench", "--preset", "iou", "--objects", "1,3", "--frames", "4", "--size", "96x128", "--proposals", "8"]
+    words += ["--runtimes", "eager,torchscript,c++ torchscript", "--out", str(tmp_path), "--threads", "1"]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    told = capsys.readouterr().out
+    assert report["machine"]["CPU"] in told and "its own time is not included" in told
+    stages = {"eager": ["decode", "proposals", "features", "matching", "refinement", "step", "write"]}
+    for runtime in ("eager", "torchscript", "c++ torchscript"):
+        for objects in (1, 3):
+            rows = [row for row in report["rows"] if (row["runtime"], row["objects"]) == (runtime, objects)]
+            assert [row["stage"] for row in rows] == stages.get(runtime, ["decode", "proposals", "step", "write"])
+            assert all(0 < row["p50"] <= row["p99"] for row in rows)
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+
+
+def test_bench_with_a_live_detector(capsys):
+    words = ["bench", "--preset", "iou", "--objects", "1", "--frames", "1", "--size", "96x128", "--threads", "1"]
+    assert main([*words, "--runtimes", "eager,c++ torchscript", "--detector", "small"]) == 0
+    assert "by small, included" in capsys.readouterr().out
+    assert main([*words, "--runtimes", "torchscript", "--detector", "none.safetensors"]) == 2
+    assert "no such file of detector weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--runtimes", "tensorrt"])

@@ -1,0 +1,503 @@
+"""The network: features and cost against other implementations, decisions on small problems worked out by hand, and the
+step in eager, TorchScript and torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dmm_fast.model import (
+    PRESETS,
+    Affinity,
+    Config,
+    DMMNet,
+    Proposals,
+    State,
+    digest,
+    load_weights,
+    read_weights,
+    save_weights,
+)
+from dmm_fast.model.features import roi_means
+from dmm_fast.model.masks import label_map, mask_boxes
+from dmm_fast.model.refinement import Memory, beside
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from dmm_fast.ops import reference
+
+SIZE = (60, 90)
+SMALL = {"backbone": "test_resnet", "input_size": (64, 96), "iou_weight": 0.3}
+CONFIGS = {
+    "iou": Config(),
+    "prices": Config.preset("iou"),
+    "features": Config(**SMALL),
+    "light": Config(**SMALL, refine="light", hidden=16),
+    "serial": Config(**SMALL, refine="light", hidden=16, serial=True),
+    "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
+    "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
+}
+
+
+def rectangles(*boxes: tuple[int, int, int, int]) -> Tensor:
+    """Masks [N, H, W] of boxes x0 y0 x1 y1."""
+    masks = torch.zeros((len(boxes), *SIZE), dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def full(masks: Tensor) -> Proposals:
+    return Proposals(mask_boxes(masks), torch.linspace(0.9, 0.1, len(masks)), masks)
+
+
+def make(name: str) -> DMMNet:
+    torch.manual_seed(0)
+    net = DMMNet(CONFIGS[name]).eval()
+    if net.refinement is not None:  # its last layer starts at zero, which would hide what comes before it
+        torch.nn.init.normal_(net.refinement.head.weight, std=5.0)
+    return net
+
+
+@pytest.fixture()
+def scene():
+    """A frame, three slots of which two are used, and seven proposals: two near the objects, clutter, a duplicate."""
+    torch.manual_seed(1)
+    frame = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    first = rectangles((10, 10, 40, 40), (50, 20, 80, 50), (0, 0, 5, 5))
+    found = rectangles(
+        *((12, 11, 42, 41), (52, 20, 82, 50), (52, 20, 82, 50)),
+        *((0, 50, 20, 60), (30, 5, 60, 30), (85, 0, 90, 9), (0, 0, 90, 60)),
+    )
+    return frame, first, torch.tensor([True, True, False]), full(found)
+
+
+def soft(proposals: Proposals, samples: int = 28) -> Proposals:
+    masks = torch.rand((len(proposals.scores), samples, samples), generator=torch.Generator().manual_seed(0))
+    return proposals._replace(masks=0.4 + 0.6 * masks)
+
+
+def equal(a, b) -> bool:
+    """Bitwise, through nested tuples and lists."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+# ---- features ----
+
+
+def by_roi_align(levels: list[Tensor], strides: list[int], boxes: Tensor) -> Tensor:
+    pooled = [roi_align(f, [boxes], 14, 1 / s, sampling_ratio=2) for f, s in zip(levels, strides)]
+    return torch.cat([p.mean((2, 3)) for p in pooled], 1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_roi_means_equal_torchvision(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((5, 32, 56), (7, 16, 28), (3, 8, 14))
+    levels = [torch.randn((1, *size), generator=generator, dtype=dtype) for size in sizes]
+    corner = torch.rand((200, 2), generator=generator, dtype=dtype) * 280 - 40  # many leave the 224 x 128 image
+    boxes = torch.cat([corner, corner + torch.rand((200, 2), generator=generator, dtype=dtype) * 200], 1)
+    boxes[:3] = torch.tensor([[0, 0, 224, 128], [10, 10, 10, 10], [-500, -500, -400, -400]], dtype=dtype)
+    assert (roi_means(levels, [4, 8, 16], boxes) - by_roi_align(levels, [4, 8, 16], boxes)).abs().max() < tolerance
+
+
+def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
+    frame, first, _, _ = scene
+    net = make("features")
+    features = net.encode(frame[None])
+    assert [f.shape[1:] for f in features] == [(32, 16, 24), (48, 8, 12), (192, 4, 6), (96, 2, 3)]
+    boxes = mask_boxes(first)
+    stretched = boxes * torch.tensor([96 / 90, 64 / 60, 96 / 90, 64 / 60])
+    expected = by_roi_align(features, net.strides, stretched)
+    torch.testing.assert_close(net.describe(features, boxes, *SIZE), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("iou", (60, 90))])
+def test_resized(name, size):
+    assert make(name).resized(*SIZE) == size
+
+
+def test_mask_boxes():
+    masks = rectangles((3, 4, 10, 20), (0, 0, 90, 60), (89, 59, 90, 60), (0, 0, 0, 0))
+    assert mask_boxes(masks).tolist() == [[3, 4, 10, 20], [0, 0, 90, 60], [89, 59, 90, 60], [0, 0, 0, 0]]
+
+
+def test_label_map_highest_value_wins_then_rank():
+    masks = torch.tensor([[[1.0, 0.6, 0.2, 1.0]], [[1.0, 0.7, 0.5, 0.0]], [[0.0, 0.0, 0.4, 1.0]]])
+    assert label_map(masks, torch.tensor([0, 1, 2])).tolist() == [[2, 2, 0, 3]]
+    assert label_map(masks, torch.tensor([2, 1, 0])).tolist() == [[1, 2, 0, 1]]
+    assert label_map(masks[:0], torch.tensor([], dtype=torch.int64)).tolist() == [[0, 0, 0, 0]]
+
+
+# ---- cost and match ----
+
+
+def test_cost_is_eq_1(scene):
+    frame, first, valid, proposals = scene
+    net = make("features")
+    state = net.start(frame, first, valid)
+    cosine, iou = net.compare(net.encode(frame[None]), proposals, state)
+    assert iou[0, 0] == 28 * 29 / (2 * 900 - 28 * 29) and iou[1, 1] == iou[1, 2] and iou[2].eq(0).all()
+    assert cosine.shape == iou.shape and cosine.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(net.cost(Affinity(cosine, iou)), (0.3 - 1) * cosine - 0.3 * iou)
+
+
+def test_soft_proposals_are_compared_by_their_pasted_masks(scene):
+    frame, first, valid, proposals = scene
+    net = make("iou")
+    state = net.start(frame, first, valid)
+    whole = proposals._replace(masks=torch.ones((7, 28, 28)))  # the box itself, rounded at its border
+    iou = net.compare([], whole, state).iou
+    torch.testing.assert_close(iou, net.compare([], proposals, state).iou, atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("valid", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+@pytest.mark.parametrize("proposals, padding", [(9, 0), (6, 3), (2, 0), (2, 5), (0, 1)])
+def test_match_leaves_out_free_slots_and_padding(valid, proposals, padding):
+    """Against the reference on the dense problem, with empty proposals appended when there are too few."""
+    net = make("iou")
+    valid = torch.tensor(valid, dtype=torch.bool)
+    n = int(valid.sum())
+    cost = -torch.rand((4, proposals + padding), generator=torch.Generator().manual_seed(n))
+    scores = torch.cat([torch.ones(proposals), torch.full((padding,), float("-inf"))])
+    matched = net.match(cost, scores, valid)
+    assert matched.shape == (4, proposals + padding + 4) and matched[~valid].eq(0).all()
+    dense = torch.zeros((n, max(n, proposals)))
+    dense[:, :proposals] = cost[valid, :proposals]
+    if n:
+        expected = reference.match(dense)
+        torch.testing.assert_close(matched[valid][:, : dense.size(1)], expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- decisions ----
+
+
+def decide(net: DMMNet, state: State, proposals: Proposals, assignment: list[list[float]], cosine: float = 0.0):
+    iou = net.compare([], proposals, state).iou
+    return net.decide([], proposals, Affinity(torch.full_like(iou, cosine), iou), torch.tensor(assignment), state)
+
+
+def test_decide_by_hand():
+    net = make("iou")
+    first = rectangles((10, 10, 40, 40), (50, 20, 80, 50))
+    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), first, torch.ones(2).bool())
+    proposals = full(rectangles((10, 10, 40, 25), (10, 10, 40, 40), (50, 20, 80, 50), (0, 55, 5, 60)))
+
+    output, following = decide(net, state, proposals, [[0.4, 0.4, 0.2, 0], [0.1, 0.1, 0.4, 0.3]])
+    assert output.proposal.tolist() == [1, 2]  # of equal weights the cheaper proposal, not a blend
+    assert torch.equal(output.matched > 0.5, proposals.masks[[1, 2]])  # a weight of 0.4 does not erase a mask
+    assert output.matched.max() == 1 and not output.lost.any()
+    assert output.score.tolist() == [1, 1] and output.runner_up.tolist() == [0.5, 0]
+    assert torch.equal(following.masks, proposals.masks[[1, 2]])
+
+    output, following = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]])  # no overlap: lost
+    assert output.proposal.tolist() == [1, -1] and output.lost.tolist() == [False, True]
+    assert output.score.tolist() == [1, 0] and output.runner_up.tolist() == [0.5, 1.0]
+    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
+    assert torch.equal(following.masks[1], last)
+
+    output, _ = decide(net, state, proposals, [[0, 1, 0, 0, 0], [0, 0, 0.4, 0, 0.5]])  # the empty proposal is preferred
+    assert output.lost.tolist() == [False, True]
+
+    output, _ = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]], cosine=0.95)  # far off but similar
+    assert output.proposal.tolist() == [1, 3] and not output.lost.any()
+
+
+def test_labels_smaller_above_larger_and_lost_below():
+    net = make("iou")
+    start = rectangles((0, 0, 60, 60), (10, 10, 20, 20), (50, 0, 60, 10))
+    state = net.start(torch.zeros((3, *SIZE), dtype=torch.uint8), start, torch.ones(3).bool())
+    output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert output.labels[[5, 15, 5, 5], [5, 15, 55, 70]].tolist() == [1, 2, 3, 0]
+    output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    assert output.lost.tolist() == [False, False, True] and output.labels[5, 55] == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "padding", "one", "empty"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_proposals(scene, name, kind):
+    frame, first, valid, proposals = scene
+    net = make(name)
+    state = net.start(frame, first, valid)
+    keep = 0 if kind == "none" else 1
+    proposals = Proposals(*(part[:keep].clone() for part in proposals))
+    if kind == "padding":
+        proposals.scores.fill_(float("-inf"))
+    if kind == "empty":
+        proposals.masks.zero_()
+    output, following = net.step(frame, proposals, state)
+    assert output.lost.tolist() == ([False, True, False] if kind == "one" else [True, True, False])
+    assert torch.isfinite(output.masks).all() and not output.labels.eq(3).any()
+    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
+    assert torch.equal(following.masks[1], last)
+
+
+def test_gradient_reaches_cost_and_features(scene):
+    frame, first, valid, proposals = scene
+    for name, some in (("features", proposals), ("light", proposals), ("light", soft(proposals))):
+        net = make(name)
+        with torch.no_grad():
+            state = net.start(frame, first, valid)
+        output, _ = net.step(frame, some, state)
+        (output.matched if name == "features" else output.masks)[:2].mean().backward()
+        # Without refinement the only way back is through the masks' weights: match, cost, RoI features.
+        for part, parameter in net.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), part
+        assert next(net.backbone.parameters()).grad.abs().sum() > 0
+
+    affinity = net.compare(net.encode(frame[None]), proposals, net.start(frame, first, valid))
+    assignment = net.match(net.cost(affinity), proposals.scores, valid).detach().requires_grad_()
+    output, _ = net.decide(net.encode(frame[None]), proposals, affinity, assignment, net.start(frame, first, valid))
+    output.matched.sum().backward()
+    assert (assignment.grad > 0).sum() == 2  # only the kept entries, Section 4.1
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_add_and_drop(scene, name):
+    frame, first, valid, proposals = scene
+    net = make(name)
+    with torch.no_grad():
+        together = net.start(frame, first, torch.ones(3).bool())
+        apart = net.add(frame, first, ~valid, net.start(frame, first, valid))
+        assert equal(together, apart)
+        _, state = net.step(frame, proposals, together)
+        state = net.drop(~valid, state)
+        assert state.valid.tolist() == [True, True, False] and not state.masks[2].any()
+        output, following = net.step(frame, proposals, state)
+        assert not following.masks[2].any() and output.proposal[2] == -1 and not output.lost[2]
+
+
+def test_step_leaves_its_inputs_alone(scene):
+    frame, first, valid, proposals = scene
+    net = make("light")
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        before = State(*(t.clone() for t in state[:4]), [h.clone() for h in state.hidden])
+        net.step(frame, proposals, state)
+    assert equal(before, state)
+
+
+def test_untrained_refinement_returns_the_matched_mask(scene):
+    frame, first, valid, proposals = scene
+    net = DMMNet(CONFIGS["light"]).eval()
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        for _ in range(3):
+            output, state = net.step(frame, proposals, state)
+            assert torch.equal(output.masks > 0.5, output.matched > 0.5)
+    assert len(state.hidden) == 8 and all(h.abs().sum() > 0 for h in state.hidden)
+
+
+def test_serial_refinement_passes_state_to_the_next_object(scene):
+    """The second object's mask depends on the first object, not the other way round."""
+    frame, first, valid, proposals = scene
+    net = make("serial")
+    with torch.no_grad():
+        both, _ = net.step(frame, proposals, net.start(frame, first, valid))
+        one, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
+        other, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([False, True, False])))
+    torch.testing.assert_close(both.masks[0], one.masks[0])
+    assert (both.masks[1] - other.masks[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_memory_is_a_sum_over_cells(near):
+    """The products of laid-in keys against the sum they stand for, written out."""
+    torch.manual_seed(0)
+    memory = Memory(near).double()
+    query, keys = (F.normalize(torch.randn(n, 8, 5, 7, dtype=torch.float64), dim=1) for n in (1, 2))
+    masks = torch.rand(2, 1, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        found = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool)).flatten(2) / 0.2  # [N, 3, h w]
+        place = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
+        exponent = memory.sharpness.exp() * (torch.einsum("kp,nkq->npq", query[0].flatten(1), keys.flatten(2)) - 1)
+        if near:
+            exponent = exponent - torch.cdist(place, place).square() / (2 * memory.reach.exp() ** 2)
+        value = masks.flatten(2)  # [N, 1, h w]
+        yes, no = ((exponent.exp() * weight).sum(2).add(1e-4).log() for weight in (value, 1 - value))
+    torch.testing.assert_close(found, torch.stack([yes - no, yes, no], 1))
+
+
+def test_heavy_refinement_tells_objects_apart(scene):
+    """Parts are a share in [0, 1] of every proposal; another object is seen where it is, and a free slot changes nothing."""
+    frame, first, valid, proposals = scene
+    net = make("heavy")
+    with torch.no_grad():
+        output, state = net.step(frame, proposals, net.start(frame, first, valid))
+        alone, _ = net.step(frame, proposals, net.start(frame, first[:2], valid[:2]))
+        without, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
+    assert output.parts.shape == (3, 7) and ((output.parts > 0) & (output.parts < 1)).all()
+    torch.testing.assert_close(output.masks[:2], alone.masks, atol=1e-5, rtol=1e-4)
+    assert (output.masks[0] - without.masks[0]).abs().max() > 1e-3
+    assert torch.equal(state.masks, output.masks > 0.5)
+    assert [h.shape[1] for h in state.hidden] == [16, 1, 16, 1]
+
+
+def test_soft_proposals_are_pasted_once_for_the_heavy_refinement(scene):
+    frame, first, valid, proposals = scene
+    net = make("heavy")
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        ready = net.prepare(soft(proposals), state)
+        assert ready.masks.dtype == torch.bool and ready.masks.shape[1:] == SIZE
+        assert equal(net.step(frame, soft(proposals), state), net.step(frame, ready, state))
+
+
+def test_beside():
+    masks = torch.tensor([0.2, 0.9, 0.5])[:, None, None].expand(3, 2, 2)
+    assert beside(masks)[:, 0, 0].tolist() == pytest.approx([0.9, 0.5, 0.9])
+    assert not beside(masks[:1]).any()
+
+
+def test_refined_objects_do_not_depend_on_each_other(scene):
+    frame, first, valid, proposals = scene
+    net = make("light")
+    with torch.no_grad():
+        both = net.step(frame, proposals, net.start(frame, first, valid))[0]
+        one = net.step(frame, proposals, net.start(frame, first[:1], valid[:1]))[0]
+    assert both.proposal[0] == one.proposal[0]
+    torch.testing.assert_close(both.masks[:1], one.masks, atol=1e-5, rtol=1e-5)
+
+
+# ---- script and export ----
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft")]
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning")
+def test_torchscript(scene, name, kind, tmp_path):
+    frame, first, valid, proposals = scene
+    if kind != "full":
+        proposals = soft(proposals) if kind == "soft" else Proposals(*(part[:0] for part in proposals))
+    net = make(name)
+    torch.jit.script(net).save(tmp_path / "net.pt")
+    scripted = torch.jit.load(tmp_path / "net.pt")
+    with torch.no_grad():
+        state, other = net.start(frame, first, valid), scripted.start(frame, first, valid)
+        for _ in range(3):
+            output, state = net.step(frame, proposals, state)
+            output_, other = scripted.step(frame, proposals, other)
+            assert equal(output, output_) and equal(state, other)
+        state, other = net.add(frame, first, ~valid, state), scripted.add(frame, first, ~valid, other)
+        assert equal(net.drop(valid, state), scripted.drop(valid, other))
+
+
+@pytest.mark.parametrize("name", ["iou", "shrunk"])
+def test_export_with_any_number_of_proposals(scene, name):
+    frame, first, valid, proposals = scene
+    proposals = soft(proposals)
+    net = make(name)
+    count = {0: torch.export.Dim("M", min=2, max=512)}
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        shapes = (None, Proposals(count, count, count), State(None, None, None, None, [None] * len(state.hidden)))
+        exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
+        for keep in (7, 2, 4):
+            some = Proposals(*(part[:keep] for part in proposals))
+            assert equal(net.step(frame, some, state), exported(frame, some, state))
+
+
+@pytest.mark.parametrize("name", ["iou", "light"])
+def test_export_with_every_size_open(scene, name):
+    """Objects, proposals and the frame's size; but proposals as full-size masks or not is decided at export."""
+    frame, first, valid, proposals = scene
+    net = make(name)
+    sizes = {"N": (2, 255), "M": (2, 512), "H": (32, 4096), "W": (32, 4096)}
+    n, m, h, w = (torch.export.Dim(size, min=low, max=high) for size, (low, high) in sizes.items())
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        masks = {0: n, 1: h, 2: w}
+        shapes = (
+            {1: h, 2: w},
+            Proposals({0: m}, {0: m}, {0: m, 1: h, 2: w}),
+            State({0: n}, {0: n}, masks, masks, [{0: n}] * len(state.hidden)),
+        )
+        exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
+        frame, first = frame[:, :-10, :-6], first[:2, :-10, :-6]
+        some = Proposals(proposals.boxes[:5], proposals.scores[:5], proposals.masks[:5, :-10, :-6])
+        state = net.start(frame, first, valid[:2])
+        assert equal(net.step(frame, some, state), exported(frame, some, state))
+
+
+# ---- config and weights ----
+
+
+def test_presets_carry_the_papers_numbers():
+    for name in PRESETS:
+        config = Config.preset(name)
+        assert Config.from_dict(config.to_dict()) == config and config.top == 50
+        if name not in ("iou", "small"):
+            assert (config.layer, config.n_grad, config.n_proj, config.lr) == ("dykstra", 40, 5, 0.1)
+            assert config.backbone == "resnet50"
+    assert Config.preset("youtube-vos").input_size == (255, 448) and Config.preset("youtube-vos").iou_weight == 0.3
+    assert Config.preset("davis").short_side == 480 and Config.preset("davis").iou_weight == 0.3
+    assert Config.preset("segtrack").short_side == 800 and Config.preset("segtrack").iou_weight == 0.9
+    refined = {name: Config.preset(name).refine for name in ("youtube-vos", "davis", "segtrack")}
+    assert refined == {"youtube-vos": "light", "davis": "heavy", "segtrack": "heavy"}
+    assert Config.preset("davis", backbone="resnet101").backbone == "resnet101"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"iou_weight": 0.3}, "iou_weight must be 1 without a backbone, got 0.3"),
+        ({"refine": "light"}, "refine must be 'none' without a backbone"),
+        ({"refine": "best"}, "refine must be one of"),
+        ({"n_grad": 0}, "n_grad must be at least 1, got 0"),
+        ({"dykstra": "released"}, "dykstra must be one of"),
+        ({"input_size": (255, 448), "short_side": 480}, "short_side must be None when input_size is given"),
+        ({"min_cosine": 0.0}, "min_cosine must be in"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=f"Config: {message}"):
+        Config(**changes)
+
+
+def test_config_names():
+    with pytest.raises(ValueError, match="preset must be one of .* got 'coco'"):
+        Config.preset("coco")
+    with pytest.raises(ValueError, match="unknown settings .'lambda'."):
+        Config.from_dict({"lambda": 0.3})
+    with pytest.raises(ValueError, match="timm has no backbone 'resnet49'"):
+        DMMNet(Config(backbone="resnet49"))
+    with pytest.raises(ValueError, match="'test_convnext' has fewer than 5 levels"):
+        DMMNet(Config(backbone="test_convnext", refine="heavy"))
+
+
+def test_weights_are_strict(tmp_path):
+    net, other = make("light"), DMMNet(CONFIGS["light"])
+    save_weights(net, tmp_path / "net.safetensors")
+    assert digest(net) != digest(other)
+    load_weights(other, read_weights(tmp_path / "net.safetensors"))
+    assert digest(net) == digest(other)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+    with pytest.raises(ValueError, match="my file does not fit the model:\n  unexpected refinement.gain"):
+        load_weights(make("features"), make("features").state_dict() | {"refinement.gain": torch.ones(())}, "my file")
+    with pytest.raises(ValueError, match="missing refinement.gain"):
+        load_weights(other, {k: v for k, v in net.state_dict().items() if k != "refinement.gain"})
+    with pytest.raises(ValueError, match=r"shape of refinement.head.bias: \(2,\) in the file, \(1,\) in the model"):
+        load_weights(other, net.state_dict() | {"refinement.head.bias": torch.ones(2)})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_weights(tmp_path / "none.safetensors")
+
+
+def test_imagenet_weights_offline(monkeypatch):
+    import timm
+
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RuntimeError, match="ImageNet weights of backbone 'resnet18' are not in the local cache"):
+        DMMNet(Config(backbone="resnet18"), pretrained=True)

@@ -1,0 +1,105 @@
+"""The CUDA kernels of mask_iou and paste_combine without a GPU: compiled for the host, threads as fibers.
+
+What this can show: arithmetic, indexing, reads of memory that nothing wrote (scratch, shared memory and results start
+as NaN). What it cannot: timing, and races between a barrier and the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmm_fast.ops import reference
+
+HERE = Path(__file__).parents[1] / "emulated_cuda"
+ELEMENT = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("emulated") / "libvision.so"
+    include = Path(torch.__path__[0]) / "include"
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-isystem", str(include)]
+    subprocess.run([compiler, *flags, str(HERE / "vision.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def address(tensor: Tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def sizes_of(*sizes: int):
+    return (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+def mask_iou(device, a: Tensor, b: Tensor) -> Tensor:
+    """a [B, N, pixels] and b [B, M, pixels], uint8."""
+    B, N, pixels = a.shape
+    iou = torch.full((B, N, b.shape[1]), torch.nan)
+    device.mask_iou(address(a), address(b), sizes_of(B, N, b.shape[1], pixels), address(iou))
+    return iou
+
+
+@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(
+    "B, N, M, pixels", [(1, 3, 5, 2064), (1, 1, 1, 1), (2, 4, 3, 63), (2, 33, 65, 1040), (1, 2, 2, 0)]
+)
+def test_mask_iou(device, B, N, M, pixels, offset):
+    generator = torch.Generator().manual_seed(0)
+
+    def masks(count):
+        memory = torch.randint(0, 3, (B * count * pixels + offset,), generator=generator, dtype=torch.uint8) * 127
+        masks = memory[offset:].view(B, count, pixels)
+        masks[:, 0] = 0
+        return masks
+
+    a, b = masks(N), masks(M)
+    assert torch.equal(mask_iou(device, a, b), reference.mask_iou(a[:, :, None] != 0, b[:, :, None] != 0))
+
+
+BOXES = [
+    [2, 1, 14, 17], [-5, -6, 4, 3], [14, 30, 20, 40], [2.5, 2.5, 3.5, 3.5], [3, 3, 3.0001, 3.0001],
+    [-1e6, -1e6, 1e6, 1e6], [-1e30, -1e30, 1e30, 1e30], [0, 0, 0, 5], [5, 5, 1, 1], [1e3, 1e3, 2e3, 2e3],
+    [NAN, 0, 5, 5], [0, 0, INF, 5], [-INF, 0, INF, 5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "N, M, S, size",
+    [(2, 13, 7, (33, 17)), (10, 9, 28, (9, 40)), (19, 140, 1, (5, 40)), (5, 2, 1, (7, 7)), (1, 2, 131, (6, 150)),
+     (0, 3, 4, (5, 6)), (2, 0, 4, (5, 6)), (2, 3, 0, (5, 6)), (2, 3, 4, (0, 6)), (2, 3, 4, (6, 0))],
+)  # fmt: skip
+def test_paste_combine(device, N, M, S, size, dtype):
+    generator = torch.Generator().manual_seed(1)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assignment = torch.rand(N, M, generator=generator, dtype=torch.float64)
+    assignment[assignment < 0.4] = 0
+    assignment = assignment.to(dtype)
+    masks = (torch.rand(M, S, S, generator=generator, dtype=torch.float64) * 2 - 0.5).to(dtype)
+    boxes = torch.tensor(BOXES, dtype=compute).repeat(math.ceil(M / len(BOXES)), 1)[:M].contiguous()
+    grad = (torch.rand(N, *size, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+
+    double = [x.double().requires_grad_() for x in (assignment, masks)]
+    expected = reference.paste_combine(*double, boxes.double(), size)
+    expected = expected, *torch.autograd.grad(expected, double, grad.double())
+    actual = [torch.full_like(x, torch.nan) for x in (grad, assignment, masks)]
+    device.paste_combine(
+        address(assignment), address(masks), address(boxes), sizes_of(N, M, S, *size), ELEMENT[dtype], address(grad),
+        *map(address, actual),
+    )  # fmt: skip
+    for value, want in zip(actual, expected):
+        scale = max(1.0, float(want.detach().abs().max()) if want.numel() else 1.0)
+        torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)

@@ -1,0 +1,92 @@
+"""The Triton kernels of mask_iou and paste_combine: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
+pytest.importorskip("triton")
+
+from dmm_fast.kernels.mask_iou import mask_iou  # noqa: E402
+from dmm_fast.kernels.paste_combine import paste_combine  # noqa: E402
+
+from dmm_fast.ops import reference  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+NAN, INF = float("nan"), float("inf")
+
+
+def masks(*shape, seed=0):
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ((3, 20, 33), (5, 20, 33)),
+        ((20, 9, 7), (70, 9, 7)),  # more masks than one tile
+        ((2, 40, 61), (3, 40, 61)),  # more pixels than one program
+        ((2, 3, 8, 8), (2, 4, 8, 8)),
+        ((0, 4, 4), (2, 4, 4)),
+        ((2, 0, 4), (3, 0, 4)),
+    ],
+)
+def test_mask_iou(a, b):
+    a, b = masks(*a), masks(*b, seed=1)
+    a[..., :1, :, :] = False
+    b[..., :1, :, :] = False
+    assert torch.equal(mask_iou(a, b), reference.mask_iou(a, b))
+
+
+def test_mask_iou_refuses():
+    with pytest.raises(RuntimeError, match="dmm::mask_iou: b must have the shape of a"):
+        mask_iou(masks(2, 3, 4), masks(2, 3, 5))
+
+
+BOXES = [
+    [2, 1, 14, 17], [-5, -6, 4, 3], [14, 30, 20, 40], [2.5, 2.5, 3.5, 3.5], [-1e6, -1e6, 1e6, 1e6],
+    [0, 0, 0, 5], [5, 5, 1, 1], [1e3, 1e3, 2e3, 2e3], [NAN, 0, 5, 5], [0, 0, INF, 5], [-INF, 0, INF, 5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "N, M, S, size",
+    [
+        (2, 11, 7, (19, 17)),
+        (3, 2, 1, (5, 70)),
+        (0, 3, 4, (5, 6)),
+        (2, 0, 4, (5, 6)),
+        (2, 3, 0, (5, 6)),
+        (2, 3, 4, (0, 6)),
+    ],
+)
+def test_paste_combine(N, M, S, size, dtype):
+    generator = torch.Generator().manual_seed(1)
+    assignment = torch.rand(N, M, generator=generator, dtype=torch.float64)
+    assignment[assignment < 0.3] = 0
+    values = torch.rand(M, S, S, generator=generator, dtype=torch.float64) * 2 - 0.5
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    boxes = torch.tensor(BOXES[:M], dtype=compute, device=DEVICE).view(M, 4)
+    assignment, values = (x.to(DEVICE, dtype).requires_grad_() for x in (assignment, values))
+    double = [x.detach().double().requires_grad_() for x in (assignment, values)]
+
+    out = paste_combine(assignment, values, boxes, *size)
+    expected = reference.paste_combine(*double, boxes.double(), size)
+    grad = torch.rand(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    pairs = zip(
+        torch.autograd.grad(out, (assignment, values), grad), torch.autograd.grad(expected, double, grad.double())
+    )
+    for value, want in [(out, expected), *pairs]:
+        assert value.dtype == dtype and value.shape == want.shape
+        torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+
+
+def test_paste_combine_refuses():
+    with pytest.raises(RuntimeError, match="masks must have shape"):
+        paste_combine(torch.ones(2, 3), torch.ones(4, 5, 5), torch.ones(3, 4), 6, 7)

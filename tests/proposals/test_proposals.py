@@ -1,0 +1,313 @@
+"""Proposals: COCO results files, good and bad, and the live detector on random weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from dmm_fast.model import Proposals
+from dmm_fast.model.masks import mask_boxes
+from pycocotools import mask as coco
+
+from dmm_fast.ops.vision import paste_combine
+from dmm_fast.proposals.base import ProposalError
+from dmm_fast.proposals.coco import CocoWriter, read_coco, write_coco
+from dmm_fast.proposals.mask_rcnn import TorchvisionProposer
+
+SIZE = (37, 53)
+
+
+def random_masks(count, seed=0, size=SIZE):
+    """Blobs, with the first and last pixel set in some, an empty and a full mask among them: bool [M, H, W]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[: size[0], : size[1]]
+    masks = np.stack([
+        (y - rng.integers(size[0])) ** 2 + (x - rng.integers(size[1])) ** 2 < rng.integers(3, 400) for _ in range(count)
+    ])  # fmt: skip
+    masks[0], masks[-1] = False, True
+    masks[1] = rng.random(size) < 0.5
+    return masks
+
+
+def compressed(mask):
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def uncompressed(mask):
+    flat = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(flat, prepend=False))
+    return {"size": list(mask.shape), "counts": np.diff(edges, prepend=0, append=flat.size).tolist()}
+
+
+def result(mask, image_id="00000", score=0.5, **more):
+    return {"image_id": image_id, "category_id": 1, "score": score, "segmentation": compressed(mask), **more}
+
+
+def pasted(masks, boxes, size):
+    return paste_combine(torch.eye(len(masks)), masks, boxes, size) > 0.5  # [M, H, W]
+
+
+def save(path, results):
+    path.write_text(json.dumps(results))
+    return path
+
+
+@pytest.mark.parametrize("encode", [compressed, uncompressed])
+def test_rle_decodes_as_pycocotools_does(tmp_path, encode):
+    masks = random_masks(30)
+    results = [
+        {**result(mask, score=1 - index / 100), "segmentation": encode(mask)} for index, mask in enumerate(masks)
+    ]
+    proposals = read_coco(save(tmp_path / "p.json", results)).frame("00000", SIZE)
+    assert proposals.masks.dtype == torch.bool and proposals.masks.is_contiguous()
+    assert (proposals.masks.numpy() == masks).all()
+    assert torch.equal(proposals.boxes, mask_boxes(torch.from_numpy(masks)))
+    assert proposals.scores.tolist() == pytest.approx([1 - index / 100 for index in range(30)])
+
+
+def test_best_first_top_k_and_given_boxes(tmp_path):
+    masks = random_masks(6)
+    scores = [0.1, 0.9, 0.5, 0.7, 0.5, 0.3]
+    results = [
+        result(mask, score=score, bbox=[index, 2, 10, 20.5]) for index, (mask, score) in enumerate(zip(masks, scores))
+    ]
+    proposals = read_coco(save(tmp_path / "p.json", results), top=4).frame("00000", SIZE)
+    order = [1, 3, 2, 4]  # equal scores stay in the file's order
+    assert proposals.scores.tolist() == pytest.approx([scores[index] for index in order])
+    assert (proposals.masks.numpy() == masks[order]).all()
+    assert proposals.boxes.tolist() == [[index, 2, index + 10, 22.5] for index in order]
+
+
+@pytest.mark.parametrize(
+    "image_id, stem", [("00007", "00007"), (7, "00007"), ("7", "00007"), ("00007.jpg", "00007"), ("a.b", "a.b")]
+)
+def test_image_ids_meet_stems(tmp_path, image_id, stem):
+    file = read_coco(save(tmp_path / "p.json", [result(random_masks(3)[2], image_id)]))
+    assert len(file.frame(stem).scores) == 1 and len(file.frame("other").scores) == 0
+    assert file.covers([stem, "other"]) == 1
+
+
+def test_a_frame_without_proposals_is_empty(tmp_path):
+    proposals = read_coco(save(tmp_path / "p.json", [])).frame("00000", SIZE)
+    assert [tuple(part.shape) for part in proposals] == [(0, 4), (0,), (0, *SIZE)]
+
+
+def test_polygons(tmp_path):
+    entry = {"image_id": 0, "score": 0.5, "segmentation": [[5, 5, 25, 5, 25, 20, 5, 20], [30, 30, 40, 30, 35, 36]]}
+    file = read_coco(save(tmp_path / "p.json", [entry]))
+    mask = file.frame("00000", SIZE).masks[0]
+    assert mask[5:20, 5:25].all() and mask[:4].sum() == 0 and 300 < mask.sum() < 360
+    with pytest.raises(ProposalError, match="polygons need the frame's size"):
+        file.frame("00000")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such proposals file"),
+        ("", "not valid JSON"),
+        ('[{"image_id": "00000", "score": 0.5, "segm', "was it written to the end"),
+        ("\x00\x01", "not valid JSON"),
+        (b"\xff\xfe\x00", "not a text file"),
+        ('{"annotations": [], "images": []}', "a COCO data set"),
+        ('{"a": 1}', "is a JSON list"),
+        ('[{"image_id": 3}]', "entry 0 needs image_id and a finite score"),
+        ('[{"image_id": 3, "score": "high"}]', "finite score"),
+        ('[{"image_id": 3, "score": NaN}]', "finite score"),
+        ("[[1, 2]]", "entry 0"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "p.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ProposalError, match=message):
+        read_coco(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"segmentation": None}, "needs a segmentation"),
+        ({"segmentation": {"size": [37, 53]}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": ""}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": "05"}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": "zzzz"}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": "é"}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": [37 * 53 + 5, -5]}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": [1.5]}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [37, 53], "counts": [10**30]}}, "run lengths do not fill"),
+        ({"segmentation": {"size": [53, 37], "counts": [37 * 53]}}, r"masks are 37x53, the frames are 53x37"),
+        ({"segmentation": {"size": [0, 53], "counts": []}}, "needs a segmentation"),
+        ({"segmentation": [[1, 2, 3]]}, "a polygon is a list"),
+        ({"bbox": [1, 2, 3]}, "bbox must be"),
+        ({"bbox": [1, 2, 3, "4"]}, "bbox must be"),
+    ],
+)
+def test_bad_entries_are_named_when_their_frame_is_read(tmp_path, change, message):
+    good, bad = result(random_masks(3)[1], "good"), {**result(random_masks(3)[1], "bad"), **change}
+    file = read_coco(save(tmp_path / "p.json", [good, bad]))
+    assert len(file.frame("good", SIZE).scores) == 1
+    with pytest.raises(ProposalError, match=message) as caught:
+        file.frame("bad", SIZE)
+    assert "p.json" in str(caught.value) and "'bad'" in str(caught.value)
+
+
+def some_proposals(count=5, seed=0):
+    masks = torch.from_numpy(random_masks(count, seed))
+    return Proposals(mask_boxes(masks), torch.linspace(0.9, 0.1, count), masks)
+
+
+def test_written_files_read_back_the_same(tmp_path):
+    frames = {
+        "00000": some_proposals(),
+        "00001": some_proposals(4, seed=1),
+        "00002": Proposals(*(p[:0] for p in some_proposals())),
+    }
+    write_coco(tmp_path / "p.json", frames, SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    file = read_coco(tmp_path / "p.json")
+    for stem, written in frames.items():
+        for part, original in zip(file.frame(stem, SIZE), written):
+            assert torch.equal(part, original)
+    assert all(type(entry["score"]) is float for entry in json.loads((tmp_path / "p.json").read_text()))
+
+
+def test_soft_masks_are_pasted_into_their_boxes(tmp_path):
+    torch.manual_seed(0)
+    boxes = torch.tensor([[3.0, 4.0, 30.5, 33.0], [-5.0, 10.0, 20.0, 50.0]])
+    soft = Proposals(boxes, torch.tensor([0.9, 0.8]), torch.rand(2, 28, 28))
+    write_coco(tmp_path / "p.json", {"0": soft}, SIZE)
+    read = read_coco(tmp_path / "p.json").frame("0", SIZE)
+    assert torch.equal(read.masks, pasted(soft.masks, boxes, SIZE))
+    assert read.masks[:, :3].sum() == 0 and read.masks.any((1, 2)).all()
+
+
+def test_an_interrupted_writer_goes_on(tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(KeyboardInterrupt):
+        with CocoWriter(path, SIZE) as writer:
+            writer.add("00000", some_proposals())
+            writer.add("00001", some_proposals(seed=1))
+            raise KeyboardInterrupt
+    assert not path.exists()
+    part = tmp_path / "p.json.part"
+    part.write_text(part.read_text()[:-40])  # as if killed in the middle of a line
+    with CocoWriter(path, SIZE) as writer:
+        assert writer.done == {"00000"}
+        writer.add("00001", some_proposals(seed=1))
+    resumed = path.read_text()
+    write_coco(path, {"00000": some_proposals(), "00001": some_proposals(seed=1)}, SIZE)
+    assert resumed == path.read_text() and not part.exists()
+
+
+def test_writer_refuses_masks_of_another_size(tmp_path):
+    with pytest.raises(ProposalError, match="must have the frame's size"):
+        write_coco(tmp_path / "p.json", {"0": some_proposals()}, (10, 10))
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_real_file_equals_pycocotools(data):
+    path = data / "clips/proposals/schoolgirls.json"
+    entries = [entry for entry in json.loads(path.read_text()) if entry["image_id"] == "00025"]
+    proposals = read_coco(path).frame("00025", (240, 432))
+    assert len(proposals.scores) == len(entries) > 10
+    best = sorted(entries, key=lambda entry: -entry["score"])
+    for mask, box, score, entry in zip(proposals.masks, proposals.boxes, proposals.scores, best):
+        assert (mask.numpy() == coco.decode(entry["segmentation"]).astype(bool)).all()
+        assert score.item() == pytest.approx(entry["score"])
+        assert (box[2:] - box[:2]).tolist() == pytest.approx(entry["bbox"][2:])
+
+
+# --------------------------------------------------------------------------------------------------- the live detector
+
+
+def small_proposer(**options):
+    """Random weights, and fewer regions than the thousand that would take seconds."""
+    torch.manual_seed(0)
+    proposer = TorchvisionProposer(weights=None, short_side=96, **options)
+    proposer.model.rpn._post_nms_top_n = {"training": 30, "testing": 30}
+    return proposer
+
+
+@pytest.fixture(scope="module")
+def proposer():
+    return small_proposer(top=6)
+
+
+def picture(height=60, width=90):
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def test_detector_gives_few_class_agnostic_proposals_with_small_masks(proposer):
+    from torchvision.ops import box_iou
+
+    frame = picture()
+    boxes, scores, masks = proposer(frame)
+    assert boxes.shape == (6, 4) and scores.shape == (6,) and masks.shape == (6, 28, 28)
+    assert masks.dtype == torch.float32 and 0 <= masks.min() and masks.max() <= 1
+    assert (scores.diff() <= 0).all() and (scores > 0).all()
+    low, high = boxes[:, :2], boxes[:, 2:]
+    assert (low >= 0).all() and (high <= torch.tensor([90.0, 60.0]) + 1e-3).all() and (high > low).all()
+    overlaps = box_iou(boxes, boxes).fill_diagonal_(0)
+    assert overlaps.max() <= proposer.model.roi_heads.nms_thresh + 1e-4  # across classes, not within each
+    for array, tensor in zip((boxes, scores, masks), proposer(torch.from_numpy(frame).permute(2, 0, 1))):
+        assert torch.equal(array, tensor)
+
+
+def test_one_class_alone_equals_torchvisions_own_detections():
+    """With one class left, class-agnostic and per-class detection are the same: boxes, scores and pasted masks."""
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    proposer = small_proposer(top=8)
+    heads = proposer.model.roi_heads
+    heads.box_predictor.cls_score.bias[2:] = -1e4
+    heads.score_thresh, heads.detections_per_img = 0.0, 8
+    frame = picture()
+    ours = proposer(frame)
+    with torch.inference_mode():
+        (theirs,) = proposer.model([torch.from_numpy(frame).permute(2, 0, 1) / 255])
+    assert torch.allclose(ours.scores, theirs["scores"]) and torch.allclose(ours.boxes, theirs["boxes"], atol=1e-3)
+    pasted_their_way = paste_masks_in_image(ours.masks[:, None], ours.boxes, (60, 90))
+    assert torch.allclose(pasted_their_way, theirs["masks"], atol=1e-4)
+
+
+def test_local_weights_files(tmp_path, proposer):
+    from safetensors.torch import save_file
+
+    state = proposer.model.state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        loaded = TorchvisionProposer(weights=tmp_path / name).model.state_dict()
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in state.items())
+
+
+def test_bad_weights_files(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
+    for name, message in (
+        ("other.pth", "not the weights of"),
+        ("torn.pth", "cannot be read"),
+        ("none.pth", "no such file"),
+    ):
+        with pytest.raises(ProposalError, match=message):
+            TorchvisionProposer(weights=tmp_path / name)
+
+
+def test_offline_says_which_file_it_wants_and_what_else_to_do(tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def no_network(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ProposalError) as caught:
+        TorchvisionProposer()
+    message = str(caught.value)
+    assert f"{tmp_path}/hub/checkpoints/maskrcnn_resnet50_fpn_v2_coco-" in message
+    assert "--detector-weights FILE" in message and "--proposals FILE.json" in message and "\n" not in message
