@@ -5,30 +5,14 @@ Serves CUDA tensors where the native CUDA library is not built; tensors of any d
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-_MAX_ELEMENTS = 1 << 16  # of a problem padded to powers of two: more would leave the registers for good
-_MAX_SCRATCH = 1 << 28  # bytes, for the backward, as long as one program fits
-
-
-@triton.jit
-def _sizes(num_templates, num_proposals, b, N, M, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr):
-    """The n and m of problem b, 0 where one of them is 0 or out of range; and whether one is out of range."""
-    n = tl.zeros([], tl.int64) + N
-    m = tl.zeros([], tl.int64) + M
-    if RAGGED_N:
-        n = tl.load(num_templates + b)
-    if RAGGED_M:
-        m = tl.load(num_proposals + b)
-    outside = (n < 0) | (n > N) | (m < 0) | (m > M)
-    empty = outside | (n == 0) | (m == 0)
-    return tl.where(empty, 0, n), tl.where(empty, 0, m), outside
+from dmm_fast.kernels import layer
+from dmm_fast.kernels.layer import sizes_of
 
 
 @triton.jit
@@ -50,7 +34,7 @@ def _forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
-    n, m, outside = _sizes(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
+    n, m, outside = sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
     at = b * N * M + rows[:, None] * M + columns[None, :]
     valid = (rows < n)[:, None] & (columns < m)[None, :]
     rate = tl.load(lr + b * lr_stride)
@@ -111,7 +95,7 @@ def _backward_kernel(
     rounds = mine + (zero + n_grad) * state
     for problem in range(tl.program_id(0), B, tl.num_programs(0)):
         b = zero + problem
-        n, m, outside = _sizes(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
+        n, m, outside = sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
         at = b * N * M + rows[:, None] * M + columns[None, :]
         valid = (rows < n)[:, None] & (columns < m)[None, :]
         rate = tl.load(lr + b * lr_stride)
@@ -210,82 +194,6 @@ def _backward_kernel(
         tl.debug_barrier()
 
 
-_launchable = (
-    wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel
-)  # or the interpreter
-
-
-def _check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
-    """The checks and the words of csrc/match.h."""
-    if cost.dim() not in (2, 3):
-        raise RuntimeError(f"{op}: cost must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
-    if cost.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise RuntimeError(f"{op}: cost must be float32, float64, float16 or bfloat16, got {cost.dtype}")
-    B = cost.shape[0] if cost.dim() == 3 else 1
-    if init is not None and init.shape != cost.shape:
-        raise RuntimeError(f"{op}: init must have the shape of cost {list(cost.shape)}, got {list(init.shape)}")
-    for name, counts in (("num_templates", num_templates), ("num_proposals", num_proposals)):
-        if counts is not None and tuple(counts.shape) != (B,):
-            raise RuntimeError(f"{op}: {name} must have shape [{B}], got {list(counts.shape)}")
-    if lr_tensor is not None and tuple(lr_tensor.shape) not in ((), (B,)):
-        raise RuntimeError(f"{op}: lr_tensor must have shape [] or [{B}], got {list(lr_tensor.shape)}")
-    expected = dict(
-        init=cost.dtype, num_templates=torch.int64, num_proposals=torch.int64, lr_tensor=_accumulate_dtype(cost)
-    )
-    given = dict(init=init, num_templates=num_templates, num_proposals=num_proposals, lr_tensor=lr_tensor)
-    for name, tensor in given.items():
-        if tensor is not None and tensor.dtype != expected[name]:
-            raise RuntimeError(f"{op}: {name} must be {expected[name]}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != cost.device:
-            raise RuntimeError(f"{op}: {name} must be on the device of cost")
-    if lr_tensor is None and not 0 < lr < math.inf:
-        raise RuntimeError(f"{op}: lr must be positive and finite, got {lr:g}")
-    for name, value in (("n_grad", n_grad), ("n_proj", n_proj)):
-        if value < 1:
-            raise RuntimeError(f"{op}: {name} must be at least 1, got {value}")
-    block_n, block_m = _blocks(cost)
-    if block_n * block_m > _MAX_ELEMENTS:
-        raise RuntimeError(
-            f"{op}: the Triton backend takes problems of up to {_MAX_ELEMENTS} elements, N and M rounded up to powers "
-            f"of two, got {list(cost.shape)}; the native backend takes any size"
-        )
-
-
-def _accumulate_dtype(cost: Tensor) -> torch.dtype:
-    return torch.float64 if cost.dtype == torch.float64 else torch.float32
-
-
-def _blocks(cost: Tensor) -> tuple[int, int]:
-    return triton.next_power_of_2(max(cost.shape[-2], 1)), triton.next_power_of_2(max(cost.shape[-1], 1))
-
-
-def _arguments(cost, init, num_templates, num_proposals, lr_tensor, lr):
-    """What both kernels take: tensors (in place of an absent one any other, which is not read), sizes, constants."""
-    cost = cost.contiguous()
-    if lr_tensor is None:  # a float argument of a kernel would be rounded to single precision
-        lr_tensor = torch.full((), lr, dtype=_accumulate_dtype(cost), device=cost.device)
-    tensors = (
-        cost,
-        cost if init is None else init.contiguous(),
-        cost if num_templates is None else num_templates.contiguous(),
-        cost if num_proposals is None else num_proposals.contiguous(),
-        lr_tensor.contiguous(),
-        lr_tensor.dim(),
-    )
-    B = cost.shape[0] if cost.dim() == 3 else 1
-    block_n, block_m = _blocks(cost)
-    constants = dict(
-        HAS_INIT=init is not None,
-        RAGGED_N=num_templates is not None,
-        RAGGED_M=num_proposals is not None,
-        DTYPE=tl.float64 if cost.dtype == torch.float64 else tl.float32,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        num_warps=min(16, max(1, block_n * block_m // 1024)),
-    )
-    return tensors, (B, *cost.shape[-2:]), constants
-
-
 @triton_op("dmm::match_triton", mutates_args={})
 def _match(
     cost: Tensor,
@@ -299,14 +207,8 @@ def _match(
     carry: bool,
     last: bool,
 ) -> Tensor:
-    _check("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
-    out = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    if cost.numel() > 0:
-        tensors, sizes, constants = _arguments(cost, init, num_templates, num_proposals, lr_tensor, lr)
-        _launchable(_forward_kernel)[(sizes[0],)](
-            *tensors, out, *sizes, n_grad, n_proj, CARRY=carry, LAST=last, **constants
-        )
-    return out
+    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    return layer.forward(_forward_kernel, "dmm::match", problem, dict(CARRY=carry, LAST=last), starts=True)
 
 
 @triton_op("dmm::match_backward_triton", mutates_args={})
@@ -323,59 +225,15 @@ def _match_backward(
     carry: bool,
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "dmm::match_backward"
-    _check(op, cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
-    if grad.shape != cost.shape or grad.dtype != cost.dtype or grad.device != cost.device:
-        raise RuntimeError(
-            f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}"
-        )
-    grad_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    grad_init = torch.empty_like(grad_cost)
-    dtype = _accumulate_dtype(cost)
-    grad_lr = cost.new_zeros(cost.shape[0] if cost.dim() == 3 else 1, dtype=dtype)
-    if cost.numel() > 0:
-        tensors, sizes, constants = _arguments(cost, init, num_templates, num_proposals, lr_tensor, lr)
-        block_n, block_m = constants["BLOCK_N"], constants["BLOCK_M"]
-        scratch_size = n_grad * (block_n * block_m + block_n + block_m) + n_proj * (block_n + block_m)
-        programs = min(sizes[0], max(1, _MAX_SCRATCH // (scratch_size * dtype.itemsize)))
-        scratch = cost.new_empty(programs * scratch_size, dtype=dtype)
-        _launchable(_backward_kernel)[(programs,)](
-            grad.contiguous(), *tensors, grad_cost, grad_init, grad_lr, scratch, scratch_size, *sizes, n_grad, n_proj,
-            CARRY=carry, LAST=last, **constants,
-        )  # fmt: skip
-    return grad_cost, grad_init, grad_lr
+    def scratch(n: int, m: int) -> int:
+        return n_grad * (n * m + n + m) + n_proj * (n + m)
+
+    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    options = dict(CARRY=carry, LAST=last)
+    return layer.backward(_backward_kernel, "dmm::match_backward", grad, problem, options, True, scratch)
 
 
-def make_differentiable(op, backward_op, name: str, tensors: int, differentiable: tuple[int, ...]) -> None:
-    """Give ``op`` the gradient that ``backward_op(grad, *args of op)`` computes, once.
-
-    The first ``tensors`` arguments are tensors or None; ``backward_op`` returns the gradients of those in ``differentiable``,
-    one number per problem for the step size (summed if it is a single one).
-    """
-
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
-
-    def backward(ctx, grad: Tensor) -> tuple:
-        saved = ctx.saved_tensors
-        grads = [None] * (tensors + len(ctx.options))
-        for i, g in zip(differentiable, backward_op(grad, *saved, *ctx.options), strict=True):
-            if saved[i] is not None:
-                grads[i] = g.sum() if saved[i].dim() == 0 else g
-        return tuple(grads)
-
-    def no_double_backward(ctx, *grads):
-        raise RuntimeError(
-            f"dmm::{name}_backward: the matching layer is differentiable once; a gradient of its gradient "
-            f"(create_graph=True) is not available. Use dmm_fast.{name}(..., backend='reference') for that."
-        )
-
-    op.register_autograd(backward, setup_context=setup_context)
-    backward_op.register_autograd(no_double_backward)
-
-
-make_differentiable(_match, _match_backward, "match", tensors=5, differentiable=(0, 1, 4))
+layer.make_differentiable(_match, _match_backward, "match", tensors=5, differentiable=(0, 1, 4))
 
 
 def match(

@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from . import match as _match_kernels
-from .match import _sizes
-
-_MAX_SCRATCH = 1 << 28  # bytes, for the backward, as long as one program fits
+from dmm_fast.kernels import layer
+from dmm_fast.kernels.layer import sizes_of
 
 
 @triton.jit
@@ -64,7 +62,7 @@ def _forward_kernel(
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
-    n, m, outside = _sizes(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
+    n, m, outside = sizes_of(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
     rate = tl.load(lr + problem * lr_stride)
     c, gain, best, poison = _load(cost, problem, N, M, n, m, rate, outside, rows, columns, DTYPE)
     a = best - 1 / _sharpness(rate, 1, n_grad, DTYPE)  # every row buys; the first step forgets it
@@ -102,7 +100,7 @@ def _backward_kernel(
     mine = scratch + (zero + tl.program_id(0)) * scratch_size
     for which in range(tl.program_id(0), B, tl.num_programs(0)):
         problem = zero + which
-        n, m, outside = _sizes(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
+        n, m, outside = sizes_of(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
         rate = tl.load(lr + problem * lr_stride)
         c, gain, best, poison = _load(cost, problem, N, M, n, m, rate, outside, rows, columns, DTYPE)
         a = best - 1 / _sharpness(rate, 1, n_grad, DTYPE)  # every row buys; the first step forgets it
@@ -155,17 +153,6 @@ def _backward_kernel(
         tl.debug_barrier()
 
 
-def _check(op: str, cost, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
-    """The checks and the words of csrc/match_prices.h."""
-    _match_kernels._check(op, cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
-
-
-def _arguments(cost, num_templates, num_proposals, lr_tensor, lr):
-    tensors, sizes, constants = _match_kernels._arguments(cost, None, num_templates, num_proposals, lr_tensor, lr)
-    del constants["HAS_INIT"]
-    return tensors[:1] + tensors[2:], sizes, constants
-
-
 @triton_op("dmm::match_prices_triton", mutates_args={})
 def _match_prices(
     cost: Tensor,
@@ -177,14 +164,8 @@ def _match_prices(
     lr: float,
     last: bool,
 ) -> Tensor:
-    _check("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
-    out = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    if cost.numel() > 0:
-        tensors, sizes, constants = _arguments(cost, num_templates, num_proposals, lr_tensor, lr)
-        _match_kernels._launchable(_forward_kernel)[(sizes[0],)](
-            *tensors, out, *sizes, n_grad, n_proj, LAST=last, **constants
-        )
-    return out
+    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    return layer.forward(_forward_kernel, "dmm::match_prices", problem, dict(LAST=last), starts=False)
 
 
 @triton_op("dmm::match_prices_backward_triton", mutates_args={})
@@ -199,30 +180,14 @@ def _match_prices_backward(
     lr: float,
     last: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = "dmm::match_prices_backward"
-    _check(op, cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
-    if grad.shape != cost.shape or grad.dtype != cost.dtype or grad.device != cost.device:
-        raise RuntimeError(
-            f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}"
-        )
-    grad_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    dtype = _match_kernels._accumulate_dtype(cost)
-    grad_lr = cost.new_zeros(cost.shape[0] if cost.dim() == 3 else 1, dtype=dtype)
-    if cost.numel() > 0:
-        tensors, sizes, constants = _arguments(cost, num_templates, num_proposals, lr_tensor, lr)
-        scratch_size = n_grad * n_proj * (constants["BLOCK_N"] + constants["BLOCK_M"])
-        programs = min(sizes[0], max(1, _MAX_SCRATCH // (scratch_size * dtype.itemsize)))
-        scratch = cost.new_empty(programs * scratch_size, dtype=dtype)
-        _match_kernels._launchable(_backward_kernel)[(programs,)](
-            grad.contiguous(), *tensors, grad_cost, grad_lr, scratch, scratch_size, *sizes, n_grad, n_proj,
-            LAST=last, **constants,
-        )  # fmt: skip
-    return grad_cost, grad_lr
+    def scratch(n: int, m: int) -> int:
+        return n_grad * n_proj * (n + m)
+
+    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    return layer.backward(_backward_kernel, "dmm::match_prices_backward", grad, problem, dict(LAST=last), False, scratch)
 
 
-_match_kernels.make_differentiable(
-    _match_prices, _match_prices_backward, "match_prices", tensors=4, differentiable=(0, 3)
-)
+layer.make_differentiable(_match_prices, _match_prices_backward, "match_prices", tensors=4, differentiable=(0, 3))
 
 
 def match_prices(

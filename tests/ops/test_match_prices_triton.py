@@ -88,7 +88,7 @@ def test_programs_take_problems_in_turn(monkeypatch):
     leaf, again = (random(5, 3, 4).requires_grad_() for _ in range(2))
     grad = random(5, 3, 4, seed=1)
     kernels.match_prices(leaf, n_grad=3, last=False).backward(grad)
-    monkeypatch.setattr(kernels, "_MAX_SCRATCH", 400)
+    monkeypatch.setattr(kernels.layer, "MAX_SCRATCH", 400)
     kernels.match_prices(again, n_grad=3, last=False).backward(grad)
     assert torch.equal(leaf.grad, again.grad)
 
