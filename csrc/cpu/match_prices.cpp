@@ -14,9 +14,8 @@ const MatchKernels& kernels() {
 MatchInputs check_prices_cpu(const char* op, const Tensor& cost, const std::optional<Tensor>& num_templates,
                              const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
                              int64_t n_proj, double lr, bool last) {
-  MatchInputs in = check_match_cpu(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
-                                   {n_grad, n_proj, lr, /*carry=*/false, last});
-  return in;
+  return check_match_cpu(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
+                         {n_grad, n_proj, lr, /*carry=*/false, last});
 }
 
 Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,

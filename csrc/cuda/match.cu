@@ -13,7 +13,7 @@ Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::o
   const MatchInputs in =
       check_match("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last});
   Tensor out = torch::stable::empty_like(in.cost);
-  if (!in.empty()) forward(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
+  if (!in.empty()) forward<Match>(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
   return out;
 }
 
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tens
   const ScalarType accumulate = accumulate_type(cost.scalar_type());
   if (in.empty()) return {grad_cost, grad_init, torch::stable::new_zeros(cost, {in.B}, accumulate)};
   Tensor grad_lr = torch::stable::new_empty(cost, {in.B}, accumulate);
-  backward(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), grad_init.data_ptr(), grad_lr.data_ptr()},
+  backward<Match>(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), grad_init.data_ptr(), grad_lr.data_ptr()},
            current.stream, Scratch(cost));
   return {grad_cost, grad_init, grad_lr};
 }

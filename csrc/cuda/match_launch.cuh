@@ -1,34 +1,10 @@
-// From a problem to a launch: which kernel, how many lanes, how much scratch. Pointers, sizes and a stream; no torch.
+// From a problem to a launch of the kernels of Algorithm 1.
 #pragma once
 
-#include "launch.h"
-#include "match_general.cuh"
+#include "layer_launch.cuh"
 #include "match_registers.cuh"
 
-#include <algorithm>
-
 namespace dmm::cuda {
-
-inline int64_t attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_cuda("dmm: matching layer", cudaGetDevice(&device));
-  check_cuda("dmm: matching layer", cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-// `own_bytes` is the kernel's static shared memory, `shared_bytes` comes on top.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t own_bytes, int64_t shared_bytes,
-            cudaStream_t stream, Arguments... arguments) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (own_bytes + shared_bytes > kWithoutAsking)
-    check_cuda("dmm: matching layer", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes)));
-  launch_kernel("dmm: matching layer", kernel, dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), shared_bytes,
-                stream, arguments...);
-}
-
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 template <int N, int kLanes, int K>
 struct Register {
@@ -99,71 +75,25 @@ void with_layout(const Problem& p, const Run& run) {
   with_columns<16, kBackward>(p, crowded, run);
 }
 
-inline bool fits_registers(const Problem& p) {
-  constexpr int64_t kMaxTemplates = 16, kMaxProposals = 128, kMaxRounds = (int64_t{1} << 31) - 1;
-  return p.element != Element::f64 && p.N <= kMaxTemplates && p.M <= kMaxProposals && p.B <= kMaxBlocks &&
-         p.options.n_grad <= kMaxRounds && p.options.n_proj <= kMaxRounds / p.options.n_grad;
-}
+struct Match {
+  static GeneralSizes sizes_forward(const Problem& p) { return GeneralSizes::forward(p.N, p.M); }
+  static GeneralSizes sizes_backward(const Problem& p) { return GeneralSizes::backward(p.N, p.M, p.options); }
+  template <typename T>
+  static constexpr auto* forward_kernel = general_forward_kernel<T>;
+  template <typename T>
+  static constexpr auto* backward_kernel = general_backward_kernel<T>;
 
-// One block per problem: its threads, and where its arrays go.
-template <typename T>
-struct GeneralPlan {
-  int64_t blocks, threads, shared_bytes, scratch_bytes, cold_bytes;
-
-  GeneralPlan(const Problem& p, const GeneralSizes& sizes) {
-    constexpr int64_t kScratchLimit = int64_t{1} << 30;  // for all blocks together, as long as one block fits
-    const int64_t array_bytes = sizes.array_bytes<T>();
-    threads = std::clamp<int64_t>(std::max(32 * p.N, (p.M + 31) / 32 * 32), 64, kGeneralThreads<T>);
-    shared_bytes = array_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 ? array_bytes : 0;
-    const int64_t per_block = (shared_bytes ? 0 : array_bytes) + sizes.cold_bytes<T>();
-    blocks = std::min(p.B, attribute(cudaDevAttrMultiProcessorCount) * (2048 / threads));
-    if (per_block) blocks = std::clamp<int64_t>(kScratchLimit / per_block, 1, blocks);
-    scratch_bytes = shared_bytes ? 0 : blocks * array_bytes;
-    cold_bytes = blocks * sizes.cold_bytes<T>();
+  static void registers_forward(const Problem& p, void* out, cudaStream_t stream) {
+    with_layout<false>(p, [&](auto layout) { decltype(layout)::forward(p, out, stream); });
+  }
+  template <typename Allocate>
+  static bool registers_backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+    bool fits = false;
+    with_layout<true>(p, [&](auto layout) {
+      if ((fits = decltype(layout)::masks_fit(p))) decltype(layout)::backward(p, out, stream, allocate);
+    });
+    return fits;
   }
 };
-
-template <typename T, typename Allocate>
-void forward_general(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
-  const GeneralSizes sizes = GeneralSizes::forward(p.N, p.M);
-  const GeneralPlan<T> plan(p, sizes);
-  auto* scratch = static_cast<unsigned char*>(plan.scratch_bytes ? allocate(plan.scratch_bytes) : nullptr);
-  launch(general_forward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, scratch, out);
-}
-
-template <typename T, typename Allocate>
-void backward_general(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-  const GeneralSizes sizes = GeneralSizes::backward(p.N, p.M, p.options);
-  const GeneralPlan<T> plan(p, sizes);
-  auto* cold = static_cast<unsigned char*>(allocate(plan.cold_bytes + plan.scratch_bytes));
-  auto* scratch = plan.scratch_bytes ? cold + plan.cold_bytes : nullptr;
-  launch(general_backward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, cold, scratch,
-         out);
-}
-
-// The two entries. The problem is not empty; every tensor is contiguous and on the current device.
-template <typename Allocate>
-void forward(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
-  if (fits_registers(p))
-    with_layout<false>(p, [&](auto layout) { decltype(layout)::forward(p, out, stream); });
-  else if (p.element == Element::f64)
-    forward_general<double>(p, out, stream, allocate);
-  else
-    forward_general<float>(p, out, stream, allocate);
-}
-
-template <typename Allocate>
-void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-  bool done = false;
-  if (fits_registers(p))
-    with_layout<true>(p, [&](auto layout) {
-      if ((done = decltype(layout)::masks_fit(p))) decltype(layout)::backward(p, out, stream, allocate);
-    });
-  if (done) return;
-  if (p.element == Element::f64)
-    backward_general<double>(p, out, stream, allocate);
-  else
-    backward_general<float>(p, out, stream, allocate);
-}
 
 }  // namespace dmm::cuda

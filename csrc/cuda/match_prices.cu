@@ -12,9 +12,8 @@ namespace {
 MatchInputs check_prices(const char* op, const Tensor& cost, const std::optional<Tensor>& num_templates,
                          const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor,
                          int64_t n_grad, int64_t n_proj, double lr, bool last) {
-  MatchInputs in = check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
-                               {n_grad, n_proj, lr, /*carry=*/false, last});
-  return in;
+  return check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
+                     {n_grad, n_proj, lr, /*carry=*/false, last});
 }
 
 Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates,
@@ -24,7 +23,7 @@ Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templat
   const MatchInputs in =
       check_prices("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
   Tensor out = torch::stable::empty_like(in.cost);
-  if (!in.empty()) prices::forward(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
+  if (!in.empty()) forward<prices::MatchPrices>(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
   return out;
 }
 
@@ -41,7 +40,7 @@ std::tuple<Tensor, Tensor> match_prices_backward(const Tensor& grad, const Tenso
   const ScalarType accumulate = accumulate_type(cost.scalar_type());
   if (in.empty()) return {grad_cost, torch::stable::new_zeros(cost, {in.B}, accumulate)};
   Tensor grad_lr = torch::stable::new_empty(cost, {in.B}, accumulate);
-  prices::backward(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), grad_lr.data_ptr()}, current.stream,
+  backward<prices::MatchPrices>(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), nullptr, grad_lr.data_ptr()}, current.stream,
                    Scratch(cost));
   return {grad_cost, grad_lr};
 }

@@ -8,11 +8,6 @@
 
 namespace dmm::cuda::prices {
 
-struct Gradients {
-  const void* grad;
-  void *cost, *lr;
-};
-
 // t_k, k = 1 .. n_grad.
 template <typename T>
 __device__ __forceinline__ T sharpness(T lr, T step, T n_grad) {

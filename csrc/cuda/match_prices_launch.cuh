@@ -1,7 +1,7 @@
-// From a problem to a launch of the Newton-price kernels. Pointers, sizes and a stream; no torch.
+// From a problem to a launch of the Newton-price kernels.
 #pragma once
 
-#include "match_launch.cuh"
+#include "layer_launch.cuh"
 #include "match_prices.cuh"
 
 namespace dmm::cuda::prices {
@@ -43,43 +43,22 @@ void with_layout(const Problem& p, const Run& run) {
   with_columns<16>(p, run);
 }
 
-template <typename T, typename Allocate>
-void forward_any_size(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
-  const GeneralSizes sizes = Sizes::forward(p.N, p.M);
-  const GeneralPlan<T> plan(p, sizes);
-  auto* scratch = static_cast<unsigned char*>(plan.scratch_bytes ? allocate(plan.scratch_bytes) : nullptr);
-  launch(general_forward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, scratch, out);
-}
+struct MatchPrices {
+  static GeneralSizes sizes_forward(const Problem& p) { return Sizes::forward(p.N, p.M); }
+  static GeneralSizes sizes_backward(const Problem& p) { return Sizes::backward(p.N, p.M, p.options); }
+  template <typename T>
+  static constexpr auto* forward_kernel = general_forward_kernel<T>;
+  template <typename T>
+  static constexpr auto* backward_kernel = general_backward_kernel<T>;
 
-template <typename T, typename Allocate>
-void backward_any_size(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-  const GeneralSizes sizes = Sizes::backward(p.N, p.M, p.options);
-  const GeneralPlan<T> plan(p, sizes);
-  auto* cold = static_cast<unsigned char*>(allocate(plan.cold_bytes + plan.scratch_bytes));
-  auto* scratch = plan.scratch_bytes ? cold + plan.cold_bytes : nullptr;
-  launch(general_backward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, cold, scratch,
-         out);
-}
-
-// The two entries. The problem is not empty; every tensor is contiguous and on the current device.
-template <typename Allocate>
-void forward(const Problem& p, void* out, cudaStream_t stream, const Allocate& allocate) {
-  if (fits_registers(p))
+  static void registers_forward(const Problem& p, void* out, cudaStream_t stream) {
     with_layout(p, [&](auto layout) { decltype(layout)::forward(p, out, stream); });
-  else if (p.element == Element::f64)
-    forward_any_size<double>(p, out, stream, allocate);
-  else
-    forward_any_size<float>(p, out, stream, allocate);
-}
-
-template <typename Allocate>
-void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-  if (fits_registers(p))
+  }
+  template <typename Allocate>
+  static bool registers_backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
     with_layout(p, [&](auto layout) { decltype(layout)::backward(p, out, stream, allocate); });
-  else if (p.element == Element::f64)
-    backward_any_size<double>(p, out, stream, allocate);
-  else
-    backward_any_size<float>(p, out, stream, allocate);
-}
+    return true;
+  }
+};
 
 }  // namespace dmm::cuda::prices

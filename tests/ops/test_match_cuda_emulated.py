@@ -6,119 +6,27 @@ shared memory and results start as NaN), a missing barrier where the order of th
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.emulated import Device, random
 from torch import Tensor
 
 from dmm_fast.ops import reference
 
-HERE = Path(__file__).parents[1] / "emulated_cuda"
-ELEMENT = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+OPTIONS = dict(n_grad=8, n_proj=5, lr=0.1)
+
+
+class Match(Device):
+    def match(self, cost, init=None, **options):
+        return super().forward(cost, init, **{**OPTIONS, **options})
+
+    def backward(self, grad, cost, init=None, **options):
+        return super().backward(grad, cost, init, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "libmatch.so"
-    include = Path(torch.__path__[0]) / "include"
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-isystem", str(include)]
-    subprocess.run([compiler, *flags, str(HERE / "match.cpp"), "-o", str(library)], check=True)
-    return Device(ctypes.CDLL(str(library)))
-
-
-def address(tensor: Tensor | None):
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-class Result:
-    """A tensor to be written, all NaN, between two stretches of memory that must stay as they are."""
-
-    GUARD = 64
-
-    def __init__(self, shape, dtype):
-        numel = torch.Size(shape).numel()
-        self.memory = torch.full((numel + 2 * self.GUARD,), torch.nan, dtype=dtype)
-        self.tensor = self.memory[self.GUARD : self.GUARD + numel].view(shape)
-
-    def take(self) -> Tensor:
-        assert self.memory[: self.GUARD].isnan().all() and self.memory[-self.GUARD :].isnan().all()
-        return self.tensor
-
-
-class Device:
-    """dmm::match and dmm::match_backward on the emulated device."""
-
-    def __init__(self, library):
-        self.library = library
-        self.resize()
-
-    def resize(self, processors: int = 3, shared_bytes: int = 99 << 10, last_thread_first: bool = False):
-        self.library.set_device(processors, shared_bytes, int(last_thread_first))
-
-    def _problem(self, cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals):
-        accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        B, N, M = cost.shape
-        sizes = (ctypes.c_int64 * 5)(B, N, M, n_grad, n_proj)
-        tensor_lr = lr.to(accumulate) if isinstance(lr, Tensor) else None
-        self.alive = (cost, init, num_templates, num_proposals, tensor_lr, sizes)
-        return (
-            address(cost),
-            address(init),
-            address(num_templates),
-            address(num_proposals),
-            address(tensor_lr),
-            ctypes.c_int64(0 if tensor_lr is None else tensor_lr.dim()),
-            sizes,
-            ctypes.c_double(0.0 if tensor_lr is not None else lr),
-            int(carry),
-            int(last),
-            ELEMENT[cost.dtype],
-        )
-
-    def match(
-        self,
-        cost,
-        init=None,
-        *,
-        n_grad=8,
-        n_proj=5,
-        lr=0.1,
-        carry=False,
-        last=False,
-        num_templates=None,
-        num_proposals=None,
-    ):
-        out = Result(cost.shape, cost.dtype)
-        problem = self._problem(cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals)
-        self.library.match(*problem, address(out.tensor))
-        return out.take()
-
-    def backward(
-        self,
-        grad,
-        cost,
-        init=None,
-        *,
-        n_grad=8,
-        n_proj=5,
-        lr=0.1,
-        carry=False,
-        last=False,
-        num_templates=None,
-        num_proposals=None,
-    ):
-        accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        results = [Result(cost.shape, cost.dtype), Result(cost.shape, cost.dtype), Result(cost.shape[:1], accumulate)]
-        problem = self._problem(cost, init, n_grad, n_proj, lr, carry, last, num_templates, num_proposals)
-        self.library.match_backward(*problem, address(grad), *(address(result.tensor) for result in results))
-        return tuple(result.take() for result in results)
+    return Match("match", tmp_path_factory.mktemp("emulated"), starts=True)
 
 
 def expected(cost, init, grad, *, lr=0.1, carry=False, last=False, **options):
@@ -152,10 +60,6 @@ def check(device, cost, init=None, grad=None, tolerance=None, **options):
         torch.testing.assert_close(
             got.double(), want.double(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
         )
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 MODES = [dict(), dict(carry=True), dict(last=True), dict(carry=True, last=True)]

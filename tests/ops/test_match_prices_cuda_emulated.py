@@ -2,85 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor
+from helpers.emulated import Device, random
 
 from dmm_fast.ops import reference
 
-HERE = Path(__file__).parents[1] / "emulated_cuda"
-ELEMENT = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
+
+class Prices(Device):
+    def __call__(self, cost, grad, *, n_grad=8, n_proj=1, lr=10.0, last=True, num_templates=None, num_proposals=None, **where):
+        """X, and the gradients of <grad, X> in cost and lr. where: see `resize`."""
+        self.resize(**where)
+        options = dict(n_grad=n_grad, n_proj=n_proj, lr=lr, last=last, num_templates=num_templates, num_proposals=num_proposals)
+        return self.forward(cost, **options), *self.backward(grad, cost, **options)
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "libmatch_prices.so"
-    include = Path(torch.__path__[0]) / "include"
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-isystem", str(include)]
-    subprocess.run([compiler, *flags, str(HERE / "match_prices.cpp"), "-o", str(library)], check=True)
-    return Device(ctypes.CDLL(str(library)))
-
-
-def address(tensor: Tensor | None):
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-class Result:
-    """A tensor to be written, all NaN, between two stretches of memory that must stay as they are."""
-
-    GUARD = 64
-
-    def __init__(self, shape, dtype):
-        numel = torch.Size(shape).numel()
-        self.memory = torch.full((numel + 2 * self.GUARD,), torch.nan, dtype=dtype)
-        self.tensor = self.memory[self.GUARD : self.GUARD + numel].view(shape)
-
-    def take(self) -> Tensor:
-        assert self.memory[: self.GUARD].isnan().all() and self.memory[-self.GUARD :].isnan().all()
-        return self.tensor
-
-
-class Device:
-    """dmm::match_prices and dmm::match_prices_backward on the emulated device."""
-
-    def __init__(self, library):
-        self.library = library
-
-    def __call__(self, cost, grad, *, n_grad=8, n_proj=1, lr=10.0, last=True, num_templates=None, num_proposals=None,
-                 processors=3, shared_bytes=99 << 10, last_thread_first=False):  # fmt: skip
-        """X, and the gradients of <grad, X> in cost and lr."""
-        self.library.set_device(processors, shared_bytes, int(last_thread_first))
-        accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        tensor_lr = lr.to(accumulate) if isinstance(lr, Tensor) else None
-        problem = (
-            address(cost),
-            address(num_templates),
-            address(num_proposals),
-            address(tensor_lr),
-            ctypes.c_int64(0 if tensor_lr is None else tensor_lr.dim()),
-            (ctypes.c_int64 * 5)(*cost.shape, n_grad, n_proj),
-            ctypes.c_double(0.0 if tensor_lr is not None else lr),
-            int(last),
-            ELEMENT[cost.dtype],
-        )
-        x = Result(cost.shape, cost.dtype)
-        gradients = Result(cost.shape, cost.dtype), Result(cost.shape[:1], accumulate)
-        self.library.match_prices(*problem, address(x.tensor))
-        self.library.match_prices_backward(*problem, address(grad), *(address(g.tensor) for g in gradients))
-        return x.take(), *(g.take() for g in gradients)
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return Prices("match_prices", tmp_path_factory.mktemp("emulated"), starts=False)
 
 
 def check(device, cost, n_grad=8, lr=10.0, last=True, n_proj=1, num_templates=None, num_proposals=None, **where):

@@ -8,36 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.emulated import ELEMENT, address, build
 from torch import Tensor
 
 from dmm_fast.ops import reference
 
-HERE = Path(__file__).parents[1] / "emulated_cuda"
-ELEMENT = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "libvision.so"
-    include = Path(torch.__path__[0]) / "include"
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-isystem", str(include)]
-    subprocess.run([compiler, *flags, str(HERE / "vision.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def address(tensor: Tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
+    return build("vision", tmp_path_factory.mktemp("emulated"))
 
 
 def sizes_of(*sizes: int):
