@@ -1,0 +1,82 @@
+"""Ways to decide beside the layers: greedy, Hungarian, Sinkhorn; rounding; and how far X is from feasible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dmm_fast
+
+
+@pytest.mark.parametrize("name", ["match", "match_prices", "greedy", "hungarian", "sinkhorn", "assign", "mask_confident", "feasibility"])
+def test_a_list_is_refused(name):
+    with pytest.raises(TypeError, match=rf"{name}: takes a tensor \[N, M\] or \[B, N, M\], got list"):
+        getattr(dmm_fast, name)([[0.1, 0.2], [0.3, 0.4]])
+
+
+@pytest.mark.parametrize("name", ["greedy", "hungarian", "sinkhorn", "assign"])
+def test_peers_check_the_shape(name):
+    with pytest.raises(ValueError, match=rf"{name}: must have shape \[B, N, M\] or \[N, M\], got \[4\]"):
+        getattr(dmm_fast, name)(torch.rand(4))
+
+
+def test_assign_and_feasibility_know_what_is_there():
+    counts = dict(num_templates=torch.tensor([2, 3, 3]), num_proposals=torch.tensor([4, 1, 4]))
+    cost = torch.rand(3, 3, 4)
+    cost[2, 0, 0] = torch.nan
+    x = dmm_fast.match(cost, **counts, n_grad=400, n_proj=50)
+    choice = dmm_fast.assign(x, **counts)
+    assert choice[0, 2] == -1 and len(set(choice[0, :2].tolist())) == 2  # no third template; one proposal each
+    assert sorted(choice[1].tolist()) == [-1, -1, 0]  # one proposal for three
+    assert choice[2].eq(-1).all()  # not finite, and alone in that
+    residual = dmm_fast.feasibility(x, num_templates=counts["num_templates"])
+    assert residual["rows"][0] < 0.05 and residual["columns"].shape == (3,) and residual["sign"][0] == 0
+    assert dmm_fast.feasibility(torch.zeros(0, 4))["rows"] == 0
+
+
+def test_peers_solve_what_they_should():
+    from itertools import permutations
+
+    torch.manual_seed(0)
+    cost = torch.rand(20, 3, 5, dtype=torch.float64)
+    best = torch.stack([cost[:, range(3), list(p)].sum(1) for p in permutations(range(5), 3)]).amin(0)  # [B]
+    for solve, optimal in ((dmm_fast.hungarian, True), (dmm_fast.greedy, False)):
+        x = solve(cost)
+        assert x.sum(2).eq(1).all() and x.sum(1).le(1).all()
+        gap = (x * cost).sum((1, 2)) - best
+        assert gap.min() > -1e-12 and (gap.max() < 1e-12) == optimal
+    soft = dmm_fast.sinkhorn(cost)
+    assert (soft.sum(1) <= 1 + 1e-9).all() and ((soft * cost).sum((1, 2)) - best).min() > -0.05
+    kept = dmm_fast.mask_confident(soft)
+    assert torch.equal((kept > 0).sum(2), torch.ones(20, 3, dtype=torch.int64)) and torch.equal(kept.amax(2), soft.amax(2))
+
+
+def test_peers_take_ragged_and_broken_batches():
+    """Against one problem at a time; padding holds NaN, one problem does too."""
+    from scipy.optimize import linear_sum_assignment
+
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(40, 6, 7, generator=generator)
+    n, m = torch.randint(0, 7, (40,), generator=generator), torch.randint(0, 8, (40,), generator=generator)
+    n[3], m[3] = 4, 5
+    for b in range(40):
+        cost[b, n[b] :], cost[b, :, m[b] :] = torch.nan, torch.inf
+    cost[3, 1, 2] = torch.nan
+    optimal, near = (solve(cost, num_templates=n, num_proposals=m) for solve in (dmm_fast.hungarian, dmm_fast.greedy))
+    choice = dmm_fast.assign(1 - cost, num_templates=n, num_proposals=m)
+    for b in range(40):
+        inner = cost[b, : n[b], : m[b]]
+        for x in (optimal[b], near[b]):
+            assert x[n[b] :].eq(0).all() and x[:, m[b] :].eq(0).all()
+        if b == 3:
+            assert optimal[b, :4, :5].isnan().all() and near[b, :4, :5].isnan().all() and choice[b].eq(-1).all()
+            continue
+        row, column = linear_sum_assignment(inner.numpy())
+        assert optimal[b].nonzero().tolist() == [[i, j] for i, j in zip(row, column)]
+        assert choice[b, row].tolist() == column.tolist() and (choice[b] >= 0).sum() == len(row)
+        free, pairs = inner.clone(), set()
+        for _ in range(min(inner.shape)):
+            i, j = divmod(int(free.argmin()), inner.shape[1])
+            free[i], free[:, j] = torch.inf, torch.inf
+            pairs.add((i, j))
+        assert {tuple(pair) for pair in near[b].nonzero().tolist()} == pairs
