@@ -52,7 +52,7 @@ def test_contents(wheel):
     """One wheel for every Python 3; the package, its two guest rooms and the libraries; nothing of the tests."""
     assert wheel.name.startswith("dmm_fast-") and "-py3-none-linux_" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
-    for needed in ("lib/libdmm_cpu.so", "lib/build.json", "ops.py", "cli.py", "kernels/match.py", "model/network.py"):
+    for needed in ("lib/libdmm_cpu.so", "lib/build.json", "ops/match.py", "commands/main.py", "training/small.yaml", "py.typed", "kernels/match.py", "model/network.py"):
         assert f"dmm_fast/{needed}" in names
     for needed in ("dmm-config.cmake", "dmm-config-version.cmake", "dmm/segmenter.h", "segmenter.cpp", "CMakeLists.txt"):
         assert f"dmm_fast/cpp/{needed}" in names
@@ -87,11 +87,10 @@ def test_another_torch_in_a_bare_environment(wheel, tmp_path):
 
 
 def test_a_missing_library_says_how_to_mend_it(tmp_path):
-    copy = tmp_path / "dmm_fast"
-    copy.mkdir()
-    for name in ("_library.py",):
-        (copy / name).write_text((ROOT / "dmm_fast" / name).read_text())
-    result = subprocess.run([sys.executable, copy / "_library.py"], capture_output=True, text=True)
+    copy = tmp_path / "dmm_fast" / "ops" / "library.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text((ROOT / "dmm_fast" / "ops" / "library.py").read_text())
+    result = subprocess.run([sys.executable, copy], capture_output=True, text=True)
     assert result.returncode and "libdmm_cpu.so is missing" in result.stderr and "pip install" in result.stderr
 
 

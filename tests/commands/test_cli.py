@@ -247,6 +247,7 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
 KILLED = """
     import os, signal, sys
     import dmm_fast.inference.run as s
+    from dmm_fast.inference import folder
     from pathlib import Path
     where, number, frames, masks, proposals, out = sys.argv[1:]
     owner, name = {"save": (s.RunFolder, "save"), "draw": (s.ContactSheet, "save")}.get(where, (s, where))
@@ -255,7 +256,7 @@ KILLED = """
         calls.append(1)
         if len(calls) == int(number):
             if where == "save":  # between the state and the file that names it
-                s._write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                folder._write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
