@@ -1,5 +1,6 @@
 # make demo    set up .venv, build, segment a generated clip, print J and F
 # make test    the whole test suite
+# make check   formatting, lint and types
 # make bench   the benchmarks of this machine
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
 # make oldest  do the native sources compile with the oldest torch that is supported?
@@ -8,15 +9,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f -not -path 'csrc/runtime/*') CMakeLists.txt setup.py pyproject.toml
+PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
+CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test bench runtime oldest sanitize clean
+.PHONY: demo test check bench runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
 
 test: $(VENV)/.built $(VENV)/.runtime
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -109,9 +109,7 @@ def one_thread() -> Iterator[None]:
 # ---- comparing ----
 
 
-def compare(
-    functions: dict[str, Function], timer: Timer, *, rounds: int, sample: float = 0.03
-) -> dict[str, list[float]]:
+def compare(functions: dict[str, Function], timer: Timer, *, rounds: int, sample: float = 0.03) -> dict[str, list[float]]:
     """``rounds`` samples of each function, in turns. A sample is as many calls as fill ``sample`` seconds, after a call
     that pays for what the other contestant left in the caches and the allocator."""
     calls = {}
@@ -249,9 +247,7 @@ def cpu_rates() -> tuple[float, float] | None:
         return None
     register, lanes, flag = width
     mix = ["vsubps", "vsubps", "vmaxps", "vfmadd231ps", "vfmadd231ps"] * 3
-    text = "\\n".join(
-        f"{op} %%{register}15,%%{register}{15 if 'fma' in op else i},%%{register}{i}" for i, op in enumerate(mix)
-    )
+    text = "\\n".join(f"{op} %%{register}15,%%{register}{15 if 'fma' in op else i},%%{register}{i}" for i, op in enumerate(mix))
     clobbers = ",".join(f'"xmm{i}"' for i in range(15))
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.c"), Path(folder, "probe.so")

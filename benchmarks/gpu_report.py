@@ -187,12 +187,26 @@ def tests(report: Report, seconds: float) -> None:
             return name, "not reached"
         log = report.out / f"{path.stem}.log"
         log.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30", "--tb=short", "-rf"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            name,
+            "-m",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+            "--maxfail=30",
+            "--tb=short",
+            "-rf",
+        ]
         code = report.run(command, log, left)
         if code in (0, 5):  # 5: no test of it needs a GPU
             report.note_passed(name)
         failed = [line[:160] for line in log.read_text(errors="replace").splitlines() if line.startswith("FAILED")]
-        return name, "\n".join([f"{describe(code or 0 if code == 5 else code, 'passed')}: {' '.join(last_lines(log))[-120:]}", *failed])
+        return name, "\n".join(
+            [f"{describe(code or 0 if code == 5 else code, 'passed')}: {' '.join(last_lines(log))[-120:]}", *failed]
+        )
 
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         for name, result in pool.map(one, test_files()):
@@ -208,7 +222,18 @@ def sanitizer(report: Report, seconds: float) -> None:
         if report.passed(check):
             report.say("sanitizer", f"{check} clean before")
             continue
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, str(STAGES), "sanitize", "--out", str(report.out)]
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            str(STAGES),
+            "sanitize",
+            "--out",
+            str(report.out),
+        ]
         # every tensor in an allocation of its own, so that no overrun lands in a neighbour
         code = report.run(command, log, deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if code == 0:

@@ -101,9 +101,7 @@ def draw(data: dict, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     by_size.set_xlabel("n x m")
     ratios.set_ylabel("ratio")
-    handles = {
-        label: handle for axes in (by_batch, by_size) for handle, label in zip(*axes.get_legend_handles_labels())
-    }
+    handles = {label: handle for axes in (by_batch, by_size) for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.suptitle(
         f"{machine.get('GPU', machine.get('CPU'))}, torch {machine['torch']}, dmm_fast at {machine['commit']}",
@@ -117,9 +115,7 @@ def draw(data: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument(
-        "results", type=Path, nargs="?", help="gpu: results.jsonl of gpu_report.py; cpu: draw this JSON again"
-    )
+    parser.add_argument("results", type=Path, nargs="?", help="gpu: results.jsonl of gpu_report.py; cpu: draw this JSON again")
     args = parser.parse_args()
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dmm_fast", "font.size": 9})
     if args.device == "gpu" and args.results is None:

@@ -160,9 +160,7 @@ def carried(
     du, dv, used = torch.zeros_like(u), torch.zeros_like(v), torch.ones_like(x)
     for _ in range(n_grad):
         y0 = y0 - lr * cost
-        x = (
-            x - lr * used * cost
-        )  # as carry does: not clipped before the first row step, which takes out what rows share
+        x = x - lr * used * cost  # as carry does: not clipped before the first row step, which takes out what rows share
         for _ in range(n_proj):
             d = (x.sum(-1, keepdim=True) - 1) / used.sum(-1, keepdim=True).clamp(min=1)
             s = (x - used * d).sum(-2, keepdim=True)
@@ -214,9 +212,7 @@ def prices(
     return total / (n_grad - first)
 
 
-def hand_adjoint(
-    cost: Tensor, grad: Tensor, *, n_grad: int, n_proj: int, lr: float, average: bool
-) -> tuple[Tensor, Tensor]:
+def hand_adjoint(cost: Tensor, grad: Tensor, *, n_grad: int, n_proj: int, lr: float, average: bool) -> tuple[Tensor, Tensor]:
     """dL/dcost and dL/dlr of ``prices`` for last or average, written as a kernel would: only bit masks are kept."""
     times = sharpness(n_grad, lr)
     a = (-cost).amax(-1, keepdim=True) - 1 / times[0]
@@ -259,9 +255,7 @@ class Variant:
         return self.name
 
 
-def existing(
-    name: str, n_grad: int, n_proj: int, lr: float, dykstra: str = "reset", output: str = "average"
-) -> Variant:
+def existing(name: str, n_grad: int, n_proj: int, lr: float, dykstra: str = "reset", output: str = "average") -> Variant:
     # A round: two subtractions, relu, row sum, column sum. An outer step: the gradient, the mean.
     work = n_grad * (5 * n_proj + 1 + (output == "average"))
     options = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "dykstra": dykstra, "output": output}
@@ -390,9 +384,7 @@ def native_time(variant: Variant, batch: int = 256) -> float:
 def best_existing(families: dict[str, Tensor]) -> str:
     """The best row argmax of each family over a grid of the existing options with n_grad n_proj = 200."""
     results = []
-    for n_grad, dykstra, output in itertools.product(
-        (1, 2, 4, 10, 20, 40, 100, 200), ("reset", "carry"), ("average", "last")
-    ):
+    for n_grad, dykstra, output in itertools.product((1, 2, 4, 10, 20, 40, 100, 200), ("reset", "carry"), ("average", "last")):
         for total in (1, 2, 4, 7, 10, 15, 25, 50):
             variant = existing("", n_grad, 200 // n_grad, total / n_grad, dykstra, output)
             results.append([

@@ -25,17 +25,15 @@ template <typename... Words>
 }
 
 // torch's own check macro puts the source path of the build machine into the message; this one does not.
-#define DMM_CHECK(condition, ...)          \
-  do {                                     \
-    if (__builtin_expect(!(condition), 0)) \
-      ::dmm::fail(__VA_ARGS__);            \
+#define DMM_CHECK(condition, ...)                                    \
+  do {                                                               \
+    if (__builtin_expect(!(condition), 0)) ::dmm::fail(__VA_ARGS__); \
   } while (false)
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    text << (i ? ", " : "") << tensor.size(i);
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
   text << ']';
   return text.str();
 }
@@ -51,7 +49,8 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other, const Tensor& reference) {
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other,
+                              const Tensor& reference) {
   DMM_CHECK(same_device(tensor, reference), op, ": ", name, " must be on the device of ", other);
 }
 

@@ -75,7 +75,8 @@ inline MatchInputs check_match(const char* op, const Tensor& cost, const std::op
   }
   auto check_counts = [&](const char* name, const std::optional<Tensor>& counts) {
     if (!counts) return;
-    DMM_CHECK(counts->dim() == 1 && counts->size(0) == B, op, ": ", name, " must have shape [", B, "], got ", shape_of(*counts));
+    DMM_CHECK(counts->dim() == 1 && counts->size(0) == B, op, ": ", name, " must have shape [", B, "], got ",
+              shape_of(*counts));
     check_dtype(op, name, *counts, ScalarType::Long);
     check_same_device(op, name, *counts, "cost", cost);
   };
@@ -87,7 +88,8 @@ inline MatchInputs check_match(const char* op, const Tensor& cost, const std::op
     check_dtype(op, "lr_tensor", *lr_tensor, accumulate_type(type));
     check_same_device(op, "lr_tensor", *lr_tensor, "cost", cost);
   }
-  DMM_CHECK(lr_tensor || (options.lr > 0 && std::isfinite(options.lr)), op, ": lr must be positive and finite, got ", options.lr);
+  DMM_CHECK(lr_tensor || (options.lr > 0 && std::isfinite(options.lr)), op, ": lr must be positive and finite, got ",
+            options.lr);
   DMM_CHECK(options.n_grad >= 1, op, ": n_grad must be at least 1, got ", options.n_grad);
   DMM_CHECK(options.n_proj >= 1, op, ": n_proj must be at least 1, got ", options.n_proj);
   return {as_contiguous(cost),          as_contiguous(init),      as_contiguous(num_templates),

@@ -11,6 +11,7 @@ Over a data set J and F are means over objects, not over sequences; G = (J + F) 
 above 0.5; decay is the mean of the first quarter of the frames less that of the last. The public DAVIS tool keeps the
 quarters' edges as uint8, so its decay is wrong for sequences of more than 256 scored frames; here it is right.
 """
+
 from __future__ import annotations
 
 import csv
@@ -18,14 +19,14 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.ndimage import find_objects
@@ -45,6 +46,7 @@ class EvaluationError(ValueError):
 
 
 # --------------------------------------------------------------------------------------------------- J and F of a frame
+
 
 def _check_pair(pred: np.ndarray, gt: np.ndarray) -> None:
     for name, mask in (("pred", pred), ("gt", gt)):
@@ -108,7 +110,7 @@ def _matches(points: np.ndarray, targets: np.ndarray, radius: int) -> int:
     """
     height, width = targets.shape
     counts = np.zeros((height + 2 * radius, width + 1), np.int32)  # [radius + H + radius, 1 + W]
-    np.cumsum(targets, axis=1, dtype=np.int32, out=counts[radius:radius + height, 1:])
+    np.cumsum(targets, axis=1, dtype=np.int32, out=counts[radius : radius + height, 1:])
     y, x = np.nonzero(points)
     total = len(y)
     for dy in sorted(range(-radius, radius + 1), key=abs):
@@ -123,6 +125,7 @@ def _matches(points: np.ndarray, targets: np.ndarray, radius: int) -> int:
 
 class FrameScore(NamedTuple):
     """J and F of one object in one frame, and where it occurs there."""
+
     j: float
     f: float
     in_gt: bool
@@ -150,14 +153,17 @@ def score_ids(pred: np.ndarray, gt: np.ndarray) -> dict[int, FrameScore]:
 
 def _window(boxes: list[tuple[slice, slice]]) -> tuple[slice, ...]:
     """The boxes' hull and one pixel around it, inside which an object's J and F are those of the whole image."""
-    return tuple(slice(max(min(side.start for side in sides) - 1, 0), max(side.stop for side in sides) + 1)
-                 for sides in zip(*boxes))
+    return tuple(
+        slice(max(min(side.start for side in sides) - 1, 0), max(side.stop for side in sides) + 1) for sides in zip(*boxes)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ frames on disk
 
+
 class _Frame(NamedTuple):
     """One frame's files. The ground truth is one id map or, `binary`, the masks of objects 1, 2, ..."""
+
     stem: str
     gt: tuple[Path, ...]
     pred: Path
@@ -177,8 +183,10 @@ def _score_frame(frame: _Frame) -> dict[int, FrameScore]:
     masks = [read_binary(file) if frame.binary else read_ids(file) for file in frame.gt]
     for file, mask in zip(frame.gt, masks):
         if mask.shape != pred.shape:
-            raise EvaluationError(f"{frame.pred}: the prediction is {pred.shape[1]}x{pred.shape[0]}, the ground truth "
-                                  f"{file} is {mask.shape[1]}x{mask.shape[0]} (width x height)")
+            raise EvaluationError(
+                f"{frame.pred}: the prediction is {pred.shape[1]}x{pred.shape[0]}, the ground truth "
+                f"{file} is {mask.shape[1]}x{mask.shape[0]} (width x height)"
+            )
     if frame.foreground:
         return score_ids((pred > 0).astype(np.uint8), np.any(masks, axis=0).astype(np.uint8))
     if not frame.binary:
@@ -230,22 +238,25 @@ def _choose(sequences: Iterable[str] | str | os.PathLike | None, found: list[str
     return names
 
 
-def _find_sequences(gt_dir: Path, pred_dir: Path, sequences: Iterable[str] | str | os.PathLike | None,
-                    protocol: str) -> list[tuple[str, Path, Path]]:
+def _find_sequences(
+    gt_dir: Path, pred_dir: Path, sequences: Iterable[str] | str | os.PathLike | None, protocol: str
+) -> list[tuple[str, Path, Path]]:
     """(name, ground-truth folder, prediction folder) of every sequence to score."""
     for folder in (gt_dir, pred_dir):
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such directory")
     if _ground_truth(gt_dir, protocol):
-        name, = _choose(sequences, [gt_dir.resolve().name], gt_dir)
+        (name,) = _choose(sequences, [gt_dir.resolve().name], gt_dir)
         return [(name, gt_dir, pred_dir if _images(pred_dir) else pred_dir / name)]
     found = [entry.name for entry in _folders(gt_dir) if _ground_truth(entry, protocol)]
     if not found:
         raise EvaluationError(f"{gt_dir}: no ground truth: expected {gt_dir}/<sequence>/*.png or {gt_dir}/*.png")
     names = _choose(sequences, found, gt_dir)
     if missing := [name for name in names if not (pred_dir / name).is_dir()]:
-        raise EvaluationError(f"{pred_dir}: no prediction for {len(missing)} of {len(names)} sequences: "
-                              f"{_listed(missing)}; name those to score to leave others out (sequences=, --sequences)")
+        raise EvaluationError(
+            f"{pred_dir}: no prediction for {len(missing)} of {len(names)} sequences: "
+            f"{_listed(missing)}; name those to score to leave others out (sequences=, --sequences)"
+        )
     return [(name, gt_dir / name, pred_dir / name) for name in names]
 
 
@@ -256,8 +267,9 @@ def _listed(names: list[str], most: int = 5) -> str:
 def _sequence(name: str, gt: Path, pred: Path, protocol: str, frames: str, foreground: bool) -> _Sequence:
     files = _ground_truth(gt, protocol)
     binary = protocol == "segtrack" and (len(files[0]) > 1 or not is_indexed(files[0][0]))
-    scored = [_Frame(group[0].stem, group, pred / f"{group[0].stem}.png", binary, foreground)
-              for group in files[FRAMES[frames]]]
+    scored = [
+        _Frame(group[0].stem, group, pred / f"{group[0].stem}.png", binary, foreground) for group in files[FRAMES[frames]]
+    ]
     if not scored:
         raise EvaluationError(f"{gt}: {len(files)} ground-truth frames leave none to score (frames={frames!r})")
     if missing := [frame.pred.name for frame in scored if not frame.pred.is_file()]:
@@ -270,12 +282,13 @@ def _largest_id(files: list[tuple[Path, ...]], protocol: str, binary: bool, fore
     if protocol == "vos":
         return None
     if protocol == "segtrack":
-        return 1 if foreground else len(files[0]) if binary else max(int(read_ids(file).max()) for file, in files)
+        return 1 if foreground else len(files[0]) if binary else max(int(read_ids(file).max()) for (file,) in files)
     ids = read_ids(files[0][0])
     objects = ids[(ids > 0) & (foreground | (ids != VOID))]
     if not objects.size:
-        raise EvaluationError(f"{files[0][0]}: no object in the first frame"
-                              + (f" but void (255); {_HINT}" if ids.any() else ""))
+        raise EvaluationError(
+            f"{files[0][0]}: no object in the first frame" + (f" but void (255); {_HINT}" if ids.any() else "")
+        )
     return 1 if foreground else int(objects.max())
 
 
@@ -284,9 +297,11 @@ _HINT = "where 255 is the one object, score with foreground=True (--foreground)"
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
+
 @dataclass(frozen=True)
 class ObjectScore:
     """One object of one sequence: J and F, float64 [T], of the frames that count for it."""
+
     sequence: str
     object: int
     frames: tuple[str, ...]
@@ -294,45 +309,53 @@ class ObjectScore:
     f: np.ndarray
 
     @property
-    def row(self) -> dict[str, str | int | float]:
+    def row(self) -> dict[str, Any]:
         """Means, recalls and decays, all in [0, 1] but decay in [-1, 1]."""
-        row = {"sequence": self.sequence, "object": self.object, "frames": len(self.frames), "G": 0.0}
+        row: dict[str, Any] = {"sequence": self.sequence, "object": self.object, "frames": len(self.frames), "G": 0.0}
         for name, values in (("J", self.j), ("F", self.f)):
-            row |= {name: float(values.mean()), f"{name}_recall": float((values > 0.5).mean()),
-                    f"{name}_decay": decay(values)}
+            row |= {name: float(values.mean()), f"{name}_recall": float((values > 0.5).mean()), f"{name}_decay": decay(values)}
         return row | {"G": (row["J"] + row["F"]) / 2}
 
 
 def decay(values: np.ndarray) -> float:
     """Mean of the first quarter of the frames less the mean of the last; quarters share their edge frames."""
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-    return float(values[edges[0]:edges[1] + 1].mean() - values[edges[3]:edges[4] + 1].mean())
+    return float(values[edges[0] : edges[1] + 1].mean() - values[edges[3] : edges[4] + 1].mean())
 
 
 def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], protocol: str) -> list[ObjectScore]:
     """The objects that `protocol` scores in a sequence, over the frames that count for each."""
     in_gt = sorted({number for frame in scores for number, score in frame.items() if score.in_gt})
     if sequence.largest_id is not None:
-        _check_ids(sequence, scores)
+        _check_ids(sequence, scores, sequence.largest_id)
     result = []
-    for number in range(1, sequence.largest_id + 1) if protocol == "davis" else in_gt:
+    for number in range(1, (sequence.largest_id or 0) + 1) if protocol == "davis" else in_gt:
         rows = [frame.get(number, ABSENT) for frame in scores]
-        counted = range(len(rows))
+        counted: Sequence[int] = range(len(rows))
         if protocol == "vos":
             counted = range(next(t for t, row in enumerate(rows) if row.in_gt or row.in_pred), len(rows))
         elif protocol == "segtrack":
             counted = [t for t, row in enumerate(rows) if row.in_gt]
-        result.append(ObjectScore(sequence.name, number, tuple(sequence.frames[t].stem for t in counted),
-                                  np.array([rows[t].j for t in counted]), np.array([rows[t].f for t in counted])))
+        result.append(
+            ObjectScore(
+                sequence.name,
+                number,
+                tuple(sequence.frames[t].stem for t in counted),
+                np.array([rows[t].j for t in counted]),
+                np.array([rows[t].f for t in counted]),
+            )
+        )
     return result
 
 
-def _check_ids(sequence: _Sequence, scores: list[dict[int, FrameScore]]) -> None:
+def _check_ids(sequence: _Sequence, scores: list[dict[int, FrameScore]], largest: int) -> None:
     for frame, found in zip(sequence.frames, scores):
-        if wrong := [number for number, score in found.items() if score.in_pred and number > sequence.largest_id]:
+        if wrong := [number for number, score in found.items() if score.in_pred and number > largest]:
             hint = _HINT if VOID in wrong else "where objects come later than the first frame, score with protocol vos"
-            raise EvaluationError(f"{frame.pred}: id {max(wrong)} is above the largest id of the ground truth of "
-                                  f"{sequence.name}, {sequence.largest_id}; {hint}")
+            raise EvaluationError(
+                f"{frame.pred}: id {max(wrong)} is above the largest id of the ground truth of "
+                f"{sequence.name}, {sequence.largest_id}; {hint}"
+            )
 
 
 def _frame_means(scores: list[dict[int, FrameScore]], objects: list[int]) -> np.ndarray:
@@ -350,12 +373,13 @@ def _summary(objects: list[ObjectScore]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Report:
     """Scores of a data set. `summary` has the means over objects; `settings` say how they were made."""
+
     settings: dict[str, object]
     summary: dict[str, float]
     objects: tuple[ObjectScore, ...]
 
     @property
-    def per_object(self) -> list[dict[str, str | int | float]]:
+    def per_object(self) -> list[dict[str, Any]]:
         return [score.row for score in self.objects]
 
     def to_csv(self, path: str | os.PathLike) -> None:
@@ -368,10 +392,17 @@ class Report:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Settings, summary, objects, and every frame's J and F."""
-        frames = [{"sequence": score.sequence, "object": score.object, "frames": score.frames, "J": score.j.tolist(),
-                   "F": score.f.tolist()} for score in self.objects]
-        content = {"settings": self.settings, "summary": self.summary, "per_object": self.per_object,
-                   "per_frame": frames}
+        frames = [
+            {
+                "sequence": score.sequence,
+                "object": score.object,
+                "frames": score.frames,
+                "J": score.j.tolist(),
+                "F": score.f.tolist(),
+            }
+            for score in self.objects
+        ]
+        content = {"settings": self.settings, "summary": self.summary, "per_object": self.per_object, "per_frame": frames}
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -381,8 +412,10 @@ class Report:
         mean = {"sequence": "mean", "object": "", "frames": sum(row["frames"] for row in rows), **self.summary}
         cells = [list(rows[0])] + [[_cell(row[name]) for name in rows[0]] for row in (*rows, mean)]
         widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                           for i, (cell, width) in enumerate(zip(line, widths))) for line in cells]
+        lines = [
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+            for line in cells
+        ]
         lines.insert(-1, "-" * len(lines[0]))
         extra = [f"{name} = {value:.3f}" for name, value in self.summary.items() if name not in rows[0]]
         how = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
@@ -393,9 +426,18 @@ def _cell(value: str | int | float) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def evaluate(gt_dir: str | os.PathLike, pred_dir: str | os.PathLike, protocol: str = "davis", *,
-             sequences: Iterable[str] | str | os.PathLike | None = None, foreground: bool = False,
-             frames: str | None = None, pool_frames: bool = True, workers: int = 1, progress: bool = False) -> Report:
+def evaluate(
+    gt_dir: str | os.PathLike,
+    pred_dir: str | os.PathLike,
+    protocol: str = "davis",
+    *,
+    sequences: Iterable[str] | str | os.PathLike | None = None,
+    foreground: bool = False,
+    frames: str | None = None,
+    pool_frames: bool = True,
+    workers: int = 1,
+    progress: bool = False,
+) -> Report:
     """Score predicted id maps against ground truth.
 
     gt_dir, pred_dir: both `<sequence>/*.png`, or two folders of one sequence. Predictions are named as the ground
@@ -443,12 +485,12 @@ def evaluate(gt_dir: str | os.PathLike, pred_dir: str | os.PathLike, protocol: s
     return Report(settings, summary, tuple(objects))
 
 
-def _scored(frames: list[_Frame], workers: int, progress: bool) -> Iterator[dict[int, FrameScore]]:
+def _scored(frames: list[_Frame], workers: int, progress: bool) -> Generator[dict[int, FrameScore], None, None]:
     """Each frame's scores, in order."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(frames) // FRAMES_PER_PROCESS)
     with ExitStack() as stack:
         if workers <= 1:
-            scores = map(_score_frame, frames)
+            scores: Iterator[dict[int, FrameScore]] = map(_score_frame, frames)
         else:
             context = get_context("forkserver")
             context.set_forkserver_preload([__name__])  # imported (with torch) once, not once a process as spawn does

@@ -28,6 +28,7 @@ def _load():
     if path is None:
         raise ImportError(f"dmm_fast.runtime is not built for this Python (nothing in {FOLDER}); build it with: {BUILD}")
     spec = importlib.util.spec_from_file_location("dmm_fast._runtime", path)
+    assert spec is not None and spec.loader is not None, path
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

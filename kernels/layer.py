@@ -47,9 +47,7 @@ def check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: 
             raise RuntimeError(f"{op}: {name} must have shape [{B}], got {list(counts.shape)}")
     if lr_tensor is not None and tuple(lr_tensor.shape) not in ((), (B,)):
         raise RuntimeError(f"{op}: lr_tensor must have shape [] or [{B}], got {list(lr_tensor.shape)}")
-    expected = dict(
-        init=cost.dtype, num_templates=torch.int64, num_proposals=torch.int64, lr_tensor=_accumulate_dtype(cost)
-    )
+    expected = dict(init=cost.dtype, num_templates=torch.int64, num_proposals=torch.int64, lr_tensor=_accumulate_dtype(cost))
     given = dict(init=init, num_templates=num_templates, num_proposals=num_proposals, lr_tensor=lr_tensor)
     for name, tensor in given.items():
         if tensor is not None and tensor.dtype != expected[name]:
@@ -125,9 +123,7 @@ def backward(
     check(op, *problem)
     cost, n_grad, n_proj = problem[0], *problem[5:7]
     if grad.shape != cost.shape or grad.dtype != cost.dtype or grad.device != cost.device:
-        raise RuntimeError(
-            f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}"
-        )
+        raise RuntimeError(f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}")
     grads = [torch.empty_like(cost, memory_format=torch.contiguous_format) for _ in range(1 + starts)]
     dtype = _accumulate_dtype(cost)
     grad_lr = cost.new_zeros(cost.shape[0] if cost.dim() == 3 else 1, dtype=dtype)

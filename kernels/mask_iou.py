@@ -44,9 +44,7 @@ def _count_kernel(
         tl.atomic_add(counts + N * (M + 1) + m, area_b, mask=m < M)
 
 
-_launchable = (
-    wrap_triton if isinstance(_count_kernel, triton.JITFunction) else lambda kernel: kernel
-)  # or the interpreter
+_launchable = wrap_triton if isinstance(_count_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
 
 
 @triton_op("dmm::mask_iou_triton", mutates_args={})

@@ -5,14 +5,12 @@ Serves CUDA tensors where the native CUDA library is not built; tensors of any d
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import triton_op
-
 from dmm_fast.kernels import layer
 from dmm_fast.kernels.layer import sizes_of
+from torch import Tensor
+from torch.library import triton_op
 
 
 @triton.jit

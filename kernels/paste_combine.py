@@ -131,9 +131,7 @@ def _backward_kernel(
     tl.store(grad_masks + (j * S + s) * S + cell, cells.to(grad_masks.dtype.element_ty), mask=cell < S)
 
 
-_launchable = (
-    wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel
-)  # or the interpreter
+_launchable = wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,18 @@ from .state import Affinity, Output, Proposals, State
 from .weights import digest, load_weights, packaged, read_config, read_weights, save_weights
 
 __all__ = [
-    "PRESETS", "Affinity", "Config", "DMMNet", "Output", "Proposals", "State",
-    "digest", "inference", "load_weights", "packaged", "read_config", "read_weights", "save_weights",
+    "PRESETS",
+    "Affinity",
+    "Config",
+    "DMMNet",
+    "Output",
+    "Proposals",
+    "State",
+    "digest",
+    "inference",
+    "load_weights",
+    "packaged",
+    "read_config",
+    "read_weights",
+    "save_weights",
 ]

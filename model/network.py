@@ -172,9 +172,7 @@ class DMMNet(nn.Module):
         if self.prices:
             x = torch.ops.dmm.match_prices(problem, rows, columns, None, self.n_grad, self.n_proj, self.lr)
         else:
-            x = torch.ops.dmm.match(
-                problem, None, rows, columns, None, self.n_grad, self.n_proj, self.lr, self.carry
-            )
+            x = torch.ops.dmm.match(problem, None, rows, columns, None, self.n_grad, self.n_proj, self.lr, self.carry)
         return x[0][torch.argsort(order)]
 
     @torch.jit.export

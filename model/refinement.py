@@ -132,12 +132,8 @@ class GlobalConvolution(nn.Module):
         super().__init__()
         tall, wide = (size, 1), (1, size)
         down, across = (size // 2, 0), (0, size // 2)
-        self.left = nn.Sequential(
-            nn.Conv2d(width, width, tall, padding=down), nn.Conv2d(width, width, wide, padding=across)
-        )
-        self.right = nn.Sequential(
-            nn.Conv2d(width, width, wide, padding=across), nn.Conv2d(width, width, tall, padding=down)
-        )
+        self.left = nn.Sequential(nn.Conv2d(width, width, tall, padding=down), nn.Conv2d(width, width, wide, padding=across))
+        self.right = nn.Sequential(nn.Conv2d(width, width, wide, padding=across), nn.Conv2d(width, width, tall, padding=down))
         self.residual = Residual(width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The golden numbers were computed on the development data with the public DAVIS 2017 evaluator (`davis`) and the public
 vos-benchmark (`vos`), unchanged.
 """
+
 from __future__ import annotations
 
 import csv
@@ -48,6 +49,7 @@ def lagged(source: Path, target: Path, lag: int) -> Path:
 
 # ------------------------------------------------------------------------------------------------------- J and F alone
 
+
 def test_jaccard():
     assert jaccard(mask("0110"), mask("0011")) == 1 / 3
     assert jaccard(mask("1100"), mask("0011")) == 0
@@ -55,14 +57,19 @@ def test_jaccard():
     assert jaccard(mask("0000"), mask("0001")) == 0
 
 
-@pytest.mark.parametrize("image, edge", [
-    ("000 010 000", "110 110 000"),  # an inner pixel: offset by half a pixel towards the origin
-    ("111 111 111", "000 000 000"),  # the image's border is no boundary
-    ("000 000 001", "000 011 010"),  # corner: neither the last row nor the last column reaches it
-    ("000 000 010", "000 110 110"),  # last row: only the right neighbour
-    ("000 001 000", "011 011 000"),  # last column: only the lower neighbour
-    ("010", "110"), ("0 1 0", "1 1 0"), ("1", "0"),  # one row, one column, one pixel
-])
+@pytest.mark.parametrize(
+    "image, edge",
+    [
+        ("000 010 000", "110 110 000"),  # an inner pixel: offset by half a pixel towards the origin
+        ("111 111 111", "000 000 000"),  # the image's border is no boundary
+        ("000 000 001", "000 011 010"),  # corner: neither the last row nor the last column reaches it
+        ("000 000 010", "000 110 110"),  # last row: only the right neighbour
+        ("000 001 000", "011 011 000"),  # last column: only the lower neighbour
+        ("010", "110"),
+        ("0 1 0", "1 1 0"),
+        ("1", "0"),  # one row, one column, one pixel
+    ],
+)
 def test_boundary_map(image: str, edge: str):
     assert boundary_map(mask(image)).tolist() == mask(edge).tolist()
 
@@ -77,8 +84,9 @@ def test_boundary_f_without_boundaries():
 def test_boundary_f_radius():
     def square(x: int) -> np.ndarray:
         image = np.zeros((480, 854), bool)
-        image[200:260, x:x + 60] = True
+        image[200:260, x : x + 60] = True
         return image
+
     assert boundary_f(square(108), square(100)) == 1  # 8 pixels at 480x854, inclusive
     assert boundary_f(square(109), square(100)) < 1
     assert boundary_f(square(103), square(100), bound_th=3) == 1
@@ -114,8 +122,9 @@ def literal_f(pred: np.ndarray, gt: np.ndarray, radius: int) -> float:
         return float(len(a) == len(b))
 
     def share(points, targets):
-        close = [any((y - v) ** 2 + (x - u) ** 2 <= radius ** 2 for v, u in targets) for y, x in points]
+        close = [any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in targets) for y, x in points]
         return sum(close) / len(points)
+
     precision, recall = share(a, b), share(b, a)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0
 
@@ -137,8 +146,12 @@ def test_random_masks_against_the_definition(seed: int):
     for number, score in scores.items():
         a, b = pred == number, gt == number
         inter, union = sum((a & b).ravel().tolist()), sum((a | b).ravel().tolist())
-        assert score == (pytest.approx(inter / union, **EXACT), pytest.approx(literal_f(a, b, radius), **EXACT),
-                         bool(b.any()), bool(a.any()))
+        assert score == (
+            pytest.approx(inter / union, **EXACT),
+            pytest.approx(literal_f(a, b, radius), **EXACT),
+            bool(b.any()),
+            bool(a.any()),
+        )
         for wide in (1, 3, 7):
             assert boundary_f(a, b, wide) == pytest.approx(literal_f(a, b, wide), **EXACT)
 
@@ -160,7 +173,7 @@ def test_decay_bins(length: int):
     """Four bins from rounded edges, sharing their edge frames; right beyond 256 frames too."""
     values = np.random.default_rng(length).random(length)
     edges = [math.floor(1 + i * (length - 1) / 4 + 0.5 + 1e-9) - 1 for i in range(5)]
-    expected = np.mean(values[edges[0]:edges[1] + 1]) - np.mean(values[edges[3]:edges[4] + 1])
+    expected = np.mean(values[edges[0] : edges[1] + 1]) - np.mean(values[edges[3] : edges[4] + 1])
     assert decay(values) == pytest.approx(expected, **EXACT)
 
 
@@ -169,6 +182,7 @@ def test_decay_of_a_long_sequence():
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
+
 
 def one_pixel(*numbers: int) -> np.ndarray:
     """An id map of one row; far enough apart for J to be told by eye."""
@@ -215,7 +229,10 @@ def test_data_set_mean_is_over_objects(tmp_path: Path):
     pair(tmp_path, [one_pixel(1, 0)] * 3, [one_pixel(0, 1)] * 3, "b")
     report = evaluate(tmp_path / "gt", tmp_path / "pred")
     assert [(row["sequence"], row["object"], row["J"]) for row in report.per_object] == [
-        ("a", 1, 1.0), ("a", 2, 1.0), ("b", 1, 0.0)]
+        ("a", 1, 1.0),
+        ("a", 2, 1.0),
+        ("b", 1, 0.0),
+    ]
     assert report.summary["J"] == pytest.approx(2 / 3)
     assert report.summary["G"] == (report.summary["J"] + report.summary["F"]) / 2
 
@@ -227,7 +244,8 @@ def test_vos_objects(tmp_path: Path):
     assert js(evaluate(*pair(tmp_path, gt, pred), "vos")) == {
         ("s", 1): [1.0, 1.0, 1.0, 0.0],  # both empty in the third frame
         ("s", 7): [0.0, 1.0, 1.0],  # late
-        ("s", 255): [0.5, 1.0]}  # 8 is only in frames that are not scored, 9 only in the prediction
+        ("s", 255): [0.5, 1.0],
+    }  # 8 is only in frames that are not scored, 9 only in the prediction
 
 
 def test_vos_counts_from_a_false_first_prediction(tmp_path: Path):
@@ -243,16 +261,19 @@ def test_vos_frames(tmp_path: Path):
 
 def test_segtrack(tmp_path: Path):
     """mIoU* over instances per frame, then frames; mIoU† over frames with the instance, then instances."""
-    pair(tmp_path, [one_pixel(1, 2), one_pixel(1, 2), one_pixel(1, 0), one_pixel(1, 0)],
-         [one_pixel(0, 0), one_pixel(1, 0), one_pixel(1, 0), one_pixel(1, 2)], "a")
+    pair(
+        tmp_path,
+        [one_pixel(1, 2), one_pixel(1, 2), one_pixel(1, 0), one_pixel(1, 0)],
+        [one_pixel(0, 0), one_pixel(1, 0), one_pixel(1, 0), one_pixel(1, 2)],
+        "a",
+    )
     pair(tmp_path, [one_pixel(1, 1), one_pixel(1, 1)], [one_pixel(0, 0), one_pixel(1, 0)], "b")
     where = tmp_path / "gt", tmp_path / "pred", "segtrack"
     frames_a, frames_b = [(1 + 0) / 2, (1 + 1) / 2, (1 + 0) / 2], [0.5]
     report = evaluate(*where)
     assert report.summary["mIoU*"] == pytest.approx(np.mean(frames_a + frames_b))
     assert report.summary["mIoU†"] == pytest.approx(np.mean([1, 0, 0.5]))
-    assert report.settings == {"protocol": "segtrack", "frames": "after-first", "foreground": False,
-                               "pool_frames": True}
+    assert report.settings == {"protocol": "segtrack", "frames": "after-first", "foreground": False, "pool_frames": True}
     by_video = evaluate(*where, pool_frames=False).summary["mIoU*"]
     assert by_video == pytest.approx((np.mean(frames_a) + np.mean(frames_b)) / 2)
     with_first = evaluate(*where, frames="all").summary["mIoU†"]
@@ -291,6 +312,7 @@ def test_foreground(tmp_path: Path):
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
+
 def test_plain_errors(tmp_path: Path):
     gt, pred = pair(tmp_path, [one_pixel(1, 2)] * 5, [one_pixel(1, 2)] * 5, "a")
     pair(tmp_path, [one_pixel(1, 2)] * 5, [one_pixel(1, 2)] * 5, "b")
@@ -321,6 +343,7 @@ def test_plain_errors(tmp_path: Path):
 
 
 # -------------------------------------------------------------------------------------------------------------- report
+
 
 def test_report_files(tmp_path: Path):
     rng = np.random.default_rng(0)
@@ -362,58 +385,137 @@ STATISTICS = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
 
 FOREGROUND = {  # published results against the union of the objects, protocol davis
     ("osvos2016", "bmx-trees"): (
-        0.5550951301189557, 0.7435897435897436, 0.30042273506882194,
-        0.7360966102256513, 0.9230769230769231, 0.23164964866138416),
+        0.5550951301189557,
+        0.7435897435897436,
+        0.30042273506882194,
+        0.7360966102256513,
+        0.9230769230769231,
+        0.23164964866138416,
+    ),
     ("osvos2016", "horsejump-high"): (
-        0.7798669999439616, 1.0, 0.2585197383292096, 0.8679502784955032, 1.0, 0.10936629658512675),
+        0.7798669999439616,
+        1.0,
+        0.2585197383292096,
+        0.8679502784955032,
+        1.0,
+        0.10936629658512675,
+    ),
     ("rgmp2016", "bmx-trees"): (
-        0.5262390816333621, 0.5897435897435898, 0.5584530878545453,
-        0.7450358792663818, 0.8333333333333334, 0.4567381884130428),
+        0.5262390816333621,
+        0.5897435897435898,
+        0.5584530878545453,
+        0.7450358792663818,
+        0.8333333333333334,
+        0.4567381884130428,
+    ),
     ("rgmp2016", "horsejump-high"): (
-        0.8688055863906404, 1.0, 0.05017640493697151, 0.9237538541632189, 1.0, 0.013182604705247014),
+        0.8688055863906404,
+        1.0,
+        0.05017640493697151,
+        0.9237538541632189,
+        1.0,
+        0.013182604705247014,
+    ),
     ("stm2016", "bmx-trees"): (
-        0.6647636786565965, 0.8205128205128205, 0.22455867737056012, 0.9124123750381995, 1.0, 0.054950561993556746),
+        0.6647636786565965,
+        0.8205128205128205,
+        0.22455867737056012,
+        0.9124123750381995,
+        1.0,
+        0.054950561993556746,
+    ),
     ("stm2016", "horsejump-high"): (
-        0.8968685572119481, 1.0, 0.04863891136081255, 0.9595099876683485, 1.0, -0.023617461852979527),
+        0.8968685572119481,
+        1.0,
+        0.04863891136081255,
+        0.9595099876683485,
+        1.0,
+        -0.023617461852979527,
+    ),
     ("osvos2017", "bmx-trees"): (
-        0.5405311330912367, 0.6538461538461539, 0.256088316146415,
-        0.7663408449507089, 0.8974358974358975, 0.2146414776018607),
+        0.5405311330912367,
+        0.6538461538461539,
+        0.256088316146415,
+        0.7663408449507089,
+        0.8974358974358975,
+        0.2146414776018607,
+    ),
     ("osvos2017", "horsejump-high"): (
-        0.7743906157088828, 1.0, 0.2509165372665805, 0.8723934655785391, 1.0, 0.08467975425840368),
+        0.7743906157088828,
+        1.0,
+        0.2509165372665805,
+        0.8723934655785391,
+        1.0,
+        0.08467975425840368,
+    ),
     ("rvos20_proposals", "bmx-trees"): (
-        0.2584225520489543, 0.1794871794871795, 0.0038366045558381745,
-        0.47136420015581804, 0.3974358974358974, 0.050961819515550066),
+        0.2584225520489543,
+        0.1794871794871795,
+        0.0038366045558381745,
+        0.47136420015581804,
+        0.3974358974358974,
+        0.050961819515550066,
+    ),
     ("rvos20_proposals", "horsejump-high"): (
-        0.5187760272462374, 0.4791666666666667, -0.16556585214057823,
-        0.6721297702588682, 0.9791666666666666, -0.10974844469906586),
+        0.5187760272462374,
+        0.4791666666666667,
+        -0.16556585214057823,
+        0.6721297702588682,
+        0.9791666666666666,
+        -0.10974844469906586,
+    ),
 }
 
 
 @pytest.mark.parametrize("system, sequence", FOREGROUND)
 def test_golden_foreground(data: Path, system: str, sequence: str):
-    report = evaluate(data / "clips/Annotations_union" / sequence, data / "clips/results" / system / sequence,
-                      foreground=True)
-    row, = report.per_object
+    report = evaluate(data / "clips/Annotations_union" / sequence, data / "clips/results" / system / sequence, foreground=True)
+    (row,) = report.per_object
     assert [row[name] for name in STATISTICS] == pytest.approx(FOREGROUND[system, sequence], **EXACT)
 
 
 LAGGED = {  # ground truth of `lag` frames before as the prediction, protocol davis, one line per object
     ("schoolgirls", 5): [
-        (0.34964596819050553, 0.21794871794871795, -0.026888913276076898,
-         0.46035842319959425, 0.34615384615384615, 0.02403250684569036),
+        (
+            0.34964596819050553,
+            0.21794871794871795,
+            -0.026888913276076898,
+            0.46035842319959425,
+            0.34615384615384615,
+            0.02403250684569036,
+        ),
         (0.5360512681644364, 0.6282051282051282, 0.10983243147356625, 0.9270063351744255, 1.0, 0.16321455939328544),
         (0.8206875593037248, 0.9102564102564102, 0.2295682351474584, 0.9450067141983016, 1.0, 0.17766649658097344),
         (0.15394060731926498, 0.05128205128205128, 0.11084193912447227, 0.5359847957471531, 0.5, 0.2891411022709376),
-        (0.43612672081329623, 0.46153846153846156, 0.4299153772753655,
-         0.5915350954981263, 0.6538461538461539, 0.2601301314517005),
-        (0.43807735182338275, 0.4358974358974359, 0.516132680989881,
-         0.7805521793018123, 0.8333333333333334, 0.5561800662345043),
-        (0.4601293678724032, 0.4230769230769231, 0.5828492411999002,
-         0.7877672112719357, 0.8589743589743589, 0.5164165841550046)],
-    ("puma-chair", 5): [
-        (0.6797158966718342, 1.0, -0.0023649950965509703, 0.8764312811392942, 1.0, -0.04053542508746055)],
+        (
+            0.43612672081329623,
+            0.46153846153846156,
+            0.4299153772753655,
+            0.5915350954981263,
+            0.6538461538461539,
+            0.2601301314517005,
+        ),
+        (
+            0.43807735182338275,
+            0.4358974358974359,
+            0.516132680989881,
+            0.7805521793018123,
+            0.8333333333333334,
+            0.5561800662345043,
+        ),
+        (
+            0.4601293678724032,
+            0.4230769230769231,
+            0.5828492411999002,
+            0.7877672112719357,
+            0.8589743589743589,
+            0.5164165841550046,
+        ),
+    ],
+    ("puma-chair", 5): [(0.6797158966718342, 1.0, -0.0023649950965509703, 0.8764312811392942, 1.0, -0.04053542508746055)],
     ("puma-chair", 10**6): [
-        (0.517057366169351, 0.46551724137931033, -0.2069369409304057, 0.8222157883589291, 1.0, -0.10992333596267256)],
+        (0.517057366169351, 0.46551724137931033, -0.2069369409304057, 0.8222157883589291, 1.0, -0.10992333596267256)
+    ],
 }
 
 
@@ -437,15 +539,20 @@ def test_golden_vos(data: Path, tmp_path: Path):
     results = data / "clips/results"
     report = evaluate(results / "osvos2017", results / "rvos20_proposals", "vos")
     assert [row["J"] for row in report.per_object] == pytest.approx(
-        [0.12822353791340022, 0.012948858893957981, 0.6101778054384027, 0.05744548205797894], **EXACT)
+        [0.12822353791340022, 0.012948858893957981, 0.6101778054384027, 0.05744548205797894], **EXACT
+    )
     assert [row["F"] for row in report.per_object] == pytest.approx(
-        [0.40784641887187756, 0.3404597298398705, 0.7413232085334579, 0.41497441773092075], **EXACT)
+        [0.40784641887187756, 0.3404597298398705, 0.7413232085334579, 0.41497441773092075], **EXACT
+    )
 
 
-@pytest.mark.parametrize("protocol, j, f, objects", [
-    ("davis", 0.22923787563282444, 0.25807493065051884, 38),  # horsejump-high's first frame has ids up to 18
-    ("vos", 0.24445366764057114, 0.27184886990738083, 40),
-])
+@pytest.mark.parametrize(
+    "protocol, j, f, objects",
+    [
+        ("davis", 0.22923787563282444, 0.25807493065051884, 38),  # horsejump-high's first frame has ids up to 18
+        ("vos", 0.24445366764057114, 0.27184886990738083, 40),
+    ],
+)
 def test_golden_many_objects(data: Path, protocol: str, j: float, f: float, objects: int):
     """Up to 20 instances as the ground truth, two objects predicted: ids missing, late and in other orders."""
     results = data / "clips/results"

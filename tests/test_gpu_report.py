@@ -29,4 +29,6 @@ def test_a_second_call_measures_what_is_missing(tmp_path):
     _, again = report(out, 1)
     assert again[: len(kept)] == kept
     count = Counter(json.dumps([row["table"], row.get("case"), row.get("batch"), row.get("proposals")]) for row in rows)
-    assert Counter(json.dumps([row["table"], row.get("case"), row.get("batch"), row.get("proposals")]) for row in again) == count
+    assert (
+        Counter(json.dumps([row["table"], row.get("case"), row.get("batch"), row.get("proposals")]) for row in again) == count
+    )

@@ -52,7 +52,16 @@ def test_contents(wheel):
     """One wheel for every Python 3; the package, its two guest rooms and the libraries; nothing of the tests."""
     assert wheel.name.startswith("dmm_fast-") and "-py3-none-linux_" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
-    for needed in ("lib/libdmm_cpu.so", "lib/build.json", "ops/match.py", "commands/main.py", "training/small.yaml", "py.typed", "kernels/match.py", "model/network.py"):
+    for needed in (
+        "lib/libdmm_cpu.so",
+        "lib/build.json",
+        "ops/match.py",
+        "commands/main.py",
+        "training/small.yaml",
+        "py.typed",
+        "kernels/match.py",
+        "model/network.py",
+    ):
         assert f"dmm_fast/{needed}" in names
     for needed in ("dmm-config.cmake", "dmm-config-version.cmake", "dmm/segmenter.h", "segmenter.cpp", "CMakeLists.txt"):
         assert f"dmm_fast/cpp/{needed}" in names

@@ -26,7 +26,11 @@ BELOW = {room: set().union(*FLOORS[number + 1 :]) for number, floor in enumerate
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name; `kernels/` and `model/` are installed inside it."""
     found = {}
-    for folder, name in ((ROOT / "dmm_fast", "dmm_fast"), (ROOT / "kernels", "dmm_fast.kernels"), (ROOT / "model", "dmm_fast.model")):
+    for folder, name in (
+        (ROOT / "dmm_fast", "dmm_fast"),
+        (ROOT / "kernels", "dmm_fast.kernels"),
+        (ROOT / "model", "dmm_fast.model"),
+    ):
         for path in folder.rglob("*.py"):
             parts = [name, *path.relative_to(folder).with_suffix("").parts]
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

@@ -23,8 +23,7 @@ struct Kernels {
   int64_t (*pack)(const uint8_t* bytes, int64_t words, uint64_t* bits);
   // counts[j] += popcount(a & b[j]) for M packed masks b, kWords apart, `words` of which are in use; b[j] is
   // empty where b_area[j] is 0.
-  void (*overlap)(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area,
-                  int64_t* counts);
+  void (*overlap)(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area, int64_t* counts);
 };
 
 inline __attribute__((always_inline)) void overlap_words(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M,
@@ -54,8 +53,7 @@ int64_t pack_portable(const uint8_t* bytes, int64_t words, uint64_t* bits) {
   return area;
 }
 
-void overlap_portable(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area,
-                      int64_t* counts) {
+void overlap_portable(const uint64_t* a, const uint64_t* b, int64_t words, int64_t M, const int64_t* b_area, int64_t* counts) {
   overlap_words(a, b, words, M, b_area, counts);
 }
 
@@ -97,8 +95,8 @@ DMM_AVX512 void overlap_avx512(const uint64_t* a, const uint64_t* b, int64_t wor
     if (b_area[j] == 0) continue;
     __m512i even = _mm512_setzero_si512(), odd = even;
     for (int64_t k = 0; k < words; k += 16) {  // the words past `words` are 0 up to a multiple of 16
-      even = _mm512_add_epi64(
-          even, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k), _mm512_loadu_si512(b + k))));
+      even =
+          _mm512_add_epi64(even, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k), _mm512_loadu_si512(b + k))));
       odd = _mm512_add_epi64(
           odd, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + k + 8), _mm512_loadu_si512(b + k + 8))));
     }
@@ -112,8 +110,7 @@ DMM_AVX512 void overlap_avx512(const uint64_t* a, const uint64_t* b, int64_t wor
 
 Kernels pick_kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq"))
-    return {pack_avx512, overlap_avx512};
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) return {pack_avx512, overlap_avx512};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) return {pack_avx2, overlap_avx2};
 #endif
   return {pack_portable, overlap_portable};
@@ -129,8 +126,8 @@ struct Tally {
       : both(N * M), a_area(N), b_area(M), a_bits(N * kWords), b_bits(M * kWords), a_here(N), b_here(M) {}
 };
 
-void pack_chunk(const Kernels& kernels, const uint8_t* masks, int64_t count, int64_t pixels, int64_t first,
-                uint64_t* bits, int64_t* here, int64_t* area) {
+void pack_chunk(const Kernels& kernels, const uint8_t* masks, int64_t count, int64_t pixels, int64_t first, uint64_t* bits,
+                int64_t* here, int64_t* area) {
   const int64_t length = std::min(kChunk, pixels - first);
   const int64_t whole = length / 64, rest = length % 64;
   for (int64_t i = 0; i < count; ++i, bits += kWords) {
@@ -157,10 +154,8 @@ void count_image(const Kernels& kernels, const MaskIouInputs& in, int64_t batch,
       for (int64_t chunk = chunks * task / tasks; chunk < chunks * (task + 1) / tasks; ++chunk) {
         const int64_t first = chunk * kChunk;
         const int64_t words = (std::min(kChunk, in.pixels - first) + 63) / 64;
-        pack_chunk(kernels, in.a_of(batch), N, in.pixels, first, tally.a_bits.data(), tally.a_here.data(),
-                   tally.a_area.data());
-        pack_chunk(kernels, in.b_of(batch), M, in.pixels, first, tally.b_bits.data(), tally.b_here.data(),
-                   tally.b_area.data());
+        pack_chunk(kernels, in.a_of(batch), N, in.pixels, first, tally.a_bits.data(), tally.a_here.data(), tally.a_area.data());
+        pack_chunk(kernels, in.b_of(batch), M, in.pixels, first, tally.b_bits.data(), tally.b_here.data(), tally.b_area.data());
         for (int64_t i = 0; i < N; ++i)
           if (tally.a_here[i])
             kernels.overlap(tally.a_bits.data() + i * kWords, tally.b_bits.data(), words, M, tally.b_here.data(),
@@ -193,12 +188,8 @@ Tensor mask_iou(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dmm, m) {
-  m.def(kMaskIouSchema);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(dmm, m) { m.def(kMaskIouSchema); }
 
-STABLE_TORCH_LIBRARY_IMPL(dmm, CPU, m) {
-  m.impl("mask_iou", TORCH_BOX(&mask_iou));
-}
+STABLE_TORCH_LIBRARY_IMPL(dmm, CPU, m) { m.impl("mask_iou", TORCH_BOX(&mask_iou)); }
 
 }  // namespace dmm

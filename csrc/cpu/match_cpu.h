@@ -112,11 +112,10 @@ void run_backward(const MatchKernels& kernels, const MatchInputs& in, const Tens
   const auto problem = problem_of<T>(in);
   const auto& kernel = kernels.in<T>();
   const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
-  for_groups<T>(in, kernel.lanes,
-                [&, g = data(grad), dc = data(grad_cost), dx = grad_init ? data(*grad_init) : nullptr,
-                 dlr = data(grad_lr)](bool across, int64_t first, int64_t last) {
-                  kernel.backward(problem, g, dc, dx, dlr, across, first, last);
-                });
+  for_groups<T>(
+      in, kernel.lanes,
+      [&, g = data(grad), dc = data(grad_cost), dx = grad_init ? data(*grad_init) : nullptr, dlr = data(grad_lr)](
+          bool across, int64_t first, int64_t last) { kernel.backward(problem, g, dc, dx, dlr, across, first, last); });
 }
 
 // (grad_cost, grad_lr), and grad_init where the op has a start.

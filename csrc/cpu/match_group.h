@@ -25,17 +25,24 @@ inline constexpr int kRowBlock = kVectorBytes == 64 ? 8 : 6;
 template <typename F>
 inline void for_row_blocks(int64_t N, const F& f) {
   int64_t r = 0;
-  for (; r + kRowBlock <= N; r += kRowBlock)
-    f(std::integral_constant<int, kRowBlock>{}, r);
+  for (; r + kRowBlock <= N; r += kRowBlock) f(std::integral_constant<int, kRowBlock>{}, r);
   switch (N - r) {
-    case 1: return f(std::integral_constant<int, 1>{}, r);
-    case 2: return f(std::integral_constant<int, 2>{}, r);
-    case 3: return f(std::integral_constant<int, 3>{}, r);
-    case 4: return f(std::integral_constant<int, 4>{}, r);
-    case 5: return f(std::integral_constant<int, 5>{}, r);
-    case 6: return f(std::integral_constant<int, 6>{}, r);
-    case 7: return f(std::integral_constant<int, 7>{}, r);
-    default: return;
+    case 1:
+      return f(std::integral_constant<int, 1>{}, r);
+    case 2:
+      return f(std::integral_constant<int, 2>{}, r);
+    case 3:
+      return f(std::integral_constant<int, 3>{}, r);
+    case 4:
+      return f(std::integral_constant<int, 4>{}, r);
+    case 5:
+      return f(std::integral_constant<int, 5>{}, r);
+    case 6:
+      return f(std::integral_constant<int, 6>{}, r);
+    case 7:
+      return f(std::integral_constant<int, 7>{}, r);
+    default:
+      return;
   }
 }
 
@@ -80,11 +87,9 @@ class Group {
       lr_[l] = any ? lr_of(b) : 0;
     }
     for (int64_t r = 0; r < N_; ++r)
-      for (int l = 0; l < W; ++l)
-        absent_rows[r][l] = r < n_[l] ? 0 : kInfinity;
+      for (int l = 0; l < W; ++l) absent_rows[r][l] = r < n_[l] ? 0 : kInfinity;
     for (int64_t k = 0; k < K_; ++k)
-      for (int l = 0; l < W; ++l)
-        absent_columns[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
+      for (int l = 0; l < W; ++l) absent_columns[k][l] = (lanes == Lanes::columns ? k * W + l : k) < m_[l] ? 0 : kInfinity;
   }
 
   // Copies the valid part of `source` into the vectors; 0 elsewhere.
@@ -94,14 +99,12 @@ class Group {
     if constexpr (lanes == Lanes::columns) {
       const T* problem = source + b_ * p_.N * p_.M;
       for (int64_t r = 0; r < n_[0]; ++r)
-        for (int64_t c = 0; c < m_[0]; c += W)
-          copy_lanes(lane + (c / W * N_ + r) * W, problem + r * p_.M + c, m_[0] - c);
+        for (int64_t c = 0; c < m_[0]; c += W) copy_lanes(lane + (c / W * N_ + r) * W, problem + r * p_.M + c, m_[0] - c);
     } else {
       for (int l = 0; l < W; ++l) {
         const T* problem = source + (b_ + l) * p_.N * p_.M;
         for (int64_t r = 0; r < n_[l]; ++r)
-          for (int64_t c = 0; c < m_[l]; ++c)
-            lane[(c * N_ + r) * W + l] = problem[r * p_.M + c];
+          for (int64_t c = 0; c < m_[l]; ++c) lane[(c * N_ + r) * W + l] = problem[r * p_.M + c];
       }
     }
   }
@@ -120,8 +123,7 @@ class Group {
             copy_lanes(row + c, reinterpret_cast<const T*>(&value), valid - c);
           }
         } else {
-          for (int64_t c = 0; c < valid; ++c)
-            row[c] = lane[(c * N_ + r) * W + l] + poison_[l];
+          for (int64_t c = 0; c < valid; ++c) row[c] = lane[(c * N_ + r) * W + l] + poison_[l];
         }
         std::memset(row + valid, 0, (p_.M - valid) * sizeof(T));
       }
@@ -131,8 +133,7 @@ class Group {
   // The gradient of lr, one number per problem.
   void store_grad_lr(V sum, T* grad_lr) const {
     sum += poison_;
-    for (int l = 0; l < problems_; ++l)
-      grad_lr[b_ + l] = n_[l] ? sum[l] : 0;
+    for (int l = 0; l < problems_; ++l) grad_lr[b_ + l] = n_[l] ? sum[l] : 0;
   }
 
   static V sum_row(V partial) {
@@ -159,8 +160,7 @@ class Group {
     if (count >= W)
       std::memcpy(target, source, sizeof(V));
     else
-      for (int64_t i = 0; i < count; ++i)
-        target[i] = source[i];
+      for (int64_t i = 0; i < count; ++i) target[i] = source[i];
   }
 };
 
@@ -182,8 +182,8 @@ constexpr MatchKernelsOf<T> kernels_for() {
           }};
 }
 
-// The kernels of a solver with both meanings of a lane. Solvers need different names, even in anonymous namespaces: GCC 12 gives
-// what a template template argument instantiates external linkage.
+// The kernels of a solver with both meanings of a lane. Solvers need different names, even in anonymous namespaces: GCC 12
+// gives what a template template argument instantiates external linkage.
 template <template <typename, Lanes> class Solver>
 constexpr MatchKernels kernels_of() {
   return {kernels_for<Solver, float>(), kernels_for<Solver, double>()};

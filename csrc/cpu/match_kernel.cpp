@@ -15,8 +15,8 @@ template <typename T, Lanes lanes>
 class Solver : Group<T, lanes> {
   using Base = Group<T, lanes>;
   using V = typename Base::V;
-  using Base::W, Base::p_, Base::N_, Base::K_, Base::n_, Base::m_, Base::lr_, Base::poison_;
   using Base::enter, Base::gather, Base::store, Base::store_grad_lr, Base::sum_row;
+  using Base::W, Base::p_, Base::N_, Base::K_, Base::n_, Base::m_, Base::lr_, Base::poison_;
 
  public:
   // Mask bits of a backward are kept for as many outer steps as fit here (half of a common L2 cache); longer runs are cut
@@ -31,10 +31,8 @@ class Solver : Group<T, lanes> {
     const T scale = static_cast<T>(output_scale(p_.options));
     for (int64_t group = first; group < last; ++group) {
       load(group);
-      for (int64_t step = 0; step < p_.options.n_grad; ++step)
-        outer_step<false>(nullptr);
-      for (int64_t i = 0; i < K_ * N_; ++i)
-        total_[i] *= scale;
+      for (int64_t step = 0; step < p_.options.n_grad; ++step) outer_step<false>(nullptr);
+      for (int64_t i = 0; i < K_ * N_; ++i) total_[i] *= scale;
       store(total_, out);
     }
   }
@@ -45,7 +43,7 @@ class Solver : Group<T, lanes> {
     int64_t segment = static_cast<int64_t>(kMaskBytes / (step_bits * sizeof(Bits)));  // outer steps whose masks are kept
     segment = segment < 1 ? 1 : segment > options.n_grad ? options.n_grad : segment;
     const int64_t newest = (options.n_grad - 1) / segment;  // the last segment, which may be shorter
-    const int64_t snapshots = newest > 0 ? newest - 1 : 0;   // starts of segments 1 .. newest - 1
+    const int64_t snapshots = newest > 0 ? newest - 1 : 0;  // starts of segments 1 .. newest - 1
     const size_t state = state_vectors();
     const size_t vectors = forward_vectors() + backward_vectors() + snapshots * state;
     Scratch scratch(sizeof(V) * vectors + sizeof(Bits) * step_bits * segment);
@@ -57,8 +55,7 @@ class Solver : Group<T, lanes> {
       load_grad(grad);
       for (int64_t i = 0; i < newest; ++i) {
         if (i > 0) std::memcpy(static_cast<void*>(saved + (i - 1) * state), y0_, state * sizeof(V));
-        for (int64_t step = 0; step < segment; ++step)
-          outer_step<false>(nullptr);
+        for (int64_t step = 0; step < segment; ++step) outer_step<false>(nullptr);
       }
       for (int64_t i = newest; i >= 0; --i) {
         if (i == 0 && newest > 0)
@@ -66,8 +63,7 @@ class Solver : Group<T, lanes> {
         else if (i < newest)
           std::memcpy(static_cast<void*>(y0_), saved + (i - 1) * state, state * sizeof(V));
         const int64_t steps = i < newest ? segment : options.n_grad - i * segment;
-        for (int64_t step = 0; step < steps; ++step)
-          outer_step<true>(bits + step * step_bits);
+        for (int64_t step = 0; step < steps; ++step) outer_step<true>(bits + step * step_bits);
         for (int64_t step = steps - 1; step >= 0; --step)
           outer_step_backward(bits + step * step_bits, i == newest && step == steps - 1);
       }
@@ -103,8 +99,7 @@ class Solver : Group<T, lanes> {
     enter(group, u_start_, v_start_);
     for (int l = 0; l < W; ++l) {
       inv_n_[l] = n_[l] ? T(1) / static_cast<T>(n_[l]) : 0;
-      for (int64_t r = 0; r < N_; ++r)
-        inv_m_[r][l] = r < n_[l] ? T(1) / static_cast<T>(m_[l]) : 0;
+      for (int64_t r = 0; r < N_; ++r) inv_m_[r][l] = r < n_[l] ? T(1) / static_cast<T>(m_[l]) : 0;
     }
     gather(p_.cost, cost_);
     if (p_.init)
@@ -112,8 +107,7 @@ class Solver : Group<T, lanes> {
     else
       std::memset(static_cast<void*>(init_), 0, K_ * N_ * sizeof(V));
     poison_ = V{};
-    for (int64_t i = 0; i < K_ * N_; ++i)
-      poison_ += cost_[i] * 0 + init_[i] * 0, cost_[i] *= lr_;
+    for (int64_t i = 0; i < K_ * N_; ++i) poison_ += cost_[i] * 0 + init_[i] * 0, cost_[i] *= lr_;
     poison_ = sum_row(poison_) + lr_ * 0;
     begin();
   }
@@ -178,9 +172,8 @@ class Solver : Group<T, lanes> {
     const V* v = first_v();
     for (int64_t round = 1; round <= p_.options.n_proj; ++round) {
       V shift = V{};
-      for_row_blocks(N_, [&](auto rows, int64_t first) {
-        shift += update_rows<rows>(u_ + first, row_sum_ + first, inv_m_ + first);
-      });
+      for_row_blocks(
+          N_, [&](auto rows, int64_t first) { shift += update_rows<rows>(u_ + first, row_sum_ + first, inv_m_ + first); });
       shift *= inv_n_;
       for_row_blocks(N_, [&](auto rows, int64_t first) {
         if (round < p_.options.n_proj)
@@ -276,8 +269,7 @@ class Solver : Group<T, lanes> {
   void load_grad(const T* grad) {
     gather(grad, grad_);
     const T scale = static_cast<T>(output_scale(p_.options));
-    for (int64_t i = 0; i < K_ * N_; ++i)
-      grad_[i] *= scale, dx_[i] = dy_[i] = dz_sum_[i] = V{};
+    for (int64_t i = 0; i < K_ * N_; ++i) grad_[i] *= scale, dx_[i] = dy_[i] = dz_sum_[i] = V{};
     for (int64_t k = 0; k < K_; ++k) dv_[k] = V{};
     for (int64_t r = 0; r < N_; ++r) du_[r] = V{};
   }
@@ -335,9 +327,8 @@ class Solver : Group<T, lanes> {
           round_backward<rows, false>(first, bits, du_ + first, drow_ + first);
       });
       const V ds_sum = columns_backward(bits + K_ * N_);
-      for_row_blocks(N_, [&](auto rows, int64_t first) {
-        rows_backward<rows>(du_ + first, ds_sum, inv_m_ + first, drow_ + first);
-      });
+      for_row_blocks(
+          N_, [&](auto rows, int64_t first) { rows_backward<rows>(du_ + first, ds_sum, inv_m_ + first, drow_ + first); });
     }
   }
 
@@ -390,8 +381,7 @@ class Solver : Group<T, lanes> {
   void finish_grad(T* grad_cost, T* grad_init, T* grad_lr) {
     const bool counts = p_.options.carry && !p_.options.last;
     if (p_.options.carry)
-      for (int64_t i = 0; i < K_ * N_; ++i)
-        dx_[i] += counts ? dy_[i] + grad_[i] : dy_[i];
+      for (int64_t i = 0; i < K_ * N_; ++i) dx_[i] += counts ? dy_[i] + grad_[i] : dy_[i];
     store(dx_, grad_init);
 
     gather(p_.cost, cost_);

@@ -31,9 +31,9 @@ struct MatchKernels {
 };
 
 // prices_kernels: dmm::match_prices, which has no start (grad_init is null).
-#define DMM_DECLARE_KERNELS(isa)                             \
-  namespace isa {                                            \
-  extern const MatchKernels match_kernels, prices_kernels;   \
+#define DMM_DECLARE_KERNELS(isa)                           \
+  namespace isa {                                          \
+  extern const MatchKernels match_kernels, prices_kernels; \
   }
 DMM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

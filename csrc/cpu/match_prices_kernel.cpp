@@ -31,8 +31,8 @@ template <typename T, Lanes lanes>
 class PricesSolver : Group<T, lanes> {
   using Base = Group<T, lanes>;
   using V = typename Base::V;
-  using Base::W, Base::kInfinity, Base::p_, Base::N_, Base::K_, Base::lr_, Base::poison_;
   using Base::enter, Base::gather, Base::store, Base::store_grad_lr, Base::sum_row;
+  using Base::W, Base::kInfinity, Base::p_, Base::N_, Base::K_, Base::lr_, Base::poison_;
 
  public:
   explicit PricesSolver(const MatchProblem<T>& problem) : Base(problem) {}
@@ -48,8 +48,7 @@ class PricesSolver : Group<T, lanes> {
       for (int64_t i = 0; i < K_ * N_; ++i) total_[i] = V{};
       for (int64_t step = 1; step <= options.n_grad; ++step) {
         const V t = sharpness(step), e = 1 / t;
-        for (int64_t round = 1; round < options.n_proj; ++round)
-          take_round<false>(e, V{}, bits, bits);
+        for (int64_t round = 1; round < options.n_proj; ++round) take_round<false>(e, V{}, bits, bits);
         if (step == options.n_grad || !options.last)
           take_round<true>(e, t * scale, bits, bits);
         else
@@ -69,8 +68,7 @@ class PricesSolver : Group<T, lanes> {
     for (int64_t group = first; group < last; ++group) {
       load(group);
       begin(bits);
-      for (int64_t i = 0; i < rounds; ++i)
-        take_round<false>(1 / sharpness(i / n_proj + 1), V{}, at(i), at(i + 1));
+      for (int64_t i = 0; i < rounds; ++i) take_round<false>(1 / sharpness(i / n_proj + 1), V{}, at(i), at(i + 1));
       begin_backward(grad);
       undo_round<true>(sharpness(p_.options.n_grad) * scale, at(rounds), at(rounds - 1));
       for (int64_t i = rounds - 1; i > 0; --i) {

@@ -119,8 +119,7 @@ void forward(const PasteInputs& in, T* out) {
     std::vector<T> pasted(in.W);
     for (int64_t top = begin * kBandRows; top < std::min(in.H, end * kBandRows); top += kBandRows) {
       const int64_t bottom = std::min(in.H, top + kBandRows);
-      for (int64_t i = 0; i < in.N; ++i)
-        std::fill(out + (i * in.H + top) * in.W, out + (i * in.H + bottom) * in.W, T(0));
+      for (int64_t i = 0; i < in.N; ++i) std::fill(out + (i * in.H + top) * in.W, out + (i * in.H + bottom) * in.W, T(0));
       for (int64_t y = top; y < bottom; ++y)
         for (const Stretched<T>& mask : used)
           if (mask.y.begin <= y && y < mask.y.end) add_row(in, mask, y, out + y * in.W, pasted.data());
@@ -194,23 +193,19 @@ void backward(const PasteBackwardInputs& in, T* grad_assignment, T* grad_masks) 
       }
       for (int64_t y = top; y < bottom; ++y)
         for (auto& proposal : proposals) proposal.add_row(in, y, grad + y * in.W);
-      for (int64_t j = first; j < last; ++j)
-        proposals[j - first].finish(in, j, grad_assignment, grad_masks + j * in.S * in.S);
+      for (int64_t j = first; j < last; ++j) proposals[j - first].finish(in, j, grad_assignment, grad_masks + j * in.S * in.S);
     }
   });
 }
 
-bool is_half(ScalarType type) {
-  return type == ScalarType::Half || type == ScalarType::BFloat16;
-}
+bool is_half(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
 
 // Half types are stored, never computed in.
 Tensor to_compute(const Tensor& tensor) {
   return is_half(tensor.scalar_type()) ? torch::stable::to(tensor, ScalarType::Float) : tensor;
 }
 
-Tensor paste_combine(const Tensor& assignment, const Tensor& masks, const Tensor& boxes, int64_t height,
-                     int64_t width) {
+Tensor paste_combine(const Tensor& assignment, const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width) {
   PasteInputs in = check_paste("dmm::paste_combine", assignment, masks, boxes, height, width);
   const ScalarType type = assignment.scalar_type();
   in.assignment = to_compute(in.assignment);

@@ -72,14 +72,12 @@ inline V relu(V a) {
 template <typename V>
 inline Bits positive(V a) {
   Bits bits = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i)
-    bits |= static_cast<Bits>((a[i] > 0) << i);
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) bits |= static_cast<Bits>((a[i] > 0) << i);
   return bits;
 }
 template <typename V>
 inline V keep(Bits bits, V a) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i)
-    a[i] = bits >> i & 1 ? a[i] : 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = bits >> i & 1 ? a[i] : 0;
   return a;
 }
 

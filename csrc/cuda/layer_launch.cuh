@@ -1,5 +1,5 @@
-// How the matching layers are launched: which kernel for which problem, its threads, its scratch. Pointers, sizes and a stream; no
-// torch. A layer is a struct with what is its own:
+// How the matching layers are launched: which kernel for which problem, its threads, its scratch. Pointers, sizes and a stream;
+// no torch. A layer is a struct with what is its own:
 //   sizes_forward(p), sizes_backward(p)       GeneralSizes of a block of its general kernels
 //   forward_kernel<T>, backward_kernel<T>     those kernels, for any size and for float64
 //   registers_forward(p, out, stream)                        its kernels for problems that fit into registers
@@ -26,8 +26,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int6
             cudaStream_t stream, Arguments... arguments) {
   constexpr int64_t kWithoutAsking = 48 << 10;
   if (own_bytes + shared_bytes > kWithoutAsking)
-    check_cuda("dmm: matching layer", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes)));
+    check_cuda("dmm: matching layer",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   launch_kernel("dmm: matching layer", kernel, dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), shared_bytes,
                 stream, arguments...);
 }

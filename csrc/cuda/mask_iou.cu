@@ -13,8 +13,7 @@ Tensor mask_iou(const Tensor& a, const Tensor& b) {
   Tensor result = in.new_result();
   if (result.numel() == 0) return result;
   iou::Problem p{in.a_of(0), in.b_of(0), static_cast<float*>(result.data_ptr()), nullptr, in.B, in.N, in.M, in.pixels};
-  DMM_CHECK(p.blocks() < (int64_t{1} << 31), op, ": too many masks for one call, got ", shape_of(a), " and ",
-            shape_of(b));
+  DMM_CHECK(p.blocks() < (int64_t{1} << 31), op, ": too many masks for one call, got ", shape_of(a), " and ", shape_of(b));
   const Tensor scratch =
       torch::stable::new_empty(a, {p.tile_count() * static_cast<int64_t>(sizeof(iou::TileCounts))}, ScalarType::Byte);
   p.tiles = static_cast<iou::TileCounts*>(scratch.data_ptr());
@@ -24,8 +23,6 @@ Tensor mask_iou(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dmm, CUDA, m) {
-  m.impl("mask_iou", TORCH_BOX(&mask_iou));
-}
+STABLE_TORCH_LIBRARY_IMPL(dmm, CUDA, m) { m.impl("mask_iou", TORCH_BOX(&mask_iou)); }
 
 }  // namespace dmm

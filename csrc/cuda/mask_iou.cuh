@@ -158,8 +158,8 @@ inline void mask_iou(const char* op, const Problem& p, cudaStream_t stream) {
   const auto on_16_bytes = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const bool vector = p.pixels % 16 == 0 && on_16_bytes(p.a) && on_16_bytes(p.b);
   check_cuda(op, cudaMemsetAsync(p.tiles, 0, p.tile_count() * sizeof(TileCounts), stream));
-  launch_kernel(op, vector ? mask_iou_kernel<true> : mask_iou_kernel<false>, dim3(static_cast<unsigned>(p.blocks())),
-                kThreads, 0, stream, p);
+  launch_kernel(op, vector ? mask_iou_kernel<true> : mask_iou_kernel<false>, dim3(static_cast<unsigned>(p.blocks())), kThreads,
+                0, stream, p);
 }
 
 }  // namespace dmm::iou

@@ -7,8 +7,8 @@ namespace dmm::cuda {
 namespace {
 
 Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::optional<Tensor>& num_templates,
-             const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
-             int64_t n_proj, double lr, bool carry, bool last) {
+             const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
+             double lr, bool carry, bool last) {
   const CurrentStream current(cost);
   const MatchInputs in =
       check_match("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last});
@@ -17,12 +17,11 @@ Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::o
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tensor& cost,
-                                                  const std::optional<Tensor>& init,
+std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tensor& cost, const std::optional<Tensor>& init,
                                                   const std::optional<Tensor>& num_templates,
                                                   const std::optional<Tensor>& num_proposals,
-                                                  const std::optional<Tensor>& lr_tensor, int64_t n_grad,
-                                                  int64_t n_proj, double lr, bool carry, bool last) {
+                                                  const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
+                                                  double lr, bool carry, bool last) {
   constexpr const char* op = "dmm::match_backward";
   const CurrentStream current(cost);
   const MatchInputs in =
@@ -34,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tens
   if (in.empty()) return {grad_cost, grad_init, torch::stable::new_zeros(cost, {in.B}, accumulate)};
   Tensor grad_lr = torch::stable::new_empty(cost, {in.B}, accumulate);
   backward<Match>(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), grad_init.data_ptr(), grad_lr.data_ptr()},
-           current.stream, Scratch(cost));
+                  current.stream, Scratch(cost));
   return {grad_cost, grad_init, grad_lr};
 }
 

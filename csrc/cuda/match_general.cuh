@@ -80,11 +80,7 @@ struct Cursor {
 
 template <typename T>
 struct General {
-  enum class From {
-    start,
-    shifted,
-    duals
-  };  // what x of a round is: y0, relu(y0 + lr C - u - v) - lr C, relu(y0 - u - v)
+  enum class From { start, shifted, duals };  // what x of a round is: y0, relu(y0 + lr C - u - v) - lr C, relu(y0 - u - v)
 
   const Problem& p;
   int64_t n, m, b, offset;

@@ -20,8 +20,7 @@ struct Register {
     return p.options.n_proj * Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)};
   }
   static int64_t shared_bytes_for_masks() {
-    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-           kBackwardSharedFloats<N, kLanes, K> * int64_t{sizeof(float)};
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kBackwardSharedFloats<N, kLanes, K> * int64_t{sizeof(float)};
   }
   static bool masks_fit(const Problem& p) { return step_bytes(p) <= shared_bytes_for_masks(); }
 
@@ -43,8 +42,8 @@ struct Register {
       segments = {static_cast<int>(steps), static_cast<int>(count),
                   static_cast<float*>(allocate(floats * int64_t{sizeof(float)}))};
     }
-    launch(register_backward_kernel<N, kLanes, K>, blocks, kWarp, own_bytes, steps * step_bytes, stream, p, out,
-           segments, groups(p));
+    launch(register_backward_kernel<N, kLanes, K>, blocks, kWarp, own_bytes, steps * step_bytes, stream, p, out, segments,
+           groups(p));
   }
 };
 

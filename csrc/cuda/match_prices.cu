@@ -10,15 +10,14 @@ namespace dmm::cuda {
 namespace {
 
 MatchInputs check_prices(const char* op, const Tensor& cost, const std::optional<Tensor>& num_templates,
-                         const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor,
-                         int64_t n_grad, int64_t n_proj, double lr, bool last) {
+                         const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
+                         int64_t n_proj, double lr, bool last) {
   return check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
                      {n_grad, n_proj, lr, /*carry=*/false, last});
 }
 
-Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates,
-                    const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
-                    int64_t n_proj, double lr, bool last) {
+Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,
+                    const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj, double lr, bool last) {
   const CurrentStream current(cost);
   const MatchInputs in =
       check_prices("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
@@ -30,8 +29,8 @@ Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templat
 std::tuple<Tensor, Tensor> match_prices_backward(const Tensor& grad, const Tensor& cost,
                                                  const std::optional<Tensor>& num_templates,
                                                  const std::optional<Tensor>& num_proposals,
-                                                 const std::optional<Tensor>& lr_tensor, int64_t n_grad,
-                                                 int64_t n_proj, double lr, bool last) {
+                                                 const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
+                                                 double lr, bool last) {
   constexpr const char* op = "dmm::match_prices_backward";
   const CurrentStream current(cost);
   const MatchInputs in = check_prices(op, cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
@@ -40,8 +39,8 @@ std::tuple<Tensor, Tensor> match_prices_backward(const Tensor& grad, const Tenso
   const ScalarType accumulate = accumulate_type(cost.scalar_type());
   if (in.empty()) return {grad_cost, torch::stable::new_zeros(cost, {in.B}, accumulate)};
   Tensor grad_lr = torch::stable::new_empty(cost, {in.B}, accumulate);
-  backward<prices::MatchPrices>(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), nullptr, grad_lr.data_ptr()}, current.stream,
-                   Scratch(cost));
+  backward<prices::MatchPrices>(problem_on_device(in), {g.data_ptr(), grad_cost.data_ptr(), nullptr, grad_lr.data_ptr()},
+                                current.stream, Scratch(cost));
   return {grad_cost, grad_lr};
 }
 

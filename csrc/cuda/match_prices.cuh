@@ -33,12 +33,8 @@ struct Warp {
     int shift;  // slot j of a lane may hold row j ^ p (match_registers.cuh), so its byte is j ^ p as well
 
     __device__ __forceinline__ explicit RowCounts(int lane) : shift(lane / (kWarp / 4) * 8) {}
-    __device__ __forceinline__ int shift_of(int r) const {
-      return r < Shape::kQuadRows ? r % 4 * 8 ^ shift : r % 4 * 8;
-    }
-    __device__ __forceinline__ void add(int r, int count) {
-      packed[r / 4] += static_cast<unsigned>(count) << shift_of(r);
-    }
+    __device__ __forceinline__ int shift_of(int r) const { return r < Shape::kQuadRows ? r % 4 * 8 ^ shift : r % 4 * 8; }
+    __device__ __forceinline__ void add(int r, int count) { packed[r / 4] += static_cast<unsigned>(count) << shift_of(r); }
     __device__ __forceinline__ void sum_lanes() {
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) packed[q] = __reduce_add_sync(kAllLanes, packed[q]);
@@ -291,8 +287,7 @@ __global__ void __launch_bounds__(kWarp, 1) backward_kernel(Problem p, Gradients
   __shared__ float memory[Stage::kSharedFloats];
   const int n_grad = static_cast<int>(p.options.n_grad), n_proj = static_cast<int>(p.options.n_proj);
   const int64_t block_words = int64_t{n_grad} * n_proj * W::Shape::kWords * kWarp;
-  Word* const words =
-      scratch ? static_cast<Word*>(scratch) + blockIdx.x * block_words : reinterpret_cast<Word*>(shared_memory);
+  Word* const words = scratch ? static_cast<Word*>(scratch) + blockIdx.x * block_words : reinterpret_cast<Word*>(shared_memory);
   const LaneMemory<Word> kept{words + threadIdx.x};
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
     Arena arena{memory};
@@ -343,16 +338,13 @@ struct GeneralSolver {
   const int64_t words;                   // of a row's bits
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-  __device__ GeneralSolver(const Problem& problem, Cursor<T>& cursor)
-      : p(problem), words((problem.M + 31) / 32) {
+  __device__ GeneralSolver(const Problem& problem, Cursor<T>& cursor) : p(problem), words((problem.M + 31) / 32) {
     gain = cursor.take(p.N * p.M), total = cursor.take(p.N * p.M);
     a = cursor.take(p.N), a_next = cursor.take(p.N), d = cursor.take(p.N), b = cursor.take(p.M);
   }
 
   __device__ int64_t index(int64_t r, int64_t c) const { return offset + r * p.M + c; }
-  __device__ T t(int64_t step) const {
-    return sharpness(lr, static_cast<T>(step), static_cast<T>(p.options.n_grad));
-  }
+  __device__ T t(int64_t step) const { return sharpness(lr, static_cast<T>(step), static_cast<T>(p.options.n_grad)); }
   __device__ T point(int64_t r, int64_t c) const {
     const T value = gain[r * m + c] - a[r] - b[c];
     return value > 0 ? value : T(0);
@@ -477,8 +469,7 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
   const int64_t bytes = sizes.template array_bytes<T>();
   Cursor<T> cursor{reinterpret_cast<T*>(scratch ? scratch + blockIdx.x * bytes : shared_memory)};
   GeneralSolver<T> solve(p, cursor);
-  T *const da = cursor.take(p.N), *const dd = cursor.take(p.N), *const db = cursor.take(p.M),
-           *const ds = cursor.take(p.M);
+  T *const da = cursor.take(p.N), *const dd = cursor.take(p.N), *const db = cursor.take(p.M), *const ds = cursor.take(p.M);
   T *const dcost = solve.gain, *const g = solve.total;  // from the end of the forward on
   auto* const bits = reinterpret_cast<uint32_t*>(cold + blockIdx.x * sizes.template cold_bytes<T>());
   const int64_t n_grad = p.options.n_grad, n_proj = p.options.n_proj, round_words = (p.N + 1) * solve.words;
@@ -525,8 +516,7 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
 
     for (int64_t step = n_grad, round = n_grad * n_proj; step >= 1; --step) {
       const T weight = solve.t(step) * static_cast<T>(p.scale);
-      if (!p.options.last || step == n_grad)
-        arrive(round, [&](int64_t, int64_t, int64_t i) { return weight * g[i]; });
+      if (!p.options.last || step == n_grad) arrive(round, [&](int64_t, int64_t, int64_t i) { return weight * g[i]; });
       for (int64_t i = 0; i < n_proj; ++i) {
         const uint32_t* const at = bits + --round * round_words;
         const auto bit = [&](int64_t r, int64_t c) { return (at[r * solve.words + c / 32] >> (c % 32) & 1u) != 0; };

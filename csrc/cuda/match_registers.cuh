@@ -107,9 +107,7 @@ struct RowSum {
   }
 };
 
-__device__ __forceinline__ float from_lane(float value, int distance) {
-  return __shfl_xor_sync(kAllLanes, value, distance);
-}
+__device__ __forceinline__ float from_lane(float value, int distance) { return __shfl_xor_sync(kAllLanes, value, distance); }
 
 // All-reduce of one value over the lanes of a problem.
 template <int kLanes>
@@ -181,9 +179,7 @@ struct Place {
   }
   __device__ __forceinline__ int column_of(int k) const { return k * kLanes + lane; }
   __device__ __forceinline__ bool present(int slot, int k) const { return row_of(slot) < n && column_of(k) < m; }
-  __device__ __forceinline__ int64_t index(int slot, int k) const {
-    return (b * p.N + row_of(slot)) * p.M + column_of(k);
-  }
+  __device__ __forceinline__ int64_t index(int slot, int k) const { return (b * p.N + row_of(slot)) * p.M + column_of(k); }
 
   // Copies the problem between a tensor and memory of the lane, `stage`, element (slot, k) at slot * K + k. Loops stay
   // rolled: what follows the element type is kept small, and a batch of loads is in flight at a time. No tensor: zeros.
@@ -241,9 +237,7 @@ template <int N, int K>
 struct Grid<N, K, false> {
   static constexpr int kSharedFloats = N * K * kWarp;
   LaneMemory<float> value;
-  __device__ __forceinline__ explicit Grid(Arena& arena) : value{arena.next + threadIdx.x} {
-    arena.next += kSharedFloats;
-  }
+  __device__ __forceinline__ explicit Grid(Arena& arena) : value{arena.next + threadIdx.x} { arena.next += kSharedFloats; }
   __device__ __forceinline__ float& operator()(int r, int k = 0) const { return value[r * K + k]; }
 };
 
@@ -265,8 +259,8 @@ struct Solver {
   using CostRow = Grid<N, 1, kRoomForCost>;
   using CostColumn = Grid<1, K, kRoomForCost>;
   using RowDual = Grid<N, 1, Shape::kRoomy>;
-  static constexpr int kSharedFloats = Stage::kSharedFloats + Cost::kSharedFloats + CostRow::kSharedFloats +
-                                       CostColumn::kSharedFloats + RowDual::kSharedFloats;
+  static constexpr int kSharedFloats =
+      Stage::kSharedFloats + Cost::kSharedFloats + CostRow::kSharedFloats + CostColumn::kSharedFloats + RowDual::kSharedFloats;
 
   const Place<N, kLanes, K>& at;
   const bool carry;
@@ -589,12 +583,9 @@ __global__ void __launch_bounds__(kWarp, 1)
 #pragma unroll
     for (int w = 0; w < Shape::kWords; ++w) words[w] = masks[round * Shape::kWords + w];
   };
-  float* const scratch =
-      segments.scratch + blockIdx.x * (newest * Shape::kSnapshot + Shape::kPending) * kWarp + threadIdx.x;
+  float* const scratch = segments.scratch + blockIdx.x * (newest * Shape::kSnapshot + Shape::kPending) * kWarp + threadIdx.x;
   const LaneMemory<float> pending{scratch + newest * Shape::kSnapshot * kWarp};
-  const auto snapshot_of = [&](int segment) {
-    return LaneMemory<float>{scratch + (segment - 1) * Shape::kSnapshot * kWarp};
-  };
+  const auto snapshot_of = [&](int segment) { return LaneMemory<float>{scratch + (segment - 1) * Shape::kSnapshot * kWarp}; };
 
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const Place<N, kLanes, K> at(p, group);

@@ -38,8 +38,7 @@ paste::Problem<T, C> problem_of(const PasteInputs& in) {
           static_cast<int>(in.W)};
 }
 
-Tensor paste_combine(const Tensor& assignment, const Tensor& masks, const Tensor& boxes, int64_t height,
-                     int64_t width) {
+Tensor paste_combine(const Tensor& assignment, const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width) {
   constexpr const char* op = "dmm::paste_combine";
   const PasteInputs in = check_paste(op, assignment, masks, boxes, height, width);
   const CurrentStream current(assignment);
@@ -59,19 +58,16 @@ std::tuple<Tensor, Tensor> paste_combine_backward(const Tensor& grad, const Tens
   constexpr const char* op = "dmm::paste_combine_backward";
   const PasteBackwardInputs in = check_paste_backward(grad, assignment, masks, boxes);
   DMM_CHECK(in.S <= 4096, op, ": S must be at most 4096 on CUDA, got ", in.S);
-  DMM_CHECK(in.M * in.S < kMaxBlocks && in.M * in.N < kMaxBlocks, op, ": too many masks for one call, got ",
-            shape_of(masks));
+  DMM_CHECK(in.M * in.S < kMaxBlocks && in.M * in.N < kMaxBlocks, op, ": too many masks for one call, got ", shape_of(masks));
   const CurrentStream current(assignment);
   Tensor grad_assignment = torch::stable::new_empty(in.assignment, {in.N, in.M});
   Tensor grad_masks = torch::stable::new_empty(in.masks, {in.M, in.S, in.S});
-  const Tensor parts =
-      torch::stable::new_empty(in.boxes, {in.M, in.S, in.N});  // boxes hold the type that is computed in
+  const Tensor parts = torch::stable::new_empty(in.boxes, {in.M, in.S, in.N});  // boxes hold the type that is computed in
   for_type(assignment.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
-    paste::backward(op, problem_of<T, C>(in), static_cast<const T*>(in.grad.data_ptr()),
-                    static_cast<C*>(parts.data_ptr()), static_cast<T*>(grad_assignment.data_ptr()),
-                    static_cast<T*>(grad_masks.data_ptr()), current.stream);
+    paste::backward(op, problem_of<T, C>(in), static_cast<const T*>(in.grad.data_ptr()), static_cast<C*>(parts.data_ptr()),
+                    static_cast<T*>(grad_assignment.data_ptr()), static_cast<T*>(grad_masks.data_ptr()), current.stream);
   });
   return {grad_assignment, grad_masks};
 }

@@ -141,11 +141,10 @@ __device__ __forceinline__ C warp_sum(C value) {
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const Problem<T, C> p, const T* __restrict__ grad,
-                                                            C* __restrict__ parts, T* __restrict__ grad_masks) {
-  C* cells =
-      reinterpret_cast<C*>(shared_memory);  // [S]: this block's row of dMask; cell t belongs to thread t % kThreads
-  __shared__ C combined[kThreads];          // sum_i X_i v_i[x] for the pixels of one step
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const Problem<T, C> p, const T* __restrict__ grad, C* __restrict__ parts, T* __restrict__ grad_masks) {
+  C* cells = reinterpret_cast<C*>(shared_memory);  // [S]: this block's row of dMask; cell t belongs to thread t % kThreads
+  __shared__ C combined[kThreads];                 // sum_i X_i v_i[x] for the pixels of one step
   __shared__ C warp_parts[kWarps][kGradGroup];
 
   const int64_t j = blockIdx.x / p.S;
@@ -191,8 +190,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Problem<T, C> 
         int begin, end;
         pixels_of_cell(ax, t, begin, end);
         C cell = cells[t];
-        for (int at = max(begin, step); at < min(end, step + kThreads); ++at)
-          cell += ax.tent(at, t) * combined[at - step];
+        for (int at = max(begin, step); at < min(end, step + kThreads); ++at) cell += ax.tent(at, t) * combined[at - step];
         cells[t] = cell;
       }
       __syncthreads();
@@ -250,11 +248,11 @@ template <typename T, typename C>
 void backward(const char* op, const Problem<T, C>& p, const T* grad, C* parts, T* grad_assignment, T* grad_masks,
               cudaStream_t stream) {
   if (p.M * p.S > 0)
-    launch_kernel(op, backward_kernel<T, C>, dim3(static_cast<unsigned>(p.M * p.S)), kThreads, p.S * sizeof(C), stream,
-                  p, grad, parts, grad_masks);
+    launch_kernel(op, backward_kernel<T, C>, dim3(static_cast<unsigned>(p.M * p.S)), kThreads, p.S * sizeof(C), stream, p, grad,
+                  parts, grad_masks);
   if (p.N * p.M > 0)
-    launch_kernel(op, add_parts_kernel<T, C>, dim3(static_cast<unsigned>(ceil_div(p.N * p.M, kThreads))), kThreads, 0,
-                  stream, parts, grad_assignment, p.N, p.M, p.S);
+    launch_kernel(op, add_parts_kernel<T, C>, dim3(static_cast<unsigned>(ceil_div(p.N * p.M, kThreads))), kThreads, 0, stream,
+                  parts, grad_assignment, p.N, p.M, p.S);
 }
 
 }  // namespace dmm::paste

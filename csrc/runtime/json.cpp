@@ -69,10 +69,14 @@ class Parser {
     if (take("true")) return true;
     if (take("false")) return false;
     switch (text_[at_]) {
-      case '{': return object(depth);
-      case '[': return array(depth);
-      case '"': return string();
-      default: return number();
+      case '{':
+        return object(depth);
+      case '[':
+        return array(depth);
+      case '"':
+        return string();
+      default:
+        return number();
     }
   }
 

@@ -25,6 +25,7 @@ from dmm_fast.commands.options import STOPPED, Help, Parser, complain, examples
 
 COMMANDS = (segment, evaluate, demo, doctor, proposals, train_proposals, train, weights, study, export, runtime, bench)
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 cannot be done as asked, 1 a fault of ours, 130 stopped."""
     arguments = _parser().parse_args(argv)
@@ -82,6 +83,3 @@ class _Version(argparse.Action):
 
         print(f"dmm-fast {version('dmm_fast')}")
         parser.exit()
-
-
-

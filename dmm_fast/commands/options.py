@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self.settings is None:
             return super().parse_known_args(args, namespace)
-        settings, others = [], []
+        settings: list[str] = []
+        others: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             before = self._option_string_actions.get(others[-1]) if others else None
             is_value = before is not None and before.nargs is None  # as in --out a=b
@@ -47,9 +48,7 @@ def examples(*lines: tuple[str, str]) -> str:
     return "examples:\n" + "\n".join(f"  {command}\n      {what}" for command, what in lines)
 
 
-def add_command(
-    commands: Any, name: str, run: Callable, summary: str, text: str, *lines: tuple[str, str]
-) -> Parser:
+def add_command(commands: Any, name: str, run: Callable, summary: str, text: str, *lines: tuple[str, str]) -> Parser:
     parser = commands.add_parser(name, help=summary, description=text, epilog=examples(*lines), formatter_class=Help)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)

@@ -67,7 +67,9 @@ def sources() -> Path:
 def torch_dir() -> Path:
     from importlib.util import find_spec
 
-    return Path(find_spec("torch").origin).parent
+    found = find_spec("torch")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
 
 
 def build(work: Path, out: Path) -> None:

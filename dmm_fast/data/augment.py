@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def tight_boxes(masks: Tensor) -> Tensor:
     if not len(masks):
         return torch.zeros(0, 4)
     array = masks.numpy()
-    rows, columns = array.any(2), array.any(1)  # [M, H], [M, W]
+    rows, columns = np.any(array, 2), np.any(array, 1)  # [M, H], [M, W]
     ends = array.shape[2] - columns[:, ::-1].argmax(1), array.shape[1] - rows[:, ::-1].argmax(1)
     return torch.from_numpy(np.stack([columns.argmax(1), rows.argmax(1), *ends], 1)).float()
 
@@ -48,6 +48,11 @@ def tight_boxes(masks: Tensor) -> Tensor:
 def areas(masks: Tensor) -> Tensor:
     """Pixels of masks [M, H, W] bool: [M] int64."""
     return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
+
+
+def size_of(clip: Clip) -> tuple[int, int]:
+    """Height and width of the frames."""
+    return clip.frames.shape[2], clip.frames.shape[3]
 
 
 def seen(clip: Clip) -> Clip:
@@ -88,12 +93,12 @@ class Augment:
     @classmethod
     def none(cls, size: tuple[int, int]) -> Augment:
         """Only bring clips to a size: the largest view of its shape from the middle."""
-        still = {field.name: 0 for field in dataclasses.fields(cls)}
+        still: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(cls)}
         return cls(**still | {"size": size, "zoom": (1, 1)})
 
     def __call__(self, clip: Clip, rng: np.random.Generator) -> Clip:
         """The transformed clip. Draws again, more gently each time, where the first frame would lose all objects."""
-        if self == Augment.none(tuple(clip.frames.shape[2:])):
+        if self == Augment.none(size_of(clip)):
             return clip
         for strength in (1.0, 0.5, 0.25):
             found = seen(self._apply(clip, self._scaled(strength), rng))
@@ -102,7 +107,7 @@ class Augment:
         return self._apply(clip, Augment.none(self._size(clip)), rng)
 
     def _size(self, clip: Clip) -> tuple[int, int]:
-        return self.size or tuple(clip.frames.shape[2:])
+        return self.size or size_of(clip)
 
     def _scaled(self, strength: float) -> Augment:
         zoom = tuple(factor**strength for factor in self.zoom)
@@ -113,7 +118,7 @@ class Augment:
     def _apply(clip: Clip, ranges: Augment, rng: np.random.Generator) -> Clip:
         length, size = len(clip.frames), ranges._size(clip)
         clip = shrink(clip, size)
-        grid = ranges.grids(rng, length, tuple(clip.frames.shape[2:]), size)
+        grid = ranges.grids(rng, length, size_of(clip), size)
         matrix, offset = ranges.colours(rng, clip.frames)
         warped = warp(clip, grid, matrix, offset)
         if rng.random() < ranges.blur:
@@ -183,11 +188,11 @@ def affine_grid(
     added, spread over the frame.
     """
     scale = 2 / torch.tensor(source[::-1], dtype=torch.float32)  # x, y
-    matrix, middle = torch.from_numpy(linear).float(), torch.from_numpy(middle).float()
+    matrix, centre = torch.from_numpy(linear).float(), torch.from_numpy(middle).float()
     half = torch.tensor(size[::-1], dtype=torch.float32) / 2
     x = (torch.arange(size[1]) + 0.5 - half[0])[:, None] * (matrix[:, :, 0] * scale)[:, None]  # [T, W, 2]
     y = (torch.arange(size[0]) + 0.5 - half[1])[:, None] * (matrix[:, :, 1] * scale)[:, None]  # [T, H, 2]
-    grid = y[:, :, None] + x[:, None] + (middle * scale - 1)[:, None, None]
+    grid = y[:, :, None] + x[:, None] + (centre * scale - 1)[:, None, None]
     if bend is not None:  # a bicubic surface through a few knots: smooth, and it folds nowhere at this strength
         knots = torch.from_numpy(bend).float() * scale[:, None, None]
         grid += F.interpolate(knots, size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -203,7 +208,7 @@ def warp(clip: Clip, grid: Tensor, matrix: Tensor | None = None, offset: Tensor 
     frames = clip.frames.float()
     mean = frames[..., ::4, ::4].mean((0, 2, 3), keepdim=True)
     frames = F.grid_sample(frames - mean, grid, align_corners=False).add_(mean)
-    if matrix is not None:
+    if matrix is not None and offset is not None:
         frames = (matrix @ frames.flatten(2)).add_(offset[:, :, None]).view_as(frames)
     masks, proposals = [], []
     for mask, given, place in zip(clip.masks, clip.proposals, grid):

@@ -81,7 +81,7 @@ def nothing(size: Sequence[int]) -> Proposals:
 
 def _mask_head(masks: Tensor, strength: np.ndarray, rng: np.random.Generator, cells: int = 28) -> Tensor:
     """masks [M, H, W] bool as a mask head would give them, with smooth noise of strength [M]."""
-    count, size = len(masks), masks.shape[1:]
+    count, size = len(masks), (masks.size(1), masks.size(2))
     boxes = tight_boxes(masks)  # [M, 4]
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     amount = torch.from_numpy(strength).float()
@@ -193,7 +193,7 @@ class ClipDataset(Clips):
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         video = self.videos.video(self.videos.names[index % len(self.videos)])
         chosen, numbers = self._choose(video, rng)
-        ids = np.stack([video.ids(i) for i in chosen])  # [T, H, W]
+        ids = np.stack([video.truth(i) for i in chosen])  # [T, H, W]
         masks = torch.from_numpy(ids[:, None] == numbers[:, None, None])  # [T, N, H, W]
         frames = torch.from_numpy(np.stack(video.frames(chosen))).permute(0, 3, 1, 2).contiguous()
         if video.has_proposals:
@@ -222,7 +222,7 @@ class ClipDataset(Clips):
         for start in rng.permutation(len(known) - span[-1]):
             places = start + span
             chosen = [known[place] for place in (places[::-1] if backwards else places)]
-            ids = video.ids(chosen[0])
+            ids = video.truth(chosen[0])
             counts = np.bincount(ids.ravel(), minlength=256)
             numbers = 1 + np.flatnonzero(counts[1:] >= MIN_SHARE * ids.size).astype(np.uint8)
             if len(numbers):
@@ -388,9 +388,7 @@ def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -
     return ClipDataset(videos, frames, augment=Augment.none(size), **settings)
 
 
-def _flight(
-    mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]
-) -> tuple[tuple[slice, slice], Tensor]:
+def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]) -> tuple[tuple[slice, slice], Tensor]:
     """A smooth path for the object of mask [T, H, W]: the window it stays in, and where each of the window's pixels comes
     from, [T, h, w, 2] for `grid_sample`.
 

@@ -101,6 +101,13 @@ class Video:
         ids = self._stack(files) if self._binary else self._read(files[0])
         return (ids > 0).astype(np.uint8) if self._merge else ids
 
+    def truth(self, index: int) -> np.ndarray:
+        """`ids` of a frame that must be annotated; DataError where it is not."""
+        ids = self.ids(index)
+        if ids is None:
+            raise DataError(f"{self.name}: frame {self.stems[index]} is not annotated")
+        return ids
+
     def _read(self, file: Path) -> np.ndarray:
         if self._strict:
             ids = read_ids(file)
@@ -124,7 +131,7 @@ class Video:
         """Every object, by id; read from all annotations unless the data set lists them."""
         first: dict[int, int] = {}
         for index in self.annotated:
-            for number in np.unique(self.ids(index)).tolist():
+            for number in np.unique(self.truth(index)).tolist():
                 first.setdefault(number, index)
         return [VideoObject(number, first[number], None) for number in sorted(first) if number]
 
@@ -385,9 +392,7 @@ class SegTrackDataset(VideoDataset):
 
     layout = "segtrack"
 
-    def __init__(
-        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str | None = None, **settings
-    ):
+    def __init__(self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str | None = None, **settings):
         if names is None and split is not None:
             file = Path(path) / "ImageSets" / f"{split}.txt"
             if not file.is_file():

@@ -4,6 +4,7 @@ An *id map* is a uint8 array [H, W]: 0 is background, 1..254 are objects; 255 is
 Nothing is guessed silently: what has one meaning is converted and noted, everything else is refused with a `MaskError`
 that names the file and the rule.
 """
+
 from __future__ import annotations
 
 import os
@@ -60,6 +61,7 @@ _CODES, _CODE_IDS = _colour_table()
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
+
 def _open(path: str | os.PathLike) -> tuple[str, np.ndarray]:
     """Kind ("index", "grey" or "colour") and pixels, uint8 [H, W] or [H, W, 3]."""
     try:
@@ -108,11 +110,10 @@ def _colour_or_grey(rgb: np.ndarray) -> tuple[str, np.ndarray]:
 
 def _flat(labels: np.ndarray) -> np.ndarray:
     """Pixels [H, W] bool that lie in a 2x2 block of one value: areas of a mask do, interpolated edges do not."""
-    block = (labels[:-1, :-1] == labels[1:, :-1]) & (labels[:-1, :-1] == labels[:-1, 1:]) \
-        & (labels[:-1, :-1] == labels[1:, 1:])
+    block = (labels[:-1, :-1] == labels[1:, :-1]) & (labels[:-1, :-1] == labels[:-1, 1:]) & (labels[:-1, :-1] == labels[1:, 1:])
     flat = np.zeros(labels.shape, bool)
     for y, x in np.ndindex(2, 2):
-        flat[y:y + block.shape[0], x:x + block.shape[1]] |= block
+        flat[y : y + block.shape[0], x : x + block.shape[1]] |= block
     return flat
 
 
@@ -123,7 +124,8 @@ def _check_grey(path: str | os.PathLike, grey: np.ndarray) -> None:
     if values[-1] > 63 and len(values) > 4 and 2 * np.count_nonzero(_flat(grey) & between) < np.count_nonzero(between):
         raise MaskError(
             f"{path}: {len(values)} grey levels, most of them only along edges: anti-aliased or interpolated; "
-            f"save the mask as an indexed PNG and resize it with nearest neighbour only")
+            f"save the mask as an indexed PNG and resize it with nearest neighbour only"
+        )
 
 
 def _ids_from_colours(path: str | os.PathLike, rgb: np.ndarray) -> np.ndarray:
@@ -136,17 +138,23 @@ def _ids_from_colours(path: str | os.PathLike, rgb: np.ndarray) -> np.ndarray:
     y, x = np.argwhere(unknown)[0]
     where = f"{np.count_nonzero(unknown)} pixels, e.g. {tuple(rgb[y, x].tolist())} at x={x}, y={y}"
     if 2 * np.count_nonzero(_flat(codes) & unknown) < np.count_nonzero(unknown):
-        raise MaskError(f"{path}: RGB instead of indexed PNG, with anti-aliased edges ({where} between the palette's "
-                        f"colours); save the mask as an indexed PNG without anti-aliasing")
-    raise MaskError(f"{path}: RGB instead of indexed PNG, with colours that are not the DAVIS palette's ({where}); "
-                    f"save the mask as an indexed PNG")
+        raise MaskError(
+            f"{path}: RGB instead of indexed PNG, with anti-aliased edges ({where} between the palette's "
+            f"colours); save the mask as an indexed PNG without anti-aliasing"
+        )
+    raise MaskError(
+        f"{path}: RGB instead of indexed PNG, with colours that are not the DAVIS palette's ({where}); "
+        f"save the mask as an indexed PNG"
+    )
 
 
 def check_size(path: str | os.PathLike, ids: np.ndarray, size: tuple[int, int] | None) -> None:
     """`size` is (H, W), or None for any."""
     if size is not None and ids.shape != tuple(size):
-        raise MaskError(f"{path}: wrong size: the mask is {ids.shape[1]}x{ids.shape[0]}, the frames are "
-                        f"{size[1]}x{size[0]} (width x height); resize the mask with nearest neighbour")
+        raise MaskError(
+            f"{path}: wrong size: the mask is {ids.shape[1]}x{ids.shape[0]}, the frames are "
+            f"{size[1]}x{size[0]} (width x height); resize the mask with nearest neighbour"
+        )
 
 
 def read_ids(path: str | os.PathLike) -> np.ndarray:
@@ -187,8 +195,9 @@ def read_binary(path: str | os.PathLike) -> np.ndarray:
     return pixels > (127 if len(levels) > 1 else 0)
 
 
-def _object_ids(path: str | os.PathLike, size: tuple[int, int] | None,
-                number_colours: bool = False) -> tuple[np.ndarray, list[str]]:
+def _object_ids(
+    path: str | os.PathLike, size: tuple[int, int] | None, number_colours: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """Ids without void, and what was converted."""
     kind, pixels = _open(path)
     check_size(path, pixels[..., 0] if kind == "colour" else pixels, size)
@@ -205,8 +214,10 @@ def _object_ids(path: str | os.PathLike, size: tuple[int, int] | None,
     if VOID in values and not objects:
         return (pixels == VOID).astype(np.uint8), ["0/255 mask: 255 read as the object"]
     if VOID in values and objects != list(range(1, len(objects) + 1)):
-        raise MaskError(f"{path}: grey values {_listed([*objects, VOID])} may be object ids with void or several grey "
-                        f"levels of one mask; save the mask as an indexed PNG with ids 1, 2, ...")
+        raise MaskError(
+            f"{path}: grey values {_listed([*objects, VOID])} may be object ids with void or several grey "
+            f"levels of one mask; save the mask as an indexed PNG with ids 1, 2, ..."
+        )
     return _drop_void(pixels)
 
 
@@ -288,27 +299,32 @@ def _read_object_files(folder: Path, files: list[Path], size: tuple[int, int] | 
         raise MaskError(f"{folder}: {len(files)} mask files; ids go up to {VOID - 1}")
     owner = {number: file.name for number, file in zip(numbers, files)}
     notes = ["one object per file: " + ", ".join(f"{name} -> {number}" for number, name in owner.items())]
-    ids: np.ndarray | None = None
+    ids = np.zeros((0, 0), np.uint8)
     hint = "if the directory holds one mask per frame, give the first frame's file instead"
     for number, file in zip(numbers, files):
-        mask, converted = _object_ids(file, size if ids is None else ids.shape, number_colours=True)
+        mask, converted = _object_ids(file, ids.shape if ids.size else size, number_colours=True)
         notes += [f"{file.name}: {note}" for note in converted]
         values = np.unique(mask[mask > 0]).tolist()
         if len(values) > 1:
-            raise MaskError(f"{file}: object ids {_listed(values)} in a directory of {len(files)} files, where each "
-                            f"must hold one object; {hint}")
+            raise MaskError(
+                f"{file}: object ids {_listed(values)} in a directory of {len(files)} files, where each "
+                f"must hold one object; {hint}"
+            )
         if not values:
             raise MaskError(f"{file}: no object: every pixel is background")
-        ids = np.zeros(mask.shape, np.uint8) if ids is None else ids
+        ids = ids if ids.size else np.zeros(mask.shape, np.uint8)
         taken = ids[mask > 0]
         if taken.any():
-            raise MaskError(f"{file}: overlaps {owner[int(taken.max())]} at {np.count_nonzero(taken)} pixels, so which "
-                            f"object is in front is unknown; {hint}")
+            raise MaskError(
+                f"{file}: overlaps {owner[int(taken.max())]} at {np.count_nonzero(taken)} pixels, so which "
+                f"object is in front is unknown; {hint}"
+            )
         ids[mask > 0] = number
     return ids, notes
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
+
 
 def write_mask(path: str | os.PathLike, ids: np.ndarray) -> None:
     """Write ids [H, W] uint8 as a PNG with the DAVIS palette; the file appears whole or not at all."""
@@ -322,6 +338,7 @@ def write_mask(path: str | os.PathLike, ids: np.ndarray) -> None:
 
 
 # ------------------------------------------------------------------------------------------- id maps and mask stacks
+
 
 def ids_to_masks(ids):
     """Object ids (every value but 0, ascending) and their masks bool [N, H, W]; numpy or torch, as `ids` [H, W] is."""
@@ -337,8 +354,9 @@ def masks_to_ids(masks, object_ids: list[int], threshold: float = 0.5):
     masks) the first wins. `object_ids` are N ids in 1..254.
     """
     if len(object_ids) != len(masks) or not all(0 < i < VOID for i in object_ids):
-        raise MaskError(f"masks_to_ids: {len(masks)} masks need {len(masks)} object ids in 1..{VOID - 1}, "
-                        f"got {list(object_ids)}")
+        raise MaskError(
+            f"masks_to_ids: {len(masks)} masks need {len(masks)} object ids in 1..{VOID - 1}, got {list(object_ids)}"
+        )
     if isinstance(masks, np.ndarray):
         scores, ids = masks.astype(np.float32), np.zeros(masks.shape[1:], np.uint8)
         best = np.full(masks.shape[1:], threshold, np.float32)

@@ -53,9 +53,7 @@ class Clip:
     proposals: list[tuple[np.ndarray, np.ndarray]]
 
 
-def synthetic_clip(
-    seed: int = 0, frames: int = 40, size: tuple[int, int] = (240, 432), objects: int = 4, **config
-) -> Clip:
+def synthetic_clip(seed: int = 0, frames: int = 40, size: tuple[int, int] = (240, 432), objects: int = 4, **config) -> Clip:
     """The first ``frames`` frames of the scene with this seed; config: further fields of SceneConfig."""
     scene = Scene(seed, SceneConfig(size=size, objects=objects, **config))
     rendered = [scene.render(time) for time in range(frames)]
@@ -126,7 +124,7 @@ class Scene:
         """Light on the water, a factor around 1: bright lines where two moving noises cross zero together, [H, W]."""
         height, width = self.config.size
         zoom = 200 / self._unit
-        total = 0
+        total = np.zeros(())
         for sign, noise in zip((1, -1), self._light):
             rows = np.arange(height) * zoom + sign * 0.9 * time
             columns = np.arange(width) * zoom + 0.7 * time
@@ -182,9 +180,7 @@ class Scene:
         )
         part = mask[window]
         distance = ndimage.distance_transform_edt(part) - ndimage.distance_transform_edt(~part)
-        wobble = ndimage.zoom(
-            rng.normal(size=(5, 7)), np.array(part.shape) / (5, 7), order=1, grid_mode=True, mode="nearest"
-        )
+        wobble = ndimage.zoom(rng.normal(size=(5, 7)), np.array(part.shape) / (5, 7), order=1, grid_mode=True, mode="nearest")
         out = np.zeros_like(mask)
         out[window] = distance + (wobble + rng.normal() * 0.5) * self.config.jitter * strength * self._unit / 240 > 0
         return out
@@ -265,11 +261,7 @@ class _Fish:
     def _half_width(self, along: np.ndarray) -> np.ndarray:
         """Half the body's width: a rounded head, a long taper, and a tail fin that opens behind -0.3."""
         back = np.clip(0.5 - along, 0, 1)  # 0 at the snout
-        body = (
-            self.width
-            * np.sqrt(np.clip(back / 0.28, 0, 1))
-            * np.clip(1.06 - 0.98 * np.clip(back - 0.2, 0, 1) / 0.62, 0, 1)
-        )
+        body = self.width * np.sqrt(np.clip(back / 0.28, 0, 1)) * np.clip(1.06 - 0.98 * np.clip(back - 0.2, 0, 1) / 0.62, 0, 1)
         tail = 0.115 * np.clip((back - 0.74) / 0.26, 0, 1) ** 0.8
         half = np.maximum(np.maximum(body, np.where(back > 0.7, 0.016, 0)), tail)
         return np.where(np.abs(along) < 0.5, half, -0.02).astype(np.float32)
@@ -312,7 +304,7 @@ class _Pad:
         self.place = rng.uniform(0.15, 0.85, 2) * config.size[::-1]
         self.drift = rng.uniform(-0.002, 0.002, 2) * unit
         self.turn, self.spin = rng.uniform(0, 2 * math.pi), rng.uniform(-0.01, 0.01)
-        self.hue = np.float32([rng.uniform(60, 100), rng.uniform(130, 165), rng.uniform(50, 80)])
+        self.hue = np.array([rng.uniform(60, 100), rng.uniform(130, 165), rng.uniform(50, 80)], np.float32)
 
     def draw(self, time: int, texture: bool = True) -> _Layer:
         middle = self.place + self.drift * time
@@ -330,7 +322,7 @@ class _Pad:
         veins = np.exp(-((np.abs((angle * 7 / math.pi + 0.5) % 1 - 0.5) * radius * 8) ** 2))
         shade = 0.72 + 0.25 * radius + 0.18 * veins
         rim = np.clip((radius - 0.93) * 14, 0, 1)[..., None]
-        colour = self.hue * shade[..., None] * (1 - 0.35 * rim) + rim * np.float32([60, 30, 20])
+        colour = self.hue * shade[..., None] * (1 - 0.35 * rim) + rim * np.array([60, 30, 20], np.float32)
         return _Layer(window, alpha, colour.astype(np.float32))
 
 
@@ -390,8 +382,8 @@ def _noise_image(rng: np.random.Generator, size: int, dark: tuple, bright: tuple
     """A bed of sand and pebbles between two colours, float32 [size, size, 3]."""
     sand, pebbles, tint = _noise(rng, size, 5), _noise(rng, size, 28, octaves=2), _noise(rng, size, 3, octaves=2)
     level = 0.65 * sand + 0.35 * _step(pebbles, 0.55, 0.08) * (0.5 + 0.5 * pebbles)
-    colour = np.float32(dark) + level[..., None] * (np.float32(bright) - np.float32(dark))
-    return (colour * (0.85 + 0.3 * tint[..., None] * np.float32([1.0, 0.95, 0.8]))).astype(np.float32)
+    colour = np.array(dark, np.float32) + level[..., None] * (np.array(bright, np.float32) - np.array(dark, np.float32))
+    return (colour * (0.85 + 0.3 * tint[..., None] * np.array([1.0, 0.95, 0.8], np.float32))).astype(np.float32)
 
 
 def _sample_grid(texture: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -415,4 +407,4 @@ def _step(values: np.ndarray, at: float, softness: float) -> np.ndarray:
 
 
 def _mix(colour: np.ndarray, other: tuple, weight: np.ndarray) -> None:
-    colour += weight[..., None] * (np.float32(other) - colour)
+    colour += weight[..., None] * (np.array(other, np.float32) - colour)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -119,9 +119,7 @@ def _open_video(path: Path):
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
-        raise FramesError(
-            f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})"
-        ) from None
+        raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})") from None
     if not container.streams.video:
         container.close()
         raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
@@ -149,14 +147,12 @@ def image_size(file: Path) -> tuple[int, int]:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sorts "frame2" before "frame10"."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part] + [
-        (1, name)
-    ]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part] + [(1, name)]
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The same items, the next one being made in a thread while the caller works on this one."""
-    iterator, end = iter(items), object()
+    iterator, end = iter(items), cast(T, object())
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, iterator, end)
         while (item := coming.result()) is not end:

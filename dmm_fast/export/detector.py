@@ -87,13 +87,13 @@ class ProposalNetwork(nn.Module):
             found = clip_boxes_to_image(decode(deltas[index], anchors[index], self.rpn_weights), size)
             scores.append(best)
             boxes.append(found)
-        likely = suppress(torch.stack(boxes), torch.stack(scores), 1e-3, self.rpn_nms, self.rounds).flatten()  # [levels * candidates]
+        likely = suppress(
+            torch.stack(boxes), torch.stack(scores), 1e-3, self.rpn_nms, self.rounds
+        ).flatten()  # [levels * candidates]
         likely, order = likely.topk(self.regions)
         return cut(torch.cat(boxes)[order], likely, self.rounds > 0)
 
-    def detect(
-        self, features: list[Tensor], regions: Tensor, likely: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def detect(self, features: list[Tensor], regions: Tensor, likely: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Boxes [M, 4] in the resized image and their scores [M], best first."""
         logits, offsets = self.box_predictor(self.box_head(pool_regions(features, regions, self.box_cells)))
         scores = logits.softmax(-1)[:, 1]

@@ -85,7 +85,7 @@ class Exported:
         masks = proposals.masks
         if proposals.scores.numel() == 0:
             spec = self.manifest.files["step"].inputs[3]
-            masks = torch.zeros((0, *spec.shape[1:])) if spec.dtype == "float32" else absent(state.masks).masks[:0]
+            masks = torch.zeros((0, *map(int, spec.shape[1:]))) if spec.dtype == "float32" else absent(state.masks).masks[:0]
             masks = masks.to(state.masks.device)
         return Proposals(
             F.pad(proposals.boxes, [0, 0, 0, missing]),

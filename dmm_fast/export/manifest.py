@@ -327,7 +327,7 @@ class Example:
         self.inputs["proposals"] = [self.frame]
         self.specs["proposals"] = (self.specs["start"][0][:1], outputs)
 
-    def _specs(self, sizes: Sizes, fixed_features: bool) -> tuple[dict[str, tuple[tuple[Spec, ...], ...]], tuple[Spec, ...]]:
+    def _specs(self, sizes: Sizes, fixed_features: bool) -> tuple[dict[str, tuple[tuple[Spec, ...], tuple[Spec, ...]]], tuple[Spec, ...]]:
         N, M, H, W = (sizes.symbol(name) for name in "NMHW")
         frame = (Spec.of("frame", self.frame, (3, H, W)),)
         boxes, scores, masks = self.proposals
@@ -348,23 +348,23 @@ class Example:
         output = tuple(
             Spec.of(f"output.{name}", tensor, image.get(name, (N,))) for name, tensor in zip(Output._fields, self.output)
         )
-        state = tuple(state)
+        states = tuple(state)
 
         def slots(name: str) -> tuple[Spec, ...]:
             return (Spec.of(name, self.valid, (N,)),)
 
         specs = {
-            "start": (frame + objects + slots("valid"), state),
-            "step": (frame + proposals + state, output + state),
-            "add": (frame + objects + slots("new") + state, state),
-            "drop": (slots("gone") + state, state),
+            "start": (frame + objects + slots("valid"), states),
+            "step": (frame + proposals + states, output + states),
+            "add": (frame + objects + slots("new") + states, states),
+            "drop": (slots("gone") + states, states),
             "match": (LAYER, ASSIGNMENT),
         }
-        return specs, state
+        return specs, states
 
     def entries(self, files: Mapping[str, str]) -> dict[str, Entry]:
         """An `Entry` for each function in `files`, which gives the file it is in."""
-        return {name: Entry(file, *self.specs[name]) for name, file in files.items()}
+        return {name: Entry(file, self.specs[name][0], self.specs[name][1]) for name, file in files.items()}
 
 
 def flat(state: State) -> list[Tensor]:

@@ -64,7 +64,7 @@ def _convert(traced: Traced, folder: Path, progress: Progress) -> dict[str, Entr
         taken = {spec.name for spec in entry.inputs}  # ONNX has one space of names
         outputs = (replace(s, name=f"next.{s.name}" if s.name in taken else s.name) for s in entry.outputs)
         entries[name] = entry = replace(entry, outputs=tuple(outputs))
-        converted = torch.onnx.export(
+        converted: Any = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, verbose=False,
             input_names=[spec.name for spec in entry.inputs], output_names=[spec.name for spec in entry.outputs],
         )  # fmt: skip
@@ -127,7 +127,7 @@ def _match_prices(
     return _node("match_prices", cost, num_templates, num_proposals, attributes)
 
 
-def _node(name: str, cost: Tensor, num_templates: Tensor, num_proposals: Tensor, attributes: dict[str, Any]) -> Tensor:
+def _node(name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, attributes: dict[str, Any]) -> Tensor:
     inputs = (cost, num_templates, num_proposals)
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1)
 

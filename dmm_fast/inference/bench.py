@@ -135,9 +135,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
 class _Exports:
     """Exports of one net, and its detector if any, for frames of one size; each made when first asked for."""
 
-    def __init__(
-        self, net: DMMNet, folder: Path, size: tuple[int, int], detector: str | None, progress: Callable[[str], None]
-    ):
+    def __init__(self, net: DMMNet, folder: Path, size: tuple[int, int], detector: str | None, progress: Callable[[str], None]):
         self.net, self.folder, self.size, self.detector, self.progress = net, folder, size, detector, progress
 
     def __call__(self, kind: str) -> Path:
@@ -147,10 +145,10 @@ class _Exports:
         if not path.exists():
             self.progress(f"exporting {kind}")
             device = self.net.mean.device
-            options = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
+            options: dict[str, Any] = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
             if options:  # proposals that are pasted in the step, as everywhere else
                 options["soft"] = self.detector is not None
-            detector = None if self.detector is None else open_proposer(self.detector, device=device)
+            detector: Any = None if self.detector is None else open_proposer(self.detector, device=device)
             export(kind, self.net, path, detector=detector, **options)
         return path
 

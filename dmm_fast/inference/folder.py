@@ -13,6 +13,7 @@ from dmm_fast.inference.segmenter import Segmenter
 
 REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
 
+
 class RunError(ValueError):
     """A run that cannot start or go on as asked."""
 

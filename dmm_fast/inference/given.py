@@ -13,6 +13,7 @@ from dmm_fast.inference.folder import RunError
 
 MASK_SUFFIXES = (".png", ".bmp")
 
+
 class GivenMasks:
     """Where objects come from.
 

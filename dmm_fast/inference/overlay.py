@@ -31,7 +31,7 @@ def overlay(frame: np.ndarray, ids: np.ndarray, alpha: float = 0.45, names: bool
     if not ids.any():
         return out
     width = max(1, round(min(ids.shape) / 360))
-    window = tuple(_reach(ids.any(axis), width) for axis in (1, 0))  # the objects and their outlines, nothing else
+    window = tuple(_reach(np.any(ids, axis), width) for axis in (1, 0))  # the objects and their outlines, nothing else
     _tint(out[window], ids[window], alpha, width)
     return _write_names(out, ids) if names else out
 

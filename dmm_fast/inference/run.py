@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -75,43 +75,48 @@ def segment(
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
     """
-    frames, out = open_frames(frames), Path(out)
-    given = GivenMasks(Path(masks), frames)
+    source, out = open_frames(frames), Path(out)
+    given = GivenMasks(Path(masks), source)
     if video is not None:
         check_video_name(video, coming=out)
     budget = online_budget(online) if online is not None else None
     settings = {
-        "frames": str(frames.path.resolve()),
+        "frames": str(source.path.resolve()),
         "masks": str(given.path.resolve()),
         "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
         "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
     }  # fmt: skip
-    _check_out(out, frames, given)
+    _check_out(out, source, given)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
-        report = folder.report()
-        if video is not None and not Path(video).exists():
-            _draw(frames, folder, report, video)
-        return report
-    checkpoint = folder.find(frames.stems, resume, overwrite)
-    propose = _proposal_source(proposals, detector_weights, frames, device)
+        return _finished(source, folder, video)
+    checkpoint = folder.find(source.stems, resume, overwrite)
+    propose = _proposal_source(proposals, detector_weights, source, device)
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
         if folder.tuned_proposer.exists() and isinstance(propose, Live):
             propose.load(folder.tuned_proposer)
         segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device, graph=graph)
     else:
-        segmenter = _make_segmenter(
-            preset, backbone, weights, device, refine=refine, matcher=matcher, decision=decision, graph=graph
-        )
+        config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
+        how: dict[str, Any] = {"refine": refine, "matcher": matcher, "decision": decision, "graph": graph}
+        segmenter = Segmenter(config, weights=weights, device=device, **how)
     if budget is not None and segmenter.config.backbone == "none":
         raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
-    folder.begin(frames.stems, checkpoint)
-    run = _Run(frames, given, propose, segmenter, folder, checkpoint, budget)
+    folder.begin(source.stems, checkpoint)
+    run = _Run(source, given, propose, segmenter, folder, checkpoint, budget)
     run.forward(progress, save_every)
     return run.finish(video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
+
+
+def _finished(frames: ImageFrames | VideoFrames, folder: RunFolder, video: str | os.PathLike | None) -> dict[str, Any]:
+    """The report of a run that has ended; its overlay is drawn if it is asked for only now."""
+    report = folder.report()
+    if video is not None and not Path(video).exists():
+        _draw(frames, folder, report, video)
+    return report
 
 
 def online_budget(text: str) -> dict[str, float]:
@@ -143,7 +148,7 @@ class _Run:
         self.online = online
         checkpoint = checkpoint or {"next": 0, "seconds": {}, "notes": [], "started": False}
         self.next: int = checkpoint["next"]
-        self.seconds = Counter(checkpoint["seconds"])
+        self.seconds: dict[str, float] = defaultdict(float, checkpoint["seconds"])
         self.notes: list[str] = checkpoint["notes"] or [segmenter.note, *given.notes]
         self.started: bool = checkpoint["started"]
 
@@ -156,19 +161,17 @@ class _Run:
             self.stop = stop
             while True:
                 with self._clock("decode"):
-                    stem, frame = next(source, (None, None))
-                if frame is None:
+                    item = next(source, None)
+                if item is None:
                     break
-                self._one(stem, frame)
+                self._one(*item)
                 self.next += 1
                 bar.update()
                 if stop() or time.monotonic() - saved >= save_every:
                     self._save()
                     saved = time.monotonic()
                 if stop():
-                    raise Interrupted(
-                        f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there"
-                    )
+                    raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there")
         if not self.started:
             raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
         self._save()
@@ -211,7 +214,7 @@ class _Run:
 
     def _learn(self, stem: str, frame: np.ndarray, objects: dict[int, np.ndarray]) -> None:
         """Online learning; what was learnt is kept beside the checkpoints, for --resume."""
-        budget = dict(self.online)
+        budget = dict(self.online or {})
         if isinstance(self.propose, Live) and self.propose.learns:
             with self._clock("online"):  # a third of the time: its steps are short
                 share = {kind: amount / 3 if kind == "seconds" else amount for kind, amount in budget.items()}
@@ -276,13 +279,6 @@ def _draw(
     sheet.save(folder.path / SHEET)
 
 
-def _make_segmenter(
-    preset: str | None, backbone: str | None, weights: str | os.PathLike | None, device: str, **options: Any
-) -> Segmenter:
-    config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
-    return Segmenter(config, weights=weights, device=device, **options)
-
-
 def _check_out(out: Path, frames: ImageFrames | VideoFrames, given: GivenMasks) -> None:
     for what, path in (("frames", frames.path), ("masks", given.path), ("masks", given.path.parent)):
         if out.resolve() == path.resolve():
@@ -295,7 +291,7 @@ class Live:
     """A live detector as a source of proposals; a class-agnostic one can learn the objects of the first frame."""
 
     def __init__(self, proposer: Callable):
-        self.proposer = proposer
+        self.proposer: Any = proposer
         self.learns = getattr(proposer, "class_agnostic", False)
 
     def __call__(self, stem: str, frame: np.ndarray) -> Proposals:
@@ -360,7 +356,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def _speed(count: int, seconds: Counter) -> dict[str, Any]:
+def _speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
     total = sum(seconds.values())
     return {
         "frames": count,

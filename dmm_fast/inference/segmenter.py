@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +96,20 @@ class Segmenter:
         slots: int = 1,
         graph: bool | None = None,
     ) -> None:
-        config, weights = _resolve(config, weights, refine)
+        resolved, weights = _resolve(config, weights, refine)
         for name, value, allowed in (("matcher", matcher, MATCHERS), ("decision", decision, DECISIONS)):
             if value not in allowed:
                 raise ValueError(f"Segmenter: {name} must be one of {allowed}, got {value!r}")
         if not 1 <= slots <= 255:
             raise ValueError(f"Segmenter: slots must be in 1..255, got {slots}")
-        self.config, self.matcher, self.decision, self.slots = config, matcher, decision, slots
+        self.config, self.matcher, self.decision, self.slots = resolved, matcher, decision, slots
         self.device = open_device(device)
         self.proposer = proposer
         self.graph = graph_wanted(graph, self.device, matcher, decision)
-        self.net = _build(config, weights).to(self.device).eval()
+        self.net = _build(resolved, weights).to(self.device).eval()
         self._inference = inference(self.net)
-        self._graph_step = GraphStep(self._inference, config.top) if self.graph else None
-        self.note = _note(config, weights)
+        self._graph_step = GraphStep(self._inference, resolved.top) if self.graph else None
+        self.note = _note(resolved, weights)
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
         self._frame = torch.empty(0)
@@ -129,7 +128,7 @@ class Segmenter:
         from dmm_fast.learning.online import tune  # training is not needed otherwise
 
         frame = _frame(frame, None)
-        size = tuple(frame.shape[1:])
+        size = (frame.size(1), frame.size(2))
         ids, masks = _masks(masks, size)
         if not ids:
             raise ValueError("Segmenter.tune: no object in the masks")
@@ -150,7 +149,7 @@ class Segmenter:
         bool}, or [N, H, W] bool for ids 1..N.
         """
         frame = _frame(frame, None)
-        ids, masks = _masks(masks, tuple(frame.shape[1:]))
+        ids, masks = _masks(masks, (frame.size(1), frame.size(2)))
         if not ids:
             raise ValueError("Segmenter.start: no object in the masks")
         slots = self._room(max(self.slots, len(ids)))
@@ -237,7 +236,7 @@ class Segmenter:
     def drop(self, ids: int | list[int]) -> None:
         """Follow these objects no longer; their slots are free for others."""
         state = self._started("drop")
-        ids = [int(ids)] if isinstance(ids, Integral) else [int(i) for i in ids]
+        ids = [int(i) for i in (ids if isinstance(ids, Iterable) else [ids])]
         unknown = [i for i in ids if i not in self.object_ids]
         if unknown:
             raise ValueError(f"Segmenter.drop: objects {unknown} are not followed; those are {self.object_ids}")
@@ -278,8 +277,14 @@ class Segmenter:
         if weights is None and config.backbone == Config.preset("small").backbone:
             weights = packaged("small")
         segmenter = cls(
-            config, weights=weights, device=device, proposer=proposer,
-            matcher=session["matcher"], decision=session["decision"], slots=session["slots"], graph=graph,
+            config,
+            weights=weights,
+            device=device,
+            proposer=proposer,
+            matcher=session["matcher"],
+            decision=session["decision"],
+            slots=session["slots"],
+            graph=graph,
         )
         if segmenter._digest != session["weights"]:
             raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
@@ -332,13 +337,12 @@ def _resolve(
         weights = packaged("small")
     if config is None:
         config = "davis" if weights == "imagenet" else read_config(weights)
-    if not isinstance(config, Config):
-        config = Config.preset(config)
-        if weights == "imagenet" and refine is None:
-            refine = "none"
-    if refine is not None and refine != config.refine:
-        config = replace(config, refine=refine, follow="matched" if refine == "none" else config.follow)
-    return config, weights
+    chosen = config if isinstance(config, Config) else Config.preset(config)
+    if weights == "imagenet" and refine is None and not isinstance(config, Config):
+        refine = "none"
+    if refine is not None and refine != chosen.refine:
+        chosen = replace(chosen, refine=refine, follow="matched" if refine == "none" else chosen.follow)
+    return chosen, weights
 
 
 def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
@@ -353,9 +357,7 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
         )
     if weights == "imagenet":
         if config.refine != "none":
-            raise ValueError(
-                f"Segmenter: refine {config.refine!r} needs a weights file of this project, not ImageNet's alone"
-            )
+            raise ValueError(f"Segmenter: refine {config.refine!r} needs a weights file of this project, not ImageNet's alone")
         return DMMNet(config, pretrained=True)
     net = DMMNet(config)
     tensors = read_weights(weights)
@@ -378,14 +380,14 @@ def _frame(frame: Frame, size: tuple[int, int] | None) -> Tensor:
     """A frame as a [3, H, W] uint8 tensor; `size` is what it must be."""
     if not isinstance(frame, (np.ndarray, Tensor)):
         raise TypeError(f"Segmenter: frame must be an array or a tensor, got {type(frame).__name__}")
-    channels = -1 if isinstance(frame, np.ndarray) else 0
-    if frame.ndim != 3 or frame.shape[channels] != 3 or 0 in frame.shape:
-        rule = "[H, W, 3]" if channels else "[3, H, W]"
+    array = isinstance(frame, np.ndarray)
+    if frame.ndim != 3 or frame.shape[-1 if array else 0] != 3 or 0 in frame.shape:
+        rule = "[H, W, 3]" if array else "[3, H, W]"
         raise ValueError(f"Segmenter: frame must have shape {rule}, got {list(frame.shape)}")
     if frame.dtype not in (np.uint8, torch.uint8):
         raise ValueError(f"Segmenter: frame must be uint8, got {frame.dtype}")
     # torch.tensor copies: a frame buffer may be read-only, or filled again by its owner.
-    tensor = torch.tensor(frame).permute(2, 0, 1) if channels else frame.clone()
+    tensor = frame.clone() if isinstance(frame, Tensor) else torch.tensor(frame).permute(2, 0, 1)
     if size is not None and tuple(tensor.shape[1:]) != size:
         raise ValueError(f"Segmenter: frames must have the first one's size {size}, got {tuple(tensor.shape[1:])}")
     return tensor
@@ -422,9 +424,7 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
     return ids, stack
 
 
-def _proposals(
-    proposals: Proposals, size: tuple[int, int], top: int, device: torch.device
-) -> tuple[Proposals, list[int]]:
+def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: torch.device) -> tuple[Proposals, list[int]]:
     """Checked proposals on the device, the `top` best by score; and their indices among those given."""
     boxes, scores, masks = (torch.as_tensor(part) for part in proposals)
     count = scores.numel()

@@ -16,5 +16,7 @@ def target(masks: Tensor) -> dict[str, Tensor]:
     boxes = mask_boxes(masks)
     keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 2
     return {
-        "boxes": boxes[keep], "labels": torch.ones(int(keep.sum()), dtype=torch.int64), "masks": masks[keep].to(torch.uint8)
+        "boxes": boxes[keep],
+        "labels": torch.ones(int(keep.sum()), dtype=torch.int64),
+        "masks": masks[keep].to(torch.uint8),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +16,22 @@ from dmm_fast.model import DMMNet, Proposals
 from dmm_fast.ops import reference
 
 
+class How(Protocol):
+    """What unrolling asks of a configuration: an `Unrolling`, or a `TrainConfig`, which has all of it too."""
+
+    @property
+    def loss(self) -> Loss: ...
+    @property
+    def freeze(self) -> bool: ...
+    @property
+    def assignment(self) -> str: ...
+    @property
+    def amp(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Unrolling:
-    """How a clip is followed and what counts; a `TrainConfig` has all of it, too.
+    """How a clip is followed and what counts.
 
     freeze: no gradient for the backbone. assignment: "layer", or "detached": the Hungarian assignment of the detached cost in
     its place. amp: the layers compute in bfloat16.
@@ -29,7 +43,7 @@ class Unrolling:
     amp: bool = False
 
 
-def unroll_all(net: DMMNet, clips: Sequence[Clip], how: Unrolling) -> Tensor:
+def unroll_all(net: DMMNet, clips: Sequence[Clip], how: How) -> Tensor:
     """The weighted loss and its terms of each clip: [clips, 1 + terms]."""
     weights = [getattr(how.loss, term) * (term != "refined" or net.config.refine != "none") for term in TERMS]
     rows = []
@@ -40,7 +54,7 @@ def unroll_all(net: DMMNet, clips: Sequence[Clip], how: Unrolling) -> Tensor:
     return torch.stack(rows)
 
 
-def encode_all(net: DMMNet, clips: Sequence[Clip], how: Unrolling) -> list[list[Tensor]]:
+def encode_all(net: DMMNet, clips: Sequence[Clip], how: How) -> list[list[Tensor]]:
     """Features of each clip, levels [T, C_l, h_l, w_l]; all frames of one size go through the backbone together."""
     found: dict[int, list[Tensor]] = {}
     for size in dict.fromkeys(clip.frames.shape[2:] for clip in clips):
@@ -54,7 +68,7 @@ def encode_all(net: DMMNet, clips: Sequence[Clip], how: Unrolling) -> list[list[
     return [found[i] for i in range(len(clips))]
 
 
-def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: Unrolling) -> Tensor:
+def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: How) -> Tensor:
     """The loss terms of a clip, means over its steps: [terms]."""
     valid = torch.ones(clip.masks.size(1), dtype=torch.bool, device=clip.masks.device)
     state = net.begin([level[:1] for level in levels], clip.masks[0], valid)
@@ -75,7 +89,7 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: Unrolling) -> Ten
     return torch.stack(steps).mean(0)
 
 
-def mixed_precision(device: torch.device, how: Unrolling) -> contextlib.AbstractContextManager:
+def mixed_precision(device: torch.device, how: How) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if how.amp else contextlib.nullcontext()
 
 

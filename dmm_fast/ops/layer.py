@@ -15,6 +15,7 @@ _in_functorch = torch._C._are_functorch_transforms_active
 _in_autocast = torch.is_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 
+
 class Layer:
     """``dmm::<name>``, made differentiable once; call it with the tuple of the op's arguments.
 
@@ -62,7 +63,7 @@ class Layer:
             f"(create_graph=True) is not available. Use dmm_fast.{self.name}(..., backend='reference') for that."
         )
 
-    def _functions(self) -> tuple[type, type]:
+    def _functions(self) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
         """The gradient in eager mode, outside and inside torch.func; compiled and exported graphs use the op's own."""
         layer = self
 

@@ -281,12 +281,15 @@ def _solve_on_host(
     B, N, M = cost.shape
     ragged = num_templates is not None or num_proposals is not None
     if ragged:  # one copy for everything: a read of each part would make the host wait three times for a GPU
-        sizes = [cost.new_full((B, 1), n) if part is None else part[:, None] for part, n in ((num_templates, N), (num_proposals, M))]
+        sizes = [
+            cost.new_full((B, 1), n) if part is None else part[:, None] for part, n in ((num_templates, N), (num_proposals, M))
+        ]
         host = torch.cat([part.double() for part in (cost.detach().reshape(B, N * M), *sizes)], 1).cpu().numpy()
-        costs, sizes = host[:, : N * M].reshape(B, N, M), host[:, N * M :].astype(int).tolist()
-        problems = [c[:n, :m] for c, (n, m) in zip(costs, sizes)]
+        costs = host[:, : N * M].reshape(B, N, M)
+        problems = [c[:n, :m] for c, (n, m) in zip(costs, host[:, N * M :].astype(int).tolist())]
     else:
-        problems = costs = cost.detach().double().cpu().numpy()
+        costs = cost.detach().double().cpu().numpy()
+        problems = list(costs)
     broken = np.zeros(B, bool)
     if not np.isfinite(costs).all():  # padding may hold anything
         broken = np.array([not np.isfinite(c).all() for c in problems], bool)
@@ -332,9 +335,7 @@ def mask_confident(assignment: Tensor) -> Tensor:
     return assignment * (assignment == assignment.amax(-1, keepdim=True))
 
 
-def assign(
-    assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None
-) -> Tensor:
+def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
     """Round X to a decision: for each template the proposal that the Hungarian method picks on -X; -1 where X is 0 there, where
     none is left, beyond ``num_templates``, and throughout a problem that is not finite.
 

@@ -42,9 +42,7 @@ def mask_iou(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     return torch.ops.dmm.mask_iou(a, b)
 
 
-def paste_combine(
-    assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int], *, backend: str = "auto"
-) -> Tensor:
+def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int], *, backend: str = "auto") -> Tensor:
     """Eq. 8 from boxes and small masks: ``out_i = sum_j X_ij paste(mask_j, box_j)``, without M full-size masks.
 
     Pasting is detectron2's continuous paste (bilinear, pixel centres at + 0.5, 0 outside). Zero assignments are

@@ -10,6 +10,7 @@ from dmm_fast.ops.vision import paste_combine
 
 TOP = 50  # proposals kept per frame, Section 3 of the paper
 
+
 class ProposalError(ValueError):
     """A proposals file or a detector that cannot be used; the message says why."""
 

@@ -90,9 +90,7 @@ def _load_results(path: Path) -> list:
         cut = "" if error.doc.rstrip().endswith("]") else " (the file stops in the middle: was it written to the end?)"
         raise ProposalError(f"{path}: not valid JSON: {error}{cut}") from None
     if isinstance(results, dict) and "annotations" in results:
-        raise ProposalError(
-            f"{path}: a COCO data set with 'annotations'; proposals are a COCO results list with scores"
-        )
+        raise ProposalError(f"{path}: a COCO data set with 'annotations'; proposals are a COCO results list with scores")
     if not isinstance(results, list):
         raise ProposalError(f"{path}: a COCO results file is a JSON list, got {_short(results)}")
     return results
@@ -165,9 +163,7 @@ def _fill_polygons(polygons: list, size: tuple[int, int], where: str) -> np.ndar
     from pycocotools import mask as coco
 
     for polygon in polygons:
-        if not (
-            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))
-        ):
+        if not (isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))):
             raise ProposalError(f"{where}: a polygon is a list of x, y, x, y, ... of three points or more")
     return coco.decode(coco.merge(coco.frPyObjects(polygons, *size))).astype(bool)
 
@@ -208,7 +204,7 @@ class CocoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, size: tuple[int, int], fresh: bool = False):
-        self.path, self.size = Path(path), tuple(size)
+        self.path, self.size = Path(path), (size[0], size[1])
         self._part = self.path.with_name(self.path.name + ".part")
         lines = [] if fresh else list(self._finished_lines())
         self.done = {json.loads(line)["stem"] for line in lines}
@@ -254,5 +250,3 @@ def _result(stem: str, box: Tensor, score: Tensor, mask: Tensor) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------- a live detector
-
-

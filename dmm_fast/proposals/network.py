@@ -174,9 +174,7 @@ class _CoarseRegions(RegionProposalNetwork):
 # -------------------------------------------------------------------------------------------------- weights and frames
 
 
-def save_detector(
-    net: MaskRCNN, config: DetectorConfig, path: str | os.PathLike, notes: dict[str, Any] | None = None
-) -> None:
+def save_detector(net: MaskRCNN, config: DetectorConfig, path: str | os.PathLike, notes: dict[str, Any] | None = None) -> None:
     """Write weights and settings (and `notes`, anything JSON) as one safetensors file, whole or not at all."""
     header = {"format": FORMAT, "kind": "detector", "config": config.to_dict(), **(notes or {})}
     save_weights(net, path, header)

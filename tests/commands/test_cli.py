@@ -111,13 +111,12 @@ def test_from_a_video_with_an_overlay(clip, tmp_path, capsys):
     assert len(drawn) == LENGTH and drawn.size == SIZE and drawn.fps == 10
     assert len(list((tmp_path / "out").glob("0*.png"))) == LENGTH
     shown = capsys.readouterr().out
-    assert (
-        f"{LENGTH} frames, 4 objects" in shown and "overlay.mp4" in shown and "note: matching on mask overlap" in shown
-    )
+    assert f"{LENGTH} frames, 4 objects" in shown and "overlay.mp4" in shown and "note: matching on mask overlap" in shown
 
 
 def test_a_proposal_of_two_objects_is_told(capsys):
     """Two rows of an assignment may have their maximum in one column; then one mask hides the other."""
+
     def entry(label, proposal):
         return {"id": label, "proposal": proposal, "score": 0.5, "runner_up": 0.0, "lost": proposal is None}
 

@@ -204,7 +204,7 @@ def test_noisy_proposals_are_what_a_detector_might_give():
     for seed in range(100):
         found = noisy_proposals(masks, np.random.default_rng(seed))
         assert (found.boxes == mask_boxes(found.masks)).all() and (found.scores.diff() <= 0).all()
-        assert found.masks.shape[1:] == (120, 200) and 0 < found.scores.min() and found.scores.max() < 1
+        assert found.masks.shape[1:] == (120, 200) and found.scores.min() > 0 and found.scores.max() < 1
         iou = overlaps(masks, found.masks)
         best += iou.amax(1).tolist()
         missed += int((iou.amax(1) < 0.6).sum())

@@ -1,4 +1,5 @@
 """Mask files as users have them: what is read, what is noted, what is refused and in which words."""
+
 from __future__ import annotations
 
 import os
@@ -60,11 +61,21 @@ def noted(path: Path) -> tuple[np.ndarray, list[str]]:
 
 # ------------------------------------------------------------------------------------------------------------- palette
 
+
 def test_palette_is_pascals():
     assert len(PALETTE) == 768 and len(np.unique(COLOURS, axis=0)) == 256
     assert COLOURS[[0, 1, 2, 3, 4, 7, 8, 9, 21, 255]].tolist() == [
-        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 128, 128], [64, 0, 0], [192, 0, 0],
-        [128, 64, 128], [224, 224, 192]]
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [128, 128, 0],
+        [0, 0, 128],
+        [128, 128, 128],
+        [64, 0, 0],
+        [192, 0, 0],
+        [128, 64, 128],
+        [224, 224, 192],
+    ]
 
 
 def test_palette_is_the_data_sets(data: Path):
@@ -74,8 +85,16 @@ def test_palette_is_the_data_sets(data: Path):
 
 # ----------------------------------------------------------------------------------------------- what is read as it is
 
-@pytest.mark.parametrize("ids", [two_objects(), two_objects(3, 200), np.zeros(SIZE, np.uint8),
-                                 np.arange(255, dtype=np.uint8).reshape(5, 51).repeat(4, 0).repeat(4, 1)])
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        two_objects(),
+        two_objects(3, 200),
+        np.zeros(SIZE, np.uint8),
+        np.arange(255, dtype=np.uint8).reshape(5, 51).repeat(4, 0).repeat(4, 1),
+    ],
+)
 def test_write_and_read(tmp_path: Path, ids: np.ndarray):
     path = tmp_path / "00000.png"
     write_mask(path, ids)
@@ -100,6 +119,7 @@ def test_real_masks_need_no_notes(data: Path):
 
 
 # -------------------------------------------------------------------------------------------------- what is converted
+
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA"])
 def test_black_and_white_is_one_object(tmp_path: Path, mode: str):
@@ -137,8 +157,7 @@ def test_flat_colours_of_a_first_mask_are_numbered(tmp_path: Path):
     path = save(tmp_path / "mask.png", red_below_blue)
     ids, notes = read_first_masks(path)
     assert (ids == two_objects()).all()
-    assert notes == ["RGB instead of indexed PNG: colours on black numbered in reading order: #0000ff -> 1, "
-                     "#ff0000 -> 2"]
+    assert notes == ["RGB instead of indexed PNG: colours on black numbered in reading order: #0000ff -> 1, #ff0000 -> 2"]
     with pytest.raises(MaskError, match="colours that are not the DAVIS palette's"):
         read_mask(path)  # in another frame the same colours could come in another order
 
@@ -151,29 +170,50 @@ def test_first_mask_notes(tmp_path: Path):
     for x, number in enumerate((2, 3, 4, 5)):
         ids[20:40, 33 - x] = number  # as bilinear resizing of an id map leaves it
     write_mask(path, ids)
-    assert read_first_masks(path)[1] == [
-        "ids 2, 3, 4, 5 occur only as specks or thin lines: was the mask interpolated?"]
+    assert read_first_masks(path)[1] == ["ids 2, 3, 4, 5 occur only as specks or thin lines: was the mask interpolated?"]
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
-@pytest.mark.parametrize("name, pixels, message", [
-    ("anti-aliased grey", smoothed((two_objects() > 0).astype(np.uint8) * 255),
-     r"grey levels, most of them only along edges: anti-aliased or interpolated.*indexed PNG"),
-    ("anti-aliased grey as RGB", smoothed((two_objects() > 0).astype(np.uint8)[..., None].repeat(3, -1) * 255),
-     r"RGB instead of indexed PNG, with anti-aliased edges"),
-    ("anti-aliased colours", smoothed(COLOURS[two_objects()]),
-     r"RGB instead of indexed PNG, with anti-aliased edges \(\d+ pixels, e.g. \(\d+, \d+, \d+\) at x=\d+, y"),
-    ("photograph", np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8), "RGB instead of indexed PNG"),
-    ("colours without black", np.where(two_objects()[..., None] > 0, np.uint8([255, 0, 0]), np.uint8([0, 255, 0])),
-     r"colours that are not the DAVIS palette's \(3072 pixels, e.g. \(0, 255, 0\) at x=0, y=0\)"),
-    ("grey levels with 255", np.uint8([0, 128, 255])[two_objects()],
-     r"grey values 128, 255 may be object ids with void or several grey levels"),
-    ("transparent", np.uint8([[0, 0, 0, 0], [255, 255, 255, 255], [255, 255, 255, 128]])[two_objects()],
-     "has transparent pixels; a mask must be an indexed PNG"),
-    ("16-bit", two_objects().astype(np.uint16) * 1000, r"16-bit values up to 2000; object ids must fit 0..254"),
-    ("empty", np.zeros(SIZE, np.uint8), "no object: every pixel is background$"),
-])
+
+@pytest.mark.parametrize(
+    "name, pixels, message",
+    [
+        (
+            "anti-aliased grey",
+            smoothed((two_objects() > 0).astype(np.uint8) * 255),
+            r"grey levels, most of them only along edges: anti-aliased or interpolated.*indexed PNG",
+        ),
+        (
+            "anti-aliased grey as RGB",
+            smoothed((two_objects() > 0).astype(np.uint8)[..., None].repeat(3, -1) * 255),
+            r"RGB instead of indexed PNG, with anti-aliased edges",
+        ),
+        (
+            "anti-aliased colours",
+            smoothed(COLOURS[two_objects()]),
+            r"RGB instead of indexed PNG, with anti-aliased edges \(\d+ pixels, e.g. \(\d+, \d+, \d+\) at x=\d+, y",
+        ),
+        ("photograph", np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8), "RGB instead of indexed PNG"),
+        (
+            "colours without black",
+            np.where(two_objects()[..., None] > 0, np.uint8([255, 0, 0]), np.uint8([0, 255, 0])),
+            r"colours that are not the DAVIS palette's \(3072 pixels, e.g. \(0, 255, 0\) at x=0, y=0\)",
+        ),
+        (
+            "grey levels with 255",
+            np.uint8([0, 128, 255])[two_objects()],
+            r"grey values 128, 255 may be object ids with void or several grey levels",
+        ),
+        (
+            "transparent",
+            np.uint8([[0, 0, 0, 0], [255, 255, 255, 255], [255, 255, 255, 128]])[two_objects()],
+            "has transparent pixels; a mask must be an indexed PNG",
+        ),
+        ("16-bit", two_objects().astype(np.uint16) * 1000, r"16-bit values up to 2000; object ids must fit 0..254"),
+        ("empty", np.zeros(SIZE, np.uint8), "no object: every pixel is background$"),
+    ],
+)
 def test_refused(tmp_path: Path, name: str, pixels: np.ndarray, message: str):
     path = save(tmp_path / "mask.png", pixels)
     with pytest.raises(MaskError, match=f"mask.png: .*{message}|mask.png: {message}"):
@@ -216,6 +256,7 @@ def test_only_void_is_no_object(tmp_path: Path):
 
 # --------------------------------------------------------------------------------------------------------- directories
 
+
 def test_one_file_per_object(tmp_path: Path):
     for name, number in (("10", 2), ("2", 1)):
         save(tmp_path / f"{name}.png", (two_objects() == number).astype(np.uint8) * 255)
@@ -253,13 +294,19 @@ def test_refused_directories(tmp_path: Path):
 
 # ------------------------------------------------------------------------------------------------------ binary masks
 
+
 def test_binary_masks(tmp_path: Path):
     """SegTrack's ground truth: any format, RGB, grey edges."""
     truth = two_objects() > 0
     edges = truth * np.uint8(255)
     edges[8, 8:30], edges[24, 8:30] = 200, 60
-    for name, pixels in (("crisp.bmp", truth * np.uint8(255)), ("one.png", truth.astype(np.uint8)), ("grey.png", edges),
-                         ("rgb.png", edges[..., None].repeat(3, -1)), ("bit.png", truth)):
+    for name, pixels in (
+        ("crisp.bmp", truth * np.uint8(255)),
+        ("one.png", truth.astype(np.uint8)),
+        ("grey.png", edges),
+        ("rgb.png", edges[..., None].repeat(3, -1)),
+        ("bit.png", truth),
+    ):
         assert (read_binary(save(tmp_path / name, pixels)) == truth).all(), name
     write_mask(tmp_path / "ids.png", truth.astype(np.uint8) * 3)
     assert (read_binary(tmp_path / "ids.png") == truth).all()
@@ -274,8 +321,15 @@ def test_binary_masks(tmp_path: Path):
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
-@pytest.mark.parametrize("ids, found", [(np.zeros(SIZE, np.int64), r"int64 \[48, 64\]"),
-                                        (np.zeros((2, *SIZE), np.uint8), r"uint8 \[2, 48, 64\]"), ([[0]], "list")])
+
+@pytest.mark.parametrize(
+    "ids, found",
+    [
+        (np.zeros(SIZE, np.int64), r"int64 \[48, 64\]"),
+        (np.zeros((2, *SIZE), np.uint8), r"uint8 \[2, 48, 64\]"),
+        ([[0]], "list"),
+    ],
+)
 def test_write_refuses(tmp_path: Path, ids, found: str):
     with pytest.raises(MaskError, match=f"ids must be a uint8 array .*, got {found}"):
         write_mask(tmp_path / "mask.png", ids)
@@ -293,15 +347,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
 
 def test_a_killed_write_leaves_no_mask(tmp_path: Path):
     """What a process leaves that dies while writing is not named as a mask."""
-    script = "import os, sys; from dmm_fast.data.masks import whole_file\n" \
-             "with whole_file(sys.argv[1]) as path: path.write_bytes(b'half'); os._exit(1)"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "mask.png")], env=os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
-    left, = tmp_path.iterdir()
+    script = (
+        "import os, sys; from dmm_fast.data.masks import whole_file\n"
+        "with whole_file(sys.argv[1]) as path: path.write_bytes(b'half'); os._exit(1)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "mask.png")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    (left,) = tmp_path.iterdir()
     assert left.name.startswith(".mask.png.") and left.suffix == ".tmp"
 
 
 # ------------------------------------------------------------------------------------------- id maps and mask stacks
+
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 def test_ids_and_masks(kind):

@@ -82,7 +82,7 @@ def test_proposals_are_good_noisy_and_cluttered():
                 overlaps.append(iou.max())
         best += overlaps
         extra.append(len(scores) - len(overlaps))
-        assert 0 < scores.min() and scores.max() < 1
+        assert scores.min() > 0 and scores.max() < 1
     assert 0.75 < np.median(best) < 0.999  # near, but not the exact mask
     assert np.mean(best) > 0.65 and min(extra) >= config.clutter - 1
 
@@ -102,9 +102,7 @@ def test_overlay_tints_objects_and_leaves_the_rest():
         overlay(frame, ids[1:])
 
 
-@pytest.mark.parametrize(
-    "length, size, expected", [(1, SMALL, 1), (5, SMALL, 5), (100, SMALL, 12), (30, (160, 90), 12)]
-)
+@pytest.mark.parametrize("length, size, expected", [(1, SMALL, 1), (5, SMALL, 5), (100, SMALL, 12), (30, (160, 90), 12)])
 def test_contact_sheet(tmp_path, length, size, expected):
     sheet = ContactSheet(length, size, "clip")
     assert len(sheet.wanted) == expected and {0, length - 1} <= sheet.wanted

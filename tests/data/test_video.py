@@ -121,9 +121,8 @@ def test_odd_sizes_are_padded_not_cropped(tmp_path):
 
 
 def test_video_writer_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(ValueError, match="frame must be uint8"):
-        with VideoWriter(tmp_path / "clip.mp4", (48, 64)) as writer:
-            writer.write(np.zeros((48, 65, 3), np.uint8))
+    with pytest.raises(ValueError, match="frame must be uint8"), VideoWriter(tmp_path / "clip.mp4", (48, 64)) as writer:
+        writer.write(np.zeros((48, 65, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FramesError, match="must end in .mp4"):
         VideoWriter(tmp_path / "clip.nonsense", (48, 64))

@@ -199,9 +199,7 @@ inline uint32_t __float_as_uint(float value) {
   return bits;
 }
 
-inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, unsigned shift) {
-  return high << shift | low >> (32 - shift);
-}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, unsigned shift) { return high << shift | low >> (32 - shift); }
 
 // ---- the host's side ----
 using cudaStream_t = void*;
@@ -234,8 +232,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   ::gridDim = config->gridDim;
   ::blockDim = config->blockDim;
   for (unsigned z = 0; z < config->gridDim.z; ++z)

@@ -16,8 +16,8 @@ alignas(16) thread_local unsigned char shared_memory[1 << 16];
 namespace {
 
 template <typename T, typename C>
-void paste(const void* assignment, const void* masks, const void* boxes, const int64_t* sizes, const void* grad,
-           void* out, void* grad_assignment, void* grad_masks) {
+void paste(const void* assignment, const void* masks, const void* boxes, const int64_t* sizes, const void* grad, void* out,
+           void* grad_assignment, void* grad_masks) {
   const auto [N, M, S, H, W] = std::array{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   const dmm::paste::Problem<T, C> p{static_cast<const T*>(assignment),
                                     static_cast<const T*>(masks),
@@ -30,8 +30,8 @@ void paste(const void* assignment, const void* masks, const void* boxes, const i
   std::memset(dmm::paste::shared_memory, 0xff, sizeof(dmm::paste::shared_memory));
   if (N * H * W > 0) dmm::paste::forward("paste_combine", p, static_cast<T*>(out), nullptr);
   std::vector<C> parts(M * S * N, static_cast<C>(NAN));
-  dmm::paste::backward("paste_combine_backward", p, static_cast<const T*>(grad), parts.data(),
-                       static_cast<T*>(grad_assignment), static_cast<T*>(grad_masks), nullptr);
+  dmm::paste::backward("paste_combine_backward", p, static_cast<const T*>(grad), parts.data(), static_cast<T*>(grad_assignment),
+                       static_cast<T*>(grad_masks), nullptr);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@ import torch
 import dmm_fast
 
 
-@pytest.mark.parametrize("name", ["match", "match_prices", "greedy", "hungarian", "sinkhorn", "assign", "mask_confident", "feasibility"])
+@pytest.mark.parametrize(
+    "name", ["match", "match_prices", "greedy", "hungarian", "sinkhorn", "assign", "mask_confident", "feasibility"]
+)
 def test_a_list_is_refused(name):
     with pytest.raises(TypeError, match=rf"{name}: takes a tensor \[N, M\] or \[B, N, M\], got list"):
         getattr(dmm_fast, name)([[0.1, 0.2], [0.3, 0.4]])

@@ -376,7 +376,9 @@ def test_the_reference_checks_the_step_size(layer):
 
 
 @layers
-@pytest.mark.parametrize("option", [dict(output="mean"), dict(backend="cuda"), dict(output="mean", backend="reference")], ids=str)
+@pytest.mark.parametrize(
+    "option", [dict(output="mean"), dict(backend="cuda"), dict(output="mean", backend="reference")], ids=str
+)
 def test_bad_option(layer, option):
     with pytest.raises(ValueError, match=f"{layer.name}: .*must be"):
         layer.function(COST, **option)

@@ -35,14 +35,9 @@ def expected(cost, init, grad, *, lr=0.1, carry=False, last=False, **options):
     cost = cost.double().requires_grad_()
     start = (torch.zeros_like(cost) if init is None else init.double()).detach().requires_grad_()
     steps = (
-        (lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64))
-        .expand(B)
-        .clone()
-        .requires_grad_()
+        (lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)).expand(B).clone().requires_grad_()
     )
-    options = (
-        dict(n_grad=8, n_proj=5, dykstra="carry" if carry else "reset", output="last" if last else "average") | options
-    )
+    options = dict(n_grad=8, n_proj=5, dykstra="carry" if carry else "reset", output="last" if last else "average") | options
     x = reference.match(cost, start, lr=steps, **options)
     gradients = torch.autograd.grad(x, (cost, start, steps), grad.double(), allow_unused=True)
     return x.detach(), *(torch.zeros(B) if g is None else g for g in gradients)
@@ -53,9 +48,7 @@ def check(device, cost, init=None, grad=None, tolerance=None, **options):
     grad = torch.randn(cost.shape, generator=generator, dtype=torch.float64).to(cost.dtype) if grad is None else grad
     tolerance = tolerance or {torch.float64: 1e-10, torch.float32: 2e-5}.get(cost.dtype, 1e-2)
     actual = device.match(cost, init, **options), *device.backward(grad, cost, init, **options)
-    for name, got, want in zip(
-        ("X", "grad_cost", "grad_init", "grad_lr"), actual, expected(cost, init, grad, **options)
-    ):
+    for name, got, want in zip(("X", "grad_cost", "grad_init", "grad_lr"), actual, expected(cost, init, grad, **options)):
         scale = max(1.0, float(want.abs().max()) if want.numel() else 1.0)
         torch.testing.assert_close(
             got.double(), want.double(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
@@ -131,9 +124,7 @@ def test_layouts_agree_to_the_bit(device, shape):
     for processors in (1, 100):
         device.resize(processors)
         for carry in (False, True):
-            results.append(
-                (device.match(cost, n_grad=4, carry=carry), *device.backward(grad, cost, n_grad=4, carry=carry))
-            )
+            results.append((device.match(cost, n_grad=4, carry=carry), *device.backward(grad, cost, n_grad=4, carry=carry)))
     for few, many in zip(results[:2], results[2:]):
         for a, b in zip(few, many):
             assert torch.equal(a, b)

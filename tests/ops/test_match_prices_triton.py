@@ -43,9 +43,7 @@ def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1
     options = dict(n_grad=n_grad, n_proj=n_proj, **counts)
     output = "last" if last else "average"
     actual = results(lambda c, rate: kernels.match_prices(c, lr_tensor=rate, last=last, **options), cost, lr)
-    expected = results(
-        lambda c, rate: reference.match_prices(c, lr=rate, output=output, **options), cost.double(), lr.double()
-    )
+    expected = results(lambda c, rate: reference.match_prices(c, lr=rate, output=output, **options), cost.double(), lr.double())
     for name, got, want in zip(("X", "grad_cost", "grad_lr"), actual, expected):
         assert got.dtype == (lr.dtype if name == "grad_lr" else cost.dtype)
         tolerance = TOLERANCE[cost.dtype]

@@ -85,9 +85,7 @@ def test_mask_iou_of_views(device):
 
 def test_mask_iou_counts_any_nonzero_byte():
     bytes_ = torch.randint(0, 4, (3, 20, 31), dtype=torch.uint8) * 85
-    assert torch.equal(
-        dmm_fast.mask_iou(bytes_.view(torch.bool), bytes_ > 0), reference.mask_iou(bytes_ > 0, bytes_ > 0)
-    )
+    assert torch.equal(dmm_fast.mask_iou(bytes_.view(torch.bool), bytes_ > 0), reference.mask_iou(bytes_ > 0, bytes_ > 0))
 
 
 def test_mask_iou_of_real_proposals(data):
@@ -184,9 +182,7 @@ def reference_of(assignment: Tensor, masks: Tensor, boxes: Tensor, size):
     """The reference in float64 on the values that the op sees: result and gradients for a fixed, strided gradient."""
     assignment, masks = (x.detach().double().requires_grad_() for x in (assignment, masks))
     out = reference.paste_combine(assignment, masks, boxes.double(), size)
-    grad = (
-        torch.sin(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view(out.mT.shape).mT
-    )  # any strides
+    grad = torch.sin(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view(out.mT.shape).mT  # any strides
     return out, grad, torch.autograd.grad(out, (assignment, masks), grad)
 
 
@@ -248,9 +244,7 @@ def test_ties_share_the_gradient():
 
 def test_gradient_of_the_gradient_is_refused():
     assignment, masks, boxes, size = inputs_like("one cell", torch.float64, CPU)
-    (grad,) = torch.autograd.grad(
-        dmm_fast.paste_combine(assignment, masks, boxes, size).sum(), masks, create_graph=True
-    )
+    (grad,) = torch.autograd.grad(dmm_fast.paste_combine(assignment, masks, boxes, size).sum(), masks, create_graph=True)
     with pytest.raises(RuntimeError, match="dmm::paste_combine_backward: .* differentiable once"):
         grad.sum().backward()
 
@@ -310,9 +304,7 @@ def test_opcheck(device):
     assignment, masks, boxes, size = inputs_like("video", torch.float32, device)
     torch.library.opcheck(torch.ops.dmm.paste_combine.default, (assignment, masks, boxes, *size))
     grad = torch.rand(assignment.shape[0], *size, device=device)
-    torch.library.opcheck(
-        torch.ops.dmm.paste_combine_backward.default, (grad, assignment.detach(), masks.detach(), boxes)
-    )
+    torch.library.opcheck(torch.ops.dmm.paste_combine_backward.default, (grad, assignment.detach(), masks.detach(), boxes))
 
 
 def test_script():

@@ -38,9 +38,7 @@ def mask_iou(device, a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize(
-    "B, N, M, pixels", [(1, 3, 5, 2064), (1, 1, 1, 1), (2, 4, 3, 63), (2, 33, 65, 1040), (1, 2, 2, 0)]
-)
+@pytest.mark.parametrize("B, N, M, pixels", [(1, 3, 5, 2064), (1, 1, 1, 1), (2, 4, 3, 63), (2, 33, 65, 1040), (1, 2, 2, 0)])
 def test_mask_iou(device, B, N, M, pixels, offset):
     generator = torch.Generator().manual_seed(0)
 

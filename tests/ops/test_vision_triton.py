@@ -79,9 +79,7 @@ def test_paste_combine(N, M, S, size, dtype):
     out = paste_combine(assignment, values, boxes, *size)
     expected = reference.paste_combine(*double, boxes.double(), size)
     grad = torch.rand(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-    pairs = zip(
-        torch.autograd.grad(out, (assignment, values), grad), torch.autograd.grad(expected, double, grad.double())
-    )
+    pairs = zip(torch.autograd.grad(out, (assignment, values), grad), torch.autograd.grad(expected, double, grad.double()))
     for value, want in [(out, expected), *pairs]:
         assert value.dtype == dtype and value.shape == want.shape
         torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])

@@ -58,9 +58,7 @@ def save(path, results):
 @pytest.mark.parametrize("encode", [compressed, uncompressed])
 def test_rle_decodes_as_pycocotools_does(tmp_path, encode):
     masks = random_masks(30)
-    results = [
-        {**result(mask, score=1 - index / 100), "segmentation": encode(mask)} for index, mask in enumerate(masks)
-    ]
+    results = [{**result(mask, score=1 - index / 100), "segmentation": encode(mask)} for index, mask in enumerate(masks)]
     proposals = read_coco(save(tmp_path / "p.json", results)).frame("00000", SIZE)
     assert proposals.masks.dtype == torch.bool and proposals.masks.is_contiguous()
     assert (proposals.masks.numpy() == masks).all()
@@ -71,9 +69,7 @@ def test_rle_decodes_as_pycocotools_does(tmp_path, encode):
 def test_best_first_top_k_and_given_boxes(tmp_path):
     masks = random_masks(6)
     scores = [0.1, 0.9, 0.5, 0.7, 0.5, 0.3]
-    results = [
-        result(mask, score=score, bbox=[index, 2, 10, 20.5]) for index, (mask, score) in enumerate(zip(masks, scores))
-    ]
+    results = [result(mask, score=score, bbox=[index, 2, 10, 20.5]) for index, (mask, score) in enumerate(zip(masks, scores))]
     proposals = read_coco(save(tmp_path / "p.json", results), top=4).frame("00000", SIZE)
     order = [1, 3, 2, 4]  # equal scores stay in the file's order
     assert proposals.scores.tolist() == pytest.approx([scores[index] for index in order])
@@ -188,11 +184,10 @@ def test_soft_masks_are_pasted_into_their_boxes(tmp_path):
 
 def test_an_interrupted_writer_goes_on(tmp_path):
     path = tmp_path / "p.json"
-    with pytest.raises(KeyboardInterrupt):
-        with CocoWriter(path, SIZE) as writer:
-            writer.add("00000", some_proposals())
-            writer.add("00001", some_proposals(seed=1))
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), CocoWriter(path, SIZE) as writer:
+        writer.add("00000", some_proposals())
+        writer.add("00001", some_proposals(seed=1))
+        raise KeyboardInterrupt
     assert not path.exists()
     part = tmp_path / "p.json.part"
     part.write_text(part.read_text()[:-40])  # as if killed in the middle of a line
@@ -248,7 +243,7 @@ def test_detector_gives_few_class_agnostic_proposals_with_small_masks(proposer):
     frame = picture()
     boxes, scores, masks = proposer(frame)
     assert boxes.shape == (6, 4) and scores.shape == (6,) and masks.shape == (6, 28, 28)
-    assert masks.dtype == torch.float32 and 0 <= masks.min() and masks.max() <= 1
+    assert masks.dtype == torch.float32 and masks.min() >= 0 and masks.max() <= 1
     assert (scores.diff() <= 0).all() and (scores > 0).all()
     low, high = boxes[:, :2], boxes[:, 2:]
     assert (low >= 0).all() and (high <= torch.tensor([90.0, 60.0]) + 1e-3).all() and (high > low).all()

@@ -406,7 +406,7 @@ def test_detectron2_from_its_zoo(detectron2):
     boxes, scores, masks = propose(frame)
     (predictor,) = detectron2.made
     cfg = predictor.cfg
-    assert cfg.files == [f"/zoo/{name}"] and cfg.MODEL.WEIGHTS == f"https://zoo/{name}.pkl"
+    assert cfg.files == [f"/zoo/{name}"] and f"https://zoo/{name}.pkl" == cfg.MODEL.WEIGHTS
     assert (cfg.MODEL.DEVICE, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.INPUT.MIN_SIZE_TEST) == ("cpu", 0.0, 480)
     assert (predictor.image == frame[:, :, ::-1]).all(), "detectron2's predictor wants BGR"
     assert scores.tolist() == pytest.approx([0.9, 0.6]), "of one region with two classes the better is kept, best first"
