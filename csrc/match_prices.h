@@ -1,5 +1,5 @@
 // The matching problem solved by Newton prices (docs/variants.md): schema, and the checks no backend can be entered without.
-// The problem, the counts and the words of refusal are those of dmm::match; there is no start.
+// The problem, the counts and the error messages are those of dmm::match; there is no start.
 #pragma once
 
 #include "match.h"

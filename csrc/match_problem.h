@@ -18,7 +18,7 @@ static inline double output_scale(const MatchOptions& options) {
   return options.last ? 1.0 : 1.0 / static_cast<double>(options.n_grad + (options.carry ? 1 : 0));
 }
 
-// T is the element type of cost, Acc what is computed in.
+// T is the element type of cost, Acc the type of computations.
 template <typename T, typename Acc = T>
 struct MatchProblem {
   const T* cost;                 // [B, N, M]

@@ -34,7 +34,7 @@ def _launchable(kernel):
 
 
 def check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
-    """The checks and the words of csrc/match.h."""
+    """The checks and messages of csrc/match.h."""
     if cost.dim() not in (2, 3):
         raise RuntimeError(f"{op}: cost must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
     if cost.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

@@ -1,5 +1,5 @@
 """The matching layer by Newton prices in Triton: one program per problem, all of it in registers (docs/variants.md,
-"Newton prices, for a kernel", says what is computed; its names are kept).
+"Newton prices, for a kernel", describes the algorithm; the names are the same).
 
 Serves CUDA tensors where the native CUDA library is not built; tensors of any device in Triton's interpreter.
 """

@@ -1,4 +1,4 @@
-// The matching layer in dual form on vector lanes. docs/matching.md derives what is computed here; its names are kept:
+// The matching layer in dual form on vector lanes. docs/matching.md derives the algorithm; the names are the same:
 // y0 the point being projected, u [N] and v [M] the duals, x = relu(y0 - u - v), one pass over N * M per Dykstra round.
 // Lanes run across a problem's columns or across problems (match_group.h).
 //

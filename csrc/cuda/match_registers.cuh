@@ -1,5 +1,5 @@
 // The matching layer for n <= 16 templates and m <= 128 proposals: a problem lives in the registers of part of a warp.
-// docs/matching.md derives what is computed; docs/performance.md says why it is laid out like this.
+// docs/matching.md derives the algorithm; docs/performance.md explains the layout.
 //
 // kLanes lanes share a problem, columns run across lanes (column k * kLanes + lane), rows across registers. Column sums
 // are lane-local; row sums are the only traffic between lanes. u is replicated, v is per lane, y0 is the only array

@@ -21,7 +21,7 @@ alignas(16) extern __shared__ unsigned char shared_memory[];
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// T is what tensors hold, C what is computed in.
+// T is the element type of tensors, C the type of computations.
 template <typename T, typename C>
 struct Problem {
   const T* assignment;  // [N, M]

@@ -17,10 +17,10 @@ RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "bench", run, "what a frame costs on this machine: stages, objects, runtimes",
-        "Follow 1, 5, 10 and 20 objects through a clip made on the spot, with each runtime, and tell the milliseconds of\n"
+        "Follow 1, 5, 10 and 20 objects through a generated clip, with each runtime, and report the milliseconds of\n"
         "decoding, proposals, features, matching, refinement and writing: median and 99th percentile. Proposals come from\n"
         "a file, so a detector's own time is not in them, unless --detector names one. The figures are those of a busy\n"
-        "machine if it is busy: the load is told with them.\n\n"
+        "machine if it is busy: the report includes the load.\n\n"
         "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build, onnx needs\n"
         "ONNX Runtime.",
         ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),

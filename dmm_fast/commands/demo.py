@@ -1,4 +1,4 @@
-"""``dmm-fast demo``: a clip made on the spot, segmented and scored."""
+"""``dmm-fast demo``: a generated clip, segmented and scored."""
 
 from __future__ import annotations
 

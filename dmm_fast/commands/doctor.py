@@ -10,8 +10,8 @@ from dmm_fast.commands.options import add_command
 
 def add(commands: Any) -> None:
     add_command(
-        commands, "doctor", run, "say what is installed, what is missing, and how to mend it",
-        "Say which versions and backends are here and usable, which GPU, what is missing, and how to mend it.",
+        commands, "doctor", run, "show what is installed, what is missing, and how to fix it",
+        "Show which versions and backends are installed and usable, which GPU, what is missing, and how to fix it.",
         ("dmm-fast doctor", "to be sent along with a bug report"),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def _parser() -> Parser:
         prog="dmm-fast",
         description="Follow objects through a video, given their masks in the first frame (DMM-Net).",
         epilog=examples(
-            ("dmm-fast demo", "see it work on a clip it makes itself, about half a minute"),
+            ("dmm-fast demo", "segment a generated clip, about half a minute"),
             ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from the detector in the package"),
             ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
             ("dmm-fast proposals clip.mp4 --out p.json", "keep the detector's proposals, which take most of the time"),
@@ -61,7 +61,7 @@ def _parser() -> Parser:
             ("dmm-fast train-proposals small --data DAVIS --out detector", "a proposal network of your own"),
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
             ("dmm-fast study convergence --out study", "the paper's studies, run again"),
-            ("dmm-fast doctor", "what is installed, what is missing, and how to mend it"),
+            ("dmm-fast doctor", "what is installed, what is missing, and how to fix it"),
         ),
         formatter_class=Help,
     )

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "proposals", run, "run a detector on a video or a data set and keep its proposals in files",
         "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that the video can\n"
-        "be segmented again and again without it. An interrupted run goes on when the same command is given again.\n\n"
+        "be segmented again and again without it. Repeat the command to continue an interrupted run.\n\n"
         "detectors:\n"
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "Segment a video from its first masks.\n\n"
         "OUT receives one palette PNG per frame, contact-sheet.png and report.json (per frame and object: the matched\n"
         "proposal, its score, the runner-up's, and whether the object was lost). The report is written last: a folder\n"
-        "without it is not finished, and the same command with --resume goes on.",
+        "without it is not finished, and the same command with --resume continues.",
         ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
          "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
         ("dmm-fast segment clip.mp4 --masks first.png --out result --overlay result.mp4 --device cuda",

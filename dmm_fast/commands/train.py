@@ -88,7 +88,7 @@ def run(a: argparse.Namespace) -> int:
 
     result = train(config, resume=a.resume, overwrite=a.overwrite, minutes=a.minutes, progress=not a.quiet)
     if result.stopped:
-        print(f"stopped after step {result.step} ({result.stopped}); the same command with --resume goes on", file=sys.stderr)
+        print(f"stopped after step {result.step} ({result.stopped}); the same command with --resume continues", file=sys.stderr)
     elif not a.quiet:
         best = result.best
         told = f", J {best['J']:.3f} and F {best['F']:.3f} at step {best['step']}" if best else ""

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "train-proposals", run, "train the proposal network on pictures and video frames with masks",
         "Train a class-agnostic Mask R-CNN. OUT receives the weights (detector.safetensors), the curve (curve.jsonl) and\n"
-        "the state from which the same command goes on after an interruption.\n\n"
+        "the state from which the same command continues after an interruption.\n\n"
         "small       a frozen ImageNet backbone with slim heads, for CPUs\n"
         "resnet50    torchvision's Mask R-CNN, full size; resnext101: the paper's\n"
         "FILE.yaml   'preset: small' and any other setting, one a line",

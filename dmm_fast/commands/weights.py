@@ -12,9 +12,9 @@ from dmm_fast.commands.options import add_command
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "weights", run, "say what a weights file is, or make a half-precision copy of it",
-        "Say what network a weights file is for, how it was trained, and how large it is. With --pack, write a copy in half\n"
-        "precision, which is what the package ships; settings that do not touch the weights can be changed in it.",
+        commands, "weights", run, "describe a weights file, or make a half-precision copy of it",
+        "Print what network a weights file is for, how it was trained, and how large it is. With --pack, write a copy in half\n"
+        "precision, which is what the package ships; settings that do not affect the weights can be changed.",
         ("dmm-fast weights", "the network in the package"),
         ("dmm-fast weights runs/small/last.safetensors --pack small.safetensors --set layer=prices n_grad=80 n_proj=1 lr=5",
          "a copy of half the size that matches by prices"),
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     parser.add_argument("file", nargs="?", default="small", metavar="FILE", help="(default: the file in the package)")
     parser.add_argument("--pack", metavar="OUT", help="write a half-precision copy")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network in the copy")
-    parser.add_argument("--without", metavar="PREFIX", help="leave out of the copy what begins so")
+    parser.add_argument("--without", metavar="PREFIX", help="leave out weights whose names begin with this")
 
 
 def run(a: argparse.Namespace) -> int:

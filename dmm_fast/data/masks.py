@@ -251,7 +251,7 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
     """Object ids of one mask file, uint8 [H, W], without void; may be empty.
 
     `size` is the (H, W) the mask must have. A conversion (exact palette RGB, a 0/255 mask as one object, void as
-    background) is told by a `MaskWarning`; what is ambiguous raises `MaskError`.
+    background) is reported as a `MaskWarning`; what is ambiguous raises `MaskError`.
     """
     ids, notes = _object_ids(path, size)
     for note in notes:

@@ -32,7 +32,7 @@ def export(
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
     detector: a `dmm_fast.proposals.network.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
-    alone. progress: told what is being worked on, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
+    alone. progress: called with a line for each step, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
     where a size may vary), soft (proposals come as soft masks in their boxes). What these compute is compared with the
     networks, at other sizes than they were traced with. The manifest is written last: a folder without one is no export.
 

@@ -65,7 +65,7 @@ class RunFolder:
         checkpoint = json.loads(self._progress.read_text())
         if not resume:
             done = f"{checkpoint['next']} of {len(stems)} frames"
-            advice = "--resume goes on with it, --overwrite starts again"
+            advice = "--resume continues it, --overwrite starts again"
             raise RunError(f"{self.path}: holds an unfinished run ({done}); {advice}")
         self._check_settings(json.loads(self._settings.read_text()), "unfinished")
         return checkpoint

@@ -17,9 +17,9 @@ MASK_SUFFIXES = (".png", ".bmp")
 class GivenMasks:
     """Where objects come from.
 
-    A file gives the objects of the first frame, or of the frame that bears its name. A directory gives, by frame name,
+    A file gives the objects of the first frame, or of the frame of that name. A directory gives, by frame name,
     masks of any frames: what is new in a later one appears there, and 0 there is not background. A directory of which
-    no file bears a frame's name holds the first frame's masks, one file per object.
+    no file has the name of a frame holds the first frame's masks, one file per object.
     """
 
     def __init__(self, path: Path, frames: ImageFrames | VideoFrames):
@@ -35,11 +35,11 @@ class GivenMasks:
         if not self._files:
             self._files = {frames.stems[0]: path}
         elif extra := len(by_stem) - len(self._files):
-            self.notes.append(f"{path}: {extra} of {len(by_stem)} masks bear no frame's name and are not used")
+            self.notes.append(f"{path}: {extra} of {len(by_stem)} masks do not have the name of a frame and are not used")
         first = next(stem for stem in frames.stems if stem in self._files)
         if first != frames.stems[0]:
             self.notes.append(f"the first mask is that of frame {first}; frames before it have no objects")
-        self.read(first, first=True)  # so that a bad mask is told at once, not after the model has loaded
+        self.read(first, first=True)  # so that a bad mask is reported at once, not after the model has loaded
 
     def __contains__(self, stem: str) -> bool:
         return stem in self._files

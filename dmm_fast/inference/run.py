@@ -171,7 +171,7 @@ class _Run:
                     self._save()
                     saved = time.monotonic()
                 if stop():
-                    raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume goes on from there")
+                    raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume continues from there")
         if not self.started:
             raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
         self._save()
@@ -227,7 +227,7 @@ class _Run:
         with self._clock("online"):
             steps = self.segmenter.tune(frame, objects, proposals, progress=self.progress, stop=self.stop, **budget)
         if self.stop():
-            raise Interrupted("stopped while the first frame was learnt; --resume begins with that again")
+            raise Interrupted("stopped while the first frame was learnt; --resume starts it again")
         self.segmenter.save_weights(self.folder.tuned)
         self.notes.append(f"{stem}: the network was fitted to this frame, {steps} steps in {self.seconds['online']:.0f} s")
 
@@ -342,7 +342,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, stack: Any) -> None:
         asked.set()
-        os.write(2, b"\nfinishing this frame, then saving; once more stops at once\n")
+        os.write(2, b"\nfinishing this frame, then saving; press again to stop at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""What is installed, what was built, what works here, and the command that mends what does not."""
+"""What is installed, what was built, what works here, and the command that fixes what does not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_info() -> dict:
     """Versions, the backends that were built, and those that work here.
 
     ``backends`` maps cpu, cuda and triton to what serves them, or to "no: " and the reason; ``mend`` lists what is missing,
-    each with the command that mends it. Asks the driver for its GPUs, which importing dmm_fast never does.
+    each with the command that fixes it. Asks the driver for its GPUs, which importing dmm_fast never does.
     """
     built, triton = library.built_facts(), _version("triton")
     gpus = []
@@ -92,5 +92,5 @@ def doctor() -> tuple[str, bool]:
     lines.append("")
     lines += [f"{package:20} {version or 'not installed'}" for package, version in info["optional packages"].items()]
     lines.append("")
-    lines += [f"to mend: {item}" for item in info["mend"]] or ["Nothing is missing."]
+    lines += [f"to fix: {item}" for item in info["mend"]] or ["Nothing is missing."]
     return "\n".join(lines), healthy

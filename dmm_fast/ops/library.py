@@ -62,7 +62,7 @@ def load_cuda() -> str | None:
 
 
 def check_backend(name: str, tensor: torch.Tensor, backend: str) -> None:
-    """A backend that does not exist, or can't serve this tensor, is an error with words."""
+    """A backend that does not exist, or can't serve this tensor, raises an error with a message."""
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "native" and tensor.is_cuda and CUDA_MISSING is not None:

@@ -73,7 +73,7 @@ class TorchvisionProposer(MaskRCNNProposer):
     weights: "DEFAULT" (COCO, downloaded on first use), a local file (.pth or .safetensors), or None for random weights.
     Frames are resized so that their short side is ``short_side`` (long side <= 1333).
 
-    Raises ProposalError when the weights are neither here nor to be had, or do not fit.
+    Raises ProposalError when the weights are neither present nor downloadable, or do not fit.
     """
 
     def __init__(

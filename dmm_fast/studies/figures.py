@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito: told apart by colour-blind readers, and in print by their order.
+# Okabe and Ito: distinguishable for colour-blind readers, and in print by their order.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, QUIET = "#222222", "#8a8a8a"
 

@@ -35,7 +35,7 @@ class Data:
     layout, split, names, proposals that are not the defaults. clips: in an epoch; default one for each video.
     augment: settings of `dmm_fast.data.augment.Augment` for the sources that have none of their own; size is (H, W).
     held_out: names of videos that validate and are kept from every source. val_split: or a split that validates.
-    val_stride: validate on every so manieth frame.
+    val_stride: validate on every n-th frame.
     """
 
     path: str | None = None

@@ -34,7 +34,7 @@ class Result:
 def train(
     config: TrainConfig, *, resume: bool = False, overwrite: bool = False, minutes: float | None = None, progress: bool = True
 ) -> Result:
-    """Train as `config` says; docs/training.md tells what lies in `config.out` afterwards.
+    """Train as `config` says; docs/training.md describes what is in `config.out` afterwards.
 
     resume: go on where a run in `config.out` stopped, if there is one. overwrite: replace it. minutes: save and stop
     after so long. Ctrl-C does the same. Under torchrun every process calls this; the first one writes.

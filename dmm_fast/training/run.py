@@ -100,7 +100,7 @@ def prepare(out: Path, config: TrainConfig, team: Team, resume: bool, overwrite:
     """Make the run's folder; True where a run in it goes on."""
     there = (out / STATE).is_file()
     if there and not resume and not overwrite:
-        raise ConfigError(f"{out}: holds a run already; --resume goes on with it, --overwrite replaces it")
+        raise ConfigError(f"{out}: holds a run already; --resume continues it, --overwrite replaces it")
     if there and resume:
         began = from_dict(read_counters(out / STATE)["config"])  # a setting younger than the run has its default
         old, new = flat(began.to_dict()), flat(config.to_dict())

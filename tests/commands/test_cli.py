@@ -236,7 +236,7 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
     assert signal.getsignal(signal.SIGINT) is handler
     assert (out / "unfinished").is_dir() and not (out / "report.json").exists()
 
-    fails(capsys, command(clip, out), "holds an unfinished run (4 of 9 frames); --resume goes on with it")
+    fails(capsys, command(clip, out), "holds an unfinished run (4 of 9 frames); --resume continues it")
     fails(capsys, command(clip, out, "--resume", "--matcher", "greedy"), "has matcher = 'dmm', this one 'greedy'")
     assert main(command(clip, out, "--resume")) == 0
     assert [path.stem for path in written[4:]] == [f"{index:05d}" for index in range(4, LENGTH)]

@@ -404,7 +404,7 @@ def test_time_and_ctrl_c_save_and_stop(whole, tmp_path):
 def test_a_run_is_not_overwritten_by_chance(whole, tmp_path):
     values, out = whole
     config = from_dict(values)
-    with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(ConfigError, match="--resume continues it, --overwrite replaces it"):
         train(config, progress=False)
     with pytest.raises(ConfigError, match="optim.lr_new was 0.003, now 0.1"):
         train(replace(config, optim=replace(config.optim, lr_new=0.1)), resume=True, progress=False)

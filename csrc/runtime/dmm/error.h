@@ -1,4 +1,4 @@
-// Errors in words, and whole files.
+// Error messages, and reading whole files.
 #pragma once
 
 #include <cstdint>
