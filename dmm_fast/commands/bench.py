@@ -8,21 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import add_command, check_device, count
+from dmm_fast.commands.options import PRESETS, add_command, check_device, count
 
-PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
 
 
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "bench", run, "what a frame costs on this machine: stages, objects, runtimes",
-        "Follow 1, 5, 10 and 20 objects through a generated clip, with each runtime, and report the milliseconds of\n"
-        "decoding, proposals, features, matching, refinement and writing: median and 99th percentile. Proposals come from\n"
-        "a file, so a detector's own time is not in them, unless --detector names one. The figures are those of a busy\n"
-        "machine if it is busy: the report includes the load.\n\n"
-        "pt2 is compiled first, which takes minutes; the C++ runtimes need dmm-fast runtime --build, onnx needs\n"
-        "ONNX Runtime.",
+        "Follow 1, 5, 10 and 20 objects through a generated clip with each runtime, and report the median and the 99th\n"
+        "percentile of decoding, proposals, features, matching, refinement and writing, in milliseconds. Proposals are read\n"
+        "from a file, which costs no detector's time, unless you give --detector. Other work on the machine changes the\n"
+        "figures, so the report includes the load.\n\n"
+        "pt2 takes minutes to compile first. The C++ runtimes need dmm-fast runtime --build; onnx needs ONNX Runtime.",
         ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),
         ("dmm-fast bench --runtimes eager,pt2,'c++ pt2' --out bench", "with bench/bench.json and bench/bench.svg"),
         ("dmm-fast bench --preset youtube-vos --weights net.safetensors --device cuda --objects 5", "on a GPU"),
@@ -37,13 +35,13 @@ def add(commands: Any) -> None:
         help=f"of {', '.join(RUNTIMES)} (default: eager,torchscript)",
     )  # fmt: skip
     parser.add_argument("--preset", default="small", choices=PRESETS, help="the network (default: small)")
-    parser.add_argument("--weights", metavar="FILE|imagenet", help="its weights, where the preset has none of its own")
+    parser.add_argument("--weights", metavar="FILE|imagenet", help="its weights, if the preset has none of its own")
     parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="of the frames (default: 255x448)")
-    parser.add_argument("--frames", type=count, default=40, metavar="N", help="frames that count (default: 40)")
+    parser.add_argument("--frames", type=count, default=40, metavar="N", help="frames to measure (default: 40)")
     parser.add_argument("--proposals", type=count, default=50, metavar="M", help="proposals a frame (default: 50)")
     parser.add_argument(
         "--detector", metavar="NAME",
-        help="a live one in place of the file: small or FILE.safetensors; for eager also torchvision, ..",
+        help="a live detector instead of the file: small or FILE.safetensors; with eager also torchvision, ...",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")

@@ -8,20 +8,19 @@ import time
 from functools import partial
 from typing import Any
 
-from dmm_fast.commands.options import add_command, check_device, count
+from dmm_fast.commands.options import add_command, add_network_options, check_device, count
 
-PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 FORMATS = ("torchscript", "pt2", "onnx")
 
 
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "export", run, "write the step for programs without Python: TorchScript, .pt2, ONNX",
-        "Write start and step of the segmenter and its proposal network, with their weights, to a folder with a\n"
-        "manifest.json that says what goes in and out, which sizes may vary, and the checksum of every file.\n\n"
+        "Write the segmenter's start and step and its proposal network, with weights, to a folder. manifest.json lists\n"
+        "inputs and outputs, which sizes may vary, and the checksum of every file.\n\n"
         "torchscript  one file for C++ with libtorch; every size may vary; CPU and CUDA\n"
-        "pt2          compiled for this machine's kind of processor (AOTInductor), the fastest; the device is chosen now\n"
-        "onnx         for ONNX Runtime and its like, without torch; matching is a function a runtime may replace",
+        "pt2          compiled for this kind of processor (AOTInductor), the fastest; the device is fixed at export\n"
+        "onnx         for ONNX runtimes, without torch; matching is a function that a runtime may replace",
         ("dmm-fast export --format torchscript --out exported", "the trained networks in the package, proposals included"),
         ("dmm-fast export --format torchscript --preset iou --out exported", "matching on overlap alone"),
         ("dmm-fast export --format pt2 --preset youtube-vos --weights net.safetensors --out exported",
@@ -29,30 +28,22 @@ def add(commands: Any) -> None:
         ("dmm-fast export --format pt2 --height 480 --width 854 --out exported",
          "the packaged networks, compiled for frames of one size"),
         ("dmm-fast export --format pt2 --height 480 --width 854 --objects 5 --proposals 50 --out exported",
-         "everything fixed: slots and proposals that are not in use are padding"),
+         "all sizes fixed: unused slots and proposals are padding"),
         ("dmm-fast export --format onnx --only match --out layer", "the matching layer alone, as a small file"),
     )  # fmt: skip
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--preset", choices=PRESETS,
-        help="small: the trained network in the package (default); iou: overlap alone, no network; the others are the "
-        "paper's settings and need weights. Default with --weights FILE: what the file is for",
-    )  # fmt: skip
-    model.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
-    model.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
-    model.add_argument("--refine", choices=("none", "light", "heavy"), help="mask refinement in place of the preset's")
+    model = add_network_options(parser)
     model.add_argument(
         "--detector", metavar="small|FILE|none",
-        help="the proposal network to write beside the step, the one in the package (default with its network), one of "
-        "dmm-fast train-proposals, or none; pt2 and onnx need --height and --width for it",
+        help="the proposal network to export with the step: the packaged one (default with the packaged network), a file "
+        "of dmm-fast train-proposals, or none; pt2 and onnx need --height and --width for it",
     )  # fmt: skip
     model.add_argument(
         "--device", default="cpu", help="pt2: where it will run, cpu (default) or cuda; the other formats run on both"
     )
-    sizes = parser.add_argument_group("sizes", "Where not given, a size may vary. TorchScript's always may.")
+    sizes = parser.add_argument_group("sizes", "A size that is not given may vary. In TorchScript all sizes may.")
     sizes.add_argument("--height", type=partial(count, least=32), metavar="H", help="of the frames, in pixels")
     sizes.add_argument("--width", type=partial(count, least=32), metavar="W", help="of the frames, in pixels")
     sizes.add_argument("--objects", type=count, metavar="N", help="object slots")

@@ -72,39 +72,45 @@ def complain(message: str) -> None:
     print(f"dmm-fast: {message}", file=sys.stderr)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_network_options(parser: argparse.ArgumentParser) -> Any:
+    """Which network: the group that it makes, for more options."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--preset", choices=PRESETS,
-        help="small: the trained network in the package (default); iou: overlap alone, no network; the others are the "
-        "paper's settings and need weights. Default with --weights FILE: what the file is for",
+        help="small: the trained network in the package (default); iou: mask overlap alone, no network; the others are "
+        "the paper's settings and need weights. With --weights FILE the default is the preset the file was made for",
     )  # fmt: skip
-    group.add_argument("--backbone", metavar="NAME", help="a timm backbone in place of the preset's")
-    group.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or the backbone's from ImageNet")
+    group.add_argument("--backbone", metavar="NAME", help="a timm backbone instead of the preset's")
+    group.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or ImageNet weights for the backbone")
     group.add_argument(
         "--refine", choices=("none", "light", "heavy"),
-        help="mask refinement in place of the preset's; none: the masks are the matched proposals",
+        help="mask refinement instead of the preset's; none: the masks are the matched proposals",
     )  # fmt: skip
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = add_network_options(parser)
     group.add_argument(
         "--matcher", choices=("dmm", "greedy", "hungarian"), default="dmm",
-        help="the matching layer (default), or another on the same cost, to compare with",
+        help="dmm: the matching layer (default); the others use the same cost, for comparison",
     )  # fmt: skip
     group.add_argument(
         "--decision", choices=("confident", "assign"), default="confident",
-        help="confident: each object takes its largest entry of the assignment (default); assign: it is rounded, so "
-        "that no two objects take the same proposal",
+        help="confident: each object takes the largest entry of its row (default); assign: the assignment is rounded, "
+        "so that no two objects take the same proposal",
     )  # fmt: skip
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--graph", action=argparse.BooleanOptionalAction, default=None,
-        help="run the step as a CUDA graph, several times as fast (default: where possible)",
+        help="run each step as a CUDA graph, several times faster (default: if possible)",
     )  # fmt: skip
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detector-weights", default="DEFAULT", metavar="FILE",
-        help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
+        help="weights for torchvision's Mask R-CNN (.pth, .safetensors; default: COCO's, downloaded on first use)",
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from dmm_fast.commands.options import add_command, check_device, count
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "proposals", run, "run a detector on a video or a data set and keep its proposals in files",
-        "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that the video can\n"
-        "be segmented again and again without it. Repeat the command to continue an interrupted run.\n\n"
+        commands, "proposals", run, "run a detector on a video or a data set and save its proposals",
+        "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that you can segment the\n"
+        "video many times without it. Repeat the command to continue an interrupted run.\n\n"
         "detectors:\n"
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
@@ -37,10 +37,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--detector-weights", default="DEFAULT", metavar="FILE",
-        help="weights for torchvision's Mask R-CNN (.pth, .safetensors); else COCO's, fetched on first use",
+        help="weights for torchvision's Mask R-CNN (.pth, .safetensors; default: COCO's, downloaded on first use)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--overwrite", action="store_true", help="replace files, and start again where a run was cut short")
+    parser.add_argument("--overwrite", action="store_true", help="replace files, and restart interrupted runs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 

@@ -19,21 +19,21 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "runtime", run, "the C++ runtime: where it is, and building it",
-        "The C++ runtime runs an export (dmm-fast export) without Python. It is shipped as sources and compiled against\n"
-        "your own torch, so that no ABI can disagree: C++ programs use find_package(dmm), and --build makes the\n"
-        "program dmm-segment and the Python module dmm_fast.runtime. Without options: what is here.\n"
-        "It needs a C++20 compiler, libjpeg and libpng (apt-get install g++ libjpeg-dev libpng-dev).",
+        commands, "runtime", run, "build the C++ runtime, or show where it is",
+        "The C++ runtime runs an export (dmm-fast export) without Python. The package contains its sources, which compile\n"
+        "against your own torch. C++ programs use find_package(dmm); --build makes the program dmm-segment and the Python\n"
+        "module dmm_fast.runtime. Without options, the command shows what is installed. Building needs a C++20 compiler,\n"
+        "libjpeg and libpng (apt-get install g++ libjpeg-dev libpng-dev).",
         ("dmm-fast runtime --build", "compile dmm-segment and dmm_fast.runtime, about a minute"),
         ("cmake -B build -Ddmm_DIR=$(dmm-fast runtime --cmake-dir) -DDMM_TORCH=$(dmm-fast runtime --torch-dir)",
-         "configure a program of yours that says find_package(dmm) and links dmm::runtime"),
+         "configure your own program, which uses find_package(dmm) and links dmm::runtime"),
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cmake-dir", action="store_true", help="print the folder of dmm-config.cmake, for -Ddmm_DIR=")
     what.add_argument("--torch-dir", action="store_true", help="print the folder of torch, for -DDMM_TORCH=")
     what.add_argument("--build", action="store_true", help="compile dmm-segment and the Python module")
-    parser.add_argument("--out", metavar="DIR", help="with --build: where they go (default: into the package)")
-    parser.add_argument("--work", metavar="DIR", help="with --build: keep objects here, so that the next build is short")
+    parser.add_argument("--out", metavar="DIR", help="with --build: install here (default: into the package)")
+    parser.add_argument("--work", metavar="DIR", help="with --build: keep object files here, so that the next build is faster")
 
 
 def run(arguments: argparse.Namespace) -> int:

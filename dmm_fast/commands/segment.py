@@ -22,36 +22,36 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "segment", run, "segment a video from its first masks",
         "Segment a video from its first masks.\n\n"
-        "OUT receives one palette PNG per frame, contact-sheet.png and report.json (per frame and object: the matched\n"
-        "proposal, its score, the runner-up's, and whether the object was lost). The report is written last: a folder\n"
-        "without it is not finished, and the same command with --resume continues.",
+        "Writes to OUT: one palette PNG per frame, contact-sheet.png, and report.json with the matched proposal, its score,\n"
+        "the runner-up's score and whether the object was lost, for each frame and object. The report is written last. If\n"
+        "a run stops before that, repeat the command with --resume.",
         ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
          "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
         ("dmm-fast segment clip.mp4 --masks first.png --out result --overlay result.mp4 --device cuda",
-         "a video, proposals from torchvision's Mask R-CNN, and a video of the result"),
+         "a video, with proposals from the packaged detector, on a GPU; also writes a video of the result"),
         ("dmm-fast segment frames/ --masks masks/ --proposals proposals.json --out result",
-         "masks/ holds PNGs named as frames: objects that are new in a later one join there;\n"
+         "masks/ holds PNGs named like frames, each with the objects that appear there;\n"
          "      or one PNG per object of the first frame"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
-         "match on the features of a ResNet-50 too, not on mask overlap alone"),
+         "match on ResNet-50 features and mask overlap"),
     )  # fmt: skip
     parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
     parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR", help="the objects to follow")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
     parser.add_argument(
         "--proposals", default="small", metavar="FILE|DETECTOR",
-        help="mask proposals: a COCO results file whose image_id is the frame's name, or a live detector: small (in the "
-        "package, default), torchvision, a FILE.safetensors of train-proposals, detectron2:CONFIG[:WEIGHTS]",
+        help="mask proposals: a COCO results file whose image_id is the frame's name, or a live detector: small (packaged, "
+        "default), torchvision, FILE.safetensors from train-proposals, or detectron2:CONFIG[:WEIGHTS]",
     )  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.mp4", help="write a video of the frames with the masks drawn on them")
     parser.add_argument(
         "--online", metavar="SECONDS|EPOCHS",
-        help="first fit the network to the first frame, for so many seconds (30) or epochs of 8 steps (20e)",
+        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e)",
     )  # fmt: skip
     add_model_options(parser)
     add_detector_options(parser)
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT, if there is one")
+    again.add_argument("--resume", action="store_true", help="continue an unfinished run in OUT, if there is one")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 

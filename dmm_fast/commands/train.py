@@ -15,34 +15,36 @@ INTERRUPTED = 130
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "train", run, "train the network",
-        "Train the network. CONFIG is a preset (small, youtube-vos, davis) or a YAML file; settings follow as key=value,\n"
-        "dotted where they are nested. OUT (setting out) receives curve.jsonl, last.safetensors, best.safetensors and\n"
-        "state.safetensors, from which --resume goes on exactly. docs/training.md has the settings and the recipes.",
+        "Train the network. CONFIG is a preset (small, youtube-vos, davis) or a YAML file. Change settings with KEY=VALUE,\n"
+        "with dots for nested ones. Writes to OUT (the setting out): curve.jsonl, last.safetensors, best.safetensors, and\n"
+        "state.safetensors, from which --resume continues exactly. See docs/training.md for settings and recipes.",
         ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals",
-         "the network that the package ships"),
+         "the packaged network"),
         ("dmm-fast train youtube-vos data.path=YouTubeVOS data.proposals=proposals out=runs/a epochs=5",
-         "the paper's training, shorter"),
-        ("dmm-fast train youtube-vos .. --resume --minutes 60", "go on for an hour, save, stop"),
-        ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs; the batch is shared out"),
+         "the paper's training, but shorter"),
+        ("dmm-fast train youtube-vos .. --resume --minutes 60", "continue for an hour, save, stop"),
+        ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs, which divide the batch"),
         ("dmm-fast train --online frames/00000.jpg --masks first.png --out mine.safetensors --seconds 60",
          "online learning: the packaged network fitted to one frame, for segment --weights mine.safetensors"),
-        ("dmm-fast train small --show", "the whole configuration as YAML, to start one's own from"),
+        ("dmm-fast train small --show", "print the whole configuration as YAML, as a start for your own"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
     parser.add_settings("settings", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in OUT, if there is one")
+    again.add_argument("--resume", action="store_true", help="continue the run in OUT, if there is one")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
-    online = parser.add_argument_group("online learning, in place of CONFIG")
-    online.add_argument("--online", metavar="FRAME", help="the image to fit a trained network to")
+    online = parser.add_argument_group("online learning (instead of CONFIG)")
+    online.add_argument("--online", metavar="FRAME", help="an image: fit a trained network to it")
     online.add_argument("--masks", metavar="FIRST.png|DIR", help="its objects")
     online.add_argument("--proposals", metavar="FILE", help="a COCO results file with its proposals (default: simulated ones)")
-    online.add_argument("--weights", metavar="FILE", help="where to begin (default: the network in the package)")
+    online.add_argument("--weights", metavar="FILE", help="weights to start from (default: the packaged network)")
     online.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
     online.add_argument("--out", metavar="FILE", help="the weights to write")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, .., in place of the setting device (--online: default cpu)")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ...: overrides the setting device (with --online the default is cpu)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 

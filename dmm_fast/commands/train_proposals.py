@@ -12,17 +12,17 @@ from dmm_fast.commands.options import add_command, check_device, count
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "train-proposals", run, "train the proposal network on pictures and video frames with masks",
-        "Train a class-agnostic Mask R-CNN. OUT receives the weights (detector.safetensors), the curve (curve.jsonl) and\n"
-        "the state from which the same command continues after an interruption.\n\n"
-        "small       a frozen ImageNet backbone with slim heads, for CPUs\n"
+        "Train a class-agnostic Mask R-CNN. Writes the weights (detector.safetensors), the curve (curve.jsonl) and the state\n"
+        "to OUT; repeat the command to continue after an interruption.\n\n"
+        "small       a frozen ImageNet backbone with small heads, for CPUs\n"
         "resnet50    torchvision's Mask R-CNN, full size; resnext101: the paper's\n"
         "FILE.yaml   'preset: small' and any other setting, one a line",
         ("dmm-fast train-proposals small --data DAVIS --held-out bear,tennis --out detector",
-         "with the recall on two videos"),
+         "measure recall on two videos"),
         ("dmm-fast train-proposals small --data DAVIS stills/ --pseudo DAVIS/proposals --out detector --minutes 60",
-         "proposals of another detector as further objects, for an hour"),
+         "use another detector's proposals as further objects; stop after an hour"),
         ("dmm-fast train-proposals resnext101 batch=8 rate=1e-4 steps=90000 --data FRAMES --out x101 --device cuda",
-         "the paper's, with other settings"),
+         "the paper's network, with other settings"),
     )  # fmt: skip
     parser.add_argument("config", metavar="PRESET|FILE.yaml", help="what to train, see above")
     parser.add_settings("changes", metavar="NAME=VALUE", help="settings to change, such as steps=2000 fpn=64")
@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
         "--pseudo", nargs="+", default=[], metavar="DIR", help="folders of VIDEO.json: proposals that count as objects"
     )
     parser.add_argument("--held-out", type=_names, default=[], metavar="NAME,...", help="videos to measure recall on")
-    parser.add_argument("--leave-out", type=_names, default=[], metavar="NAME,...", help="videos not to look at")
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after this time at the latest")
+    parser.add_argument("--leave-out", type=_names, default=[], metavar="NAME,...", help="videos not to use")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after N minutes")
     parser.add_argument("--init", metavar="FILE|coco", help="weights to start from (default: ImageNet's for the backbone)")
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read data (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

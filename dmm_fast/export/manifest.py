@@ -327,7 +327,9 @@ class Example:
         self.inputs["proposals"] = [self.frame]
         self.specs["proposals"] = (self.specs["start"][0][:1], outputs)
 
-    def _specs(self, sizes: Sizes, fixed_features: bool) -> tuple[dict[str, tuple[tuple[Spec, ...], tuple[Spec, ...]]], tuple[Spec, ...]]:
+    def _specs(
+        self, sizes: Sizes, fixed_features: bool
+    ) -> tuple[dict[str, tuple[tuple[Spec, ...], tuple[Spec, ...]]], tuple[Spec, ...]]:
         N, M, H, W = (sizes.symbol(name) for name in "NMHW")
         frame = (Spec.of("frame", self.frame, (3, H, W)),)
         boxes, scores, masks = self.proposals

@@ -127,7 +127,9 @@ def _match_prices(
     return _node("match_prices", cost, num_templates, num_proposals, attributes)
 
 
-def _node(name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, attributes: dict[str, Any]) -> Tensor:
+def _node(
+    name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, attributes: dict[str, Any]
+) -> Tensor:
     inputs = (cost, num_templates, num_proposals)
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1)
 

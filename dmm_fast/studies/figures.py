@@ -30,7 +30,8 @@ def figure(path: Path, rows: int, columns: int, width: float, height: float) -> 
     with matplotlib.rc_context(_STYLE):
         made = Figure((width, height), layout="constrained")
         made.get_layout_engine().set(  # type: ignore[union-attr, call-arg]
-            w_pad=0.1, h_pad=0.1)
+            w_pad=0.1, h_pad=0.1
+        )
         yield list(made.subplots(rows, columns, squeeze=False).flat)
         made.savefig(path, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 130}))
 

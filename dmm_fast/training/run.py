@@ -40,7 +40,14 @@ class Run:
         self.optimizer = make_optimizer(self.net, known, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = Average(self.net, config.ema)
-        self.counters: dict[str, Any] = {"kind": "training", "config": config.to_dict(), "step": 0, "epochs": 0, "seconds": 0.0, "best": None}
+        self.counters: dict[str, Any] = {
+            "kind": "training",
+            "config": config.to_dict(),
+            "step": 0,
+            "epochs": 0,
+            "seconds": 0.0,
+            "best": None,
+        }
         if resume:
             self.counters = read_state(self.out / STATE, self.net, self.average, self.optimizer)
         if config.compile:
