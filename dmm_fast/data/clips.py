@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
+from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.augment import MIN_AREA, MIN_SHARE, Augment, Clip, affine_grid, areas, seen, tight, tight_boxes, to_uint8
-from dmm_fast.data.datasets import DataError, StillsDataset, Video, VideoDataset
+from dmm_fast.data.datasets import StillsDataset, VideoDataset
 from dmm_fast.data.synthetic import Scene
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import paste_combine

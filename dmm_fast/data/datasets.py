@@ -9,155 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from dmm_fast.data.masks import VOID, MaskWarning, check_size, is_indexed, read_binary, read_ids, read_mask
-from dmm_fast.data.video import SUFFIXES, VIDEO_SUFFIXES, ImageFrames, VideoFrames, image_size, open_frames
-from dmm_fast.model import Proposals
+from dmm_fast.data.annotated import DataError, StillFrame, Video, VideoObject, listed
+from dmm_fast.data.masks import VOID, is_indexed
+from dmm_fast.data.video import SUFFIXES, VIDEO_SUFFIXES, ImageFrames, VideoFrames, open_frames
 from dmm_fast.proposals.base import TOP
-from dmm_fast.proposals.coco import ProposalFile, read_coco
 
 MASK_SUFFIXES = (".png", ".bmp")
 OPEN_VIDEOS = 64  # kept open per data set: listings and proposals, no pixels
 SPLIT_COUNTS = (3000, 200)  # videos of YouTube-VOS's train-train and train-val (Section 4.2 of the paper)
-
-
-class DataError(ValueError):
-    """A data set that is incomplete or not in its layout; the message names the file and the rule."""
-
-
-class VideoObject(NamedTuple):
-    """An object of a video."""
-
-    id: int  # 1..254, its value in the id maps
-    first: int  # index of the frame in which it first occurs
-    category: str | None  # where the data set has categories
-
-
-# ------------------------------------------------------------------------------------------------------------ a video
-
-
-class Video:
-    """One video: ``stems`` (the frames' names), ``size`` (H, W), frames, ids and proposals by index.
-
-    files: the annotation files of a frame by its stem: one id map or, binary, the masks of the objects 1, 2, ..
-    merge: every object counts as object 1, as DAVIS 2016 has it.
-    strict: 255 is always void. Otherwise a mask of 0 and 255 alone is one object.
-    dense: every visible object is in every annotation, so 0 is background. YouTube-VOS's validation split is not.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        source: ImageFrames | VideoFrames,
-        files: dict[str, Sequence[Path]],
-        *,
-        merge: bool = False,
-        strict: bool = False,
-        binary: bool = False,
-        dense: bool = True,
-        proposals: Path | None = None,
-        top: int = TOP,
-    ):
-        self.name, self.source, self.dense = name, source, dense
-        self.stems, self.size = list(source.stems), source.size
-        self._files, self._merge, self._strict, self._binary = files, merge, strict, binary
-        self._proposals, self._top = proposals, top
-        if unknown := sorted(set(files) - set(self.stems)):
-            raise DataError(f"{files[unknown[0]][0]}: an annotation of no frame: {source.path} has no {unknown[0]}")
-
-    def __len__(self) -> int:
-        return len(self.stems)
-
-    def frame(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3] RGB."""
-        return self.frames([index])[0]
-
-    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Several frames, in the order asked for; a video file is decoded once for all of them."""
-        within = {index for index in indices if 0 <= index < len(self)}
-        found = {index: frame for index, _, frame in self.source.pick(within)}
-        if missing := set(indices) - set(found):  # a damaged video file may end early
-            raise DataError(f"{self.source.path}: frame {min(missing)} is not there; the video has {len(self)}")
-        return [found[index] for index in indices]
-
-    @cached_property
-    def annotated(self) -> list[int]:
-        """Indices of the frames that have an annotation."""
-        return [index for index, stem in enumerate(self.stems) if stem in self._files]
-
-    def ids(self, index: int) -> np.ndarray | None:
-        """Object ids, uint8 [H, W], 0 background, without void; None where the frame is not annotated."""
-        files = self._files.get(self.stems[index])
-        if files is None:
-            return None
-        ids = self._stack(files) if self._binary else self._read(files[0])
-        return (ids > 0).astype(np.uint8) if self._merge else ids
-
-    def truth(self, index: int) -> np.ndarray:
-        """`ids` of a frame that must be annotated; DataError where it is not."""
-        ids = self.ids(index)
-        if ids is None:
-            raise DataError(f"{self.name}: frame {self.stems[index]} is not annotated")
-        return ids
-
-    def _read(self, file: Path) -> np.ndarray:
-        if self._strict:
-            ids = read_ids(file)
-            check_size(file, ids, self.size)
-            return np.where(ids == VOID, np.uint8(0), ids)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MaskWarning)  # 0/255 masks are common here, and said once in the docs
-            return read_mask(file, self.size)
-
-    def _stack(self, files: Sequence[Path]) -> np.ndarray:
-        """One mask per object; where two overlap the later object is in front."""
-        ids = np.zeros(self.size, np.uint8)
-        for number, file in enumerate(files, 1):
-            mask = read_binary(file)
-            check_size(file, mask, self.size)
-            ids[mask] = number
-        return ids
-
-    @cached_property
-    def objects(self) -> list[VideoObject]:
-        """Every object, by id; read from all annotations unless the data set lists them."""
-        first: dict[int, int] = {}
-        for index in self.annotated:
-            for number in np.unique(self.truth(index)).tolist():
-                first.setdefault(number, index)
-        return [VideoObject(number, first[number], None) for number in sorted(first) if number]
-
-    @property
-    def has_proposals(self) -> bool:
-        return self._proposals is not None
-
-    @cached_property
-    def _coco(self) -> ProposalFile:
-        if self._proposals is None:
-            raise DataError(f"{self.name}: the data set was opened without proposals; name their folder (proposals=DIR)")
-        return read_coco(self._proposals, self._top)
-
-    def proposals(self, index: int) -> Proposals:
-        """The best proposals of a frame, masks bool [M, H, W] decoded on the spot."""
-        return self._coco.frame(self.stems[index], self.size)
-
-
-class StillFrame(ImageFrames):
-    """One image as a video of one frame."""
-
-    def __init__(self, path: Path):
-        self.path, self.files, self.stems, self.size = path, [path], [path.stem], image_size(path)
-
-
-# --------------------------------------------------------------------------------------------------------- data sets
 
 
 class VideoDataset:
@@ -182,7 +46,7 @@ class VideoDataset:
         found = self.find()
         self.names = found if names is None else list(names)
         if unknown := sorted(set(self.names) - set(found)):
-            raise DataError(f"{self.path}: the {self.layout} layout has no video {_listed(unknown)} here, of {len(found)}")
+            raise DataError(f"{self.path}: the {self.layout} layout has no video {listed(unknown)} here, of {len(found)}")
         if not self.names:
             raise DataError(f"{self.path}: no video in the {self.layout} layout")
         self._open: OrderedDict[str, Video] = OrderedDict()
@@ -212,7 +76,7 @@ class VideoDataset:
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__, names=list(names), _open=OrderedDict())
         if unknown := sorted(set(part.names) - set(self.names)):
-            raise DataError(f"{self.path}: no video {_listed(unknown)} in this data set")
+            raise DataError(f"{self.path}: no video {listed(unknown)} in this data set")
         return part
 
     def find(self) -> list[str]:
@@ -413,7 +277,7 @@ class SegTrackDataset(VideoDataset):
                 return self._video(name, source, files)
             return self._video(name, source, files, binary=True)
         if parts != [str(number + 1) for number in range(len(parts))]:
-            raise DataError(f"{folder}: instance folders are named 1..n, got {_listed(parts)}")
+            raise DataError(f"{folder}: instance folders are named 1..n, got {listed(parts)}")
         masks = [_masks(folder / part) for part in parts]
         for part, other in zip(parts, masks):
             if odd := sorted(set(other) ^ set(masks[0])):
@@ -506,7 +370,7 @@ def find_layout(path: Path) -> str:
         return "folder" if _folders(images) else "stills"
     if not path.exists():
         raise DataError(f"{path}: no such directory")
-    inside = _listed(sorted(entry.name for entry in path.iterdir())) or "nothing"
+    inside = listed(sorted(entry.name for entry in path.iterdir())) or "nothing"
     raise DataError(f"{path}: no known layout: it holds {inside}; expected JPEGImages and Annotations, or video files")
 
 
@@ -535,7 +399,3 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 def _masks(folder: Path) -> dict[str, list[Path]]:
     return {stem: [file] for stem, file in _by_stem(folder, MASK_SUFFIXES).items()}
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", .." if len(names) > most else "")

@@ -27,7 +27,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmm_fast.data.datasets import Video, open_dataset
+from dmm_fast.data.annotated import Video
+from dmm_fast.data.datasets import open_dataset
 from dmm_fast.files import whole_file
 from dmm_fast.learning.targets import target
 from dmm_fast.model import Proposals

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmm_fast.data.datasets import Video, VideoDataset
+from dmm_fast.data.annotated import Video
+from dmm_fast.data.datasets import VideoDataset
 from dmm_fast.evaluation import ABSENT, score_ids
 from dmm_fast.inference.overlay import overlay
 from dmm_fast.inference.segmenter import Segmenter

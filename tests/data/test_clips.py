@@ -11,9 +11,10 @@ from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dmm_fast.data.annotated import DataError
 from dmm_fast.data.augment import MIN_SHARE, Augment, Clip, areas, tight
 from dmm_fast.data.clips import ClipDataset, Layer, Mixture, PasteClips, StillClips, SyntheticClips, composite, noisy_proposals
-from dmm_fast.data.datasets import DataError, open_dataset
+from dmm_fast.data.datasets import open_dataset
 from dmm_fast.data.masks import write_mask
 from dmm_fast.proposals.coco import write_coco
 

@@ -11,7 +11,8 @@ import torch
 from dmm_fast.model import Proposals
 from PIL import Image
 
-from dmm_fast.data.datasets import DataError, VideoObject, open_dataset, split_names
+from dmm_fast.data.annotated import DataError, VideoObject
+from dmm_fast.data.datasets import open_dataset, split_names
 from dmm_fast.data.masks import MaskError, write_mask
 from dmm_fast.data.video import FramesError, VideoWriter
 from dmm_fast.proposals.base import ProposalError
