@@ -24,14 +24,13 @@ def _project(x, y0, u, v, inv_n, inv_m, n):
 
 
 @triton.jit
-def _forward_kernel(
-    cost, init, num_templates, num_proposals, lr, lr_stride, out, B, N, M, n_grad, n_proj,
-    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, CARRY: tl.constexpr, LAST: tl.constexpr,
+def _load(
+    cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
+    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_M)
+    """Problem b: n, m, whether a count is out of range, its place and its mask, C, the start, lr C, lr, NaN or 0 for what is
+    poisoned or not, 1/n, 1/m, and the duals to start from, infinite around the problem."""
     n, m, outside = sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
     at = b * N * M + rows[:, None] * M + columns[None, :]
     valid = (rows < n)[:, None] & (columns < m)[None, :]
@@ -47,6 +46,22 @@ def _forward_kernel(
     inv_m = tl.where(rows < n, 1 / tl.maximum(m, 1).to(DTYPE), 0)
     u_start = tl.where(rows < n, 0.0, float("inf")).to(DTYPE)
     v_start = tl.where(columns < m, 0.0, float("inf")).to(DTYPE)
+    return n, m, outside, at, valid, c, x, step, rate, poison, inv_n, inv_m, u_start, v_start
+
+
+@triton.jit
+def _forward_kernel(
+    cost, init, num_templates, num_proposals, lr, lr_stride, out, B, N, M, n_grad, n_proj,
+    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, CARRY: tl.constexpr, LAST: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_M)
+    n, m, outside, at, valid, c, x, step, rate, poison, inv_n, inv_m, u_start, v_start = _load(
+        cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
+        HAS_INIT, RAGGED_N, RAGGED_M, DTYPE, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
     total = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
     count = tl.zeros([], DTYPE) + n_grad
     if CARRY:
@@ -93,22 +108,11 @@ def _backward_kernel(
     rounds = mine + (zero + n_grad) * state
     for problem in range(tl.program_id(0), B, tl.num_programs(0)):
         b = zero + problem
-        n, m, outside = sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N, RAGGED_M)
-        at = b * N * M + rows[:, None] * M + columns[None, :]
-        valid = (rows < n)[:, None] & (columns < m)[None, :]
-        rate = tl.load(lr + b * lr_stride)
-        c = tl.load(cost + at, mask=valid, other=0).to(DTYPE)
+        n, m, outside, at, valid, c, x, step, rate, poison, inv_n, inv_m, u_start, v_start = _load(
+            cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
+            HAS_INIT, RAGGED_N, RAGGED_M, DTYPE, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
         g = tl.load(grad + at, mask=valid, other=0).to(DTYPE)
-        x = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
-        if HAS_INIT:
-            x = tl.load(init + at, mask=valid, other=0).to(DTYPE)
-        poison = tl.sum(tl.sum(c * 0 + x * 0, 1), 0) + rate * 0
-        poison = tl.where(outside, float("nan"), poison)
-        step = c * rate
-        inv_n = 1 / tl.maximum(n, 1).to(DTYPE)
-        inv_m = tl.where(rows < n, 1 / tl.maximum(m, 1).to(DTYPE), 0)
-        u_start = tl.where(rows < n, 0.0, float("inf")).to(DTYPE)
-        v_start = tl.where(columns < m, 0.0, float("inf")).to(DTYPE)
         if not LAST:
             count = tl.zeros([], DTYPE) + n_grad
             if CARRY:

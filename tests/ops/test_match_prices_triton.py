@@ -8,26 +8,15 @@ import sys
 
 import pytest
 import torch
+from helpers import triton_kernels
+from helpers.triton_kernels import DEVICE, random
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
-triton = pytest.importorskip("triton")
+from dmm_fast.ops import reference
 
-from dmm_fast.kernels import match_prices as kernels  # noqa: E402
-
-from dmm_fast.ops import reference  # noqa: E402
-
-if not torch.cuda.is_available() and isinstance(kernels._forward_kernel, triton.JITFunction):
-    pytest.skip("triton was imported before, without its interpreter", allow_module_level=True)
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+kernels = triton_kernels.kernels("match_prices")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 OUTPUTS = pytest.mark.parametrize("last", [True, False], ids=["last", "average"])
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1, **counts):

@@ -8,27 +8,16 @@ import sys
 
 import pytest
 import torch
+from helpers import triton_kernels
+from helpers.triton_kernels import DEVICE, random
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
-triton = pytest.importorskip("triton")
+import dmm_fast
+from dmm_fast.ops import reference
 
-from dmm_fast.kernels import match as kernels  # noqa: E402
-
-import dmm_fast  # noqa: E402
-from dmm_fast.ops import reference  # noqa: E402
-
-if not torch.cuda.is_available() and isinstance(kernels._forward_kernel, triton.JITFunction):
-    pytest.skip("triton was imported before, without its interpreter", allow_module_level=True)
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+kernels = triton_kernels.kernels("match")
 MODES = [dict(dykstra=dykstra, output=output) for dykstra in ("reset", "carry") for output in ("average", "last")]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def results(function, cost, init, lr, **options) -> tuple[Tensor, ...]:

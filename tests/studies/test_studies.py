@@ -216,7 +216,24 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
     out = tmp_path / "out"
     arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c"]
     arguments += ["--out", str(out)]
-    arguments += ["--short-side", "64", "--clips", "2", "--val-clips", "1", "--val-frames", "3", "--unroll", "1,2", "--steps", "2", "--batch", "1", "--seeds", "2"]
+    arguments += [
+        "--short-side",
+        "64",
+        "--clips",
+        "2",
+        "--val-clips",
+        "1",
+        "--val-frames",
+        "3",
+        "--unroll",
+        "1,2",
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+        "--seeds",
+        "2",
+    ]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     for words in ("| Hungarian |", "tuned with it detached, unroll 1 |", "tuned through it, unroll 2 |", "s.e. over seeds"):
