@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   formatting, lint and types
 # make bench   the benchmarks of this machine
+# make tidy    clang-tidy over the C++ sources, some minutes
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
 # make oldest  do the native sources compile with the oldest torch that is supported?
 # make sanitize  the native library and the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -13,7 +14,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check bench runtime oldest sanitize clean
+.PHONY: demo test check tidy bench runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -26,6 +27,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
+tidy: $(VENV)/.installed
+	$(BIN)/pip install -q clang-tidy
+	$(BIN)/clang-tidy -quiet $(filter-out %/python.cpp %/model.cpp %/package.cpp %/segmenter.cpp %/torchscript.cpp %/main.cpp, \
+		$(wildcard csrc/runtime/*.cpp)) -- -std=c++20 -Icsrc/runtime
+	$(BIN)/clang-tidy -quiet $(wildcard csrc/cpu/*.cpp) -- -std=c++17 -mavx2 -mfma -DDMM_ISA=avx2 -DTORCH_STABLE_ONLY \
+		-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

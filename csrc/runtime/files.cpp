@@ -34,7 +34,8 @@ std::string read_file(const std::string& path, uint64_t limit) {
   std::string bytes;
   if (!none) bytes.reserve(size);
   char block[1 << 16];
-  while (size_t count = std::fread(block, 1, sizeof block, file.get())) {
+  for (size_t count = sizeof block; count == sizeof block;) {  // a short count: the end, or an error
+    count = std::fread(block, 1, sizeof block, file.get());
     bytes.append(block, count);
     if (bytes.size() > limit) fail(path, ": more than ", limit, " bytes");
   }

@@ -101,6 +101,7 @@ void write_safetensors(const std::string& path, const Metadata& metadata,
                        const std::vector<std::pair<std::string, TensorBytes>>& tensors) {
   // Wide elements first, as the format's own writer has it: then each tensor begins at a multiple of its element.
   std::vector<const std::pair<std::string, TensorBytes>*> order;
+  order.reserve(tensors.size());
   for (const auto& tensor : tensors) order.push_back(&tensor);
   std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
     return element_bytes(a->second.dtype) > element_bytes(b->second.dtype);
