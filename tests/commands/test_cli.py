@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
     monkeypatch.setattr(segmenting, "write_mask", write)
     handler = signal.getsignal(signal.SIGINT)
     assert main(command(clip, out)) == 130
-    assert "stopped after 4 of 9 frames; --resume goes on" in capsys.readouterr().err
+    assert "stopped after 4 of 9 frames; --resume continues" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler
     assert (out / "unfinished").is_dir() and not (out / "report.json").exists()
 

@@ -396,7 +396,7 @@ def test_time_and_ctrl_c_save_and_stop(whole, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume goes on" in errors
+    assert process.returncode == 130 and "--resume continues" in errors
     train(read_config(path), resume=True, progress=False)
     same_run(tmp_path / "run", out)
 
