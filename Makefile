@@ -20,7 +20,7 @@ demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
 
 test: $(VENV)/.built $(VENV)/.runtime
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(PYTHON_FILES)
