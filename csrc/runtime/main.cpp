@@ -24,31 +24,31 @@ constexpr const char* kHelp = R"(usage: dmm-segment --model DIR --frames DIR --m
 Follow objects through a video, given their masks in its first frame. Needs no Python: the network is an export of dmm_fast
 (dmm-fast export), run by libtorch.
 
-what goes in:
+input:
   --model DIR        an export: manifest.json and what it lists (TorchScript or .pt2)
   --frames DIR       the video as JPEG or PNG files, in the order of the numbers in their names
   --masks PNG|DIR    the objects of the first frame, as an indexed PNG: 0 is background, 1..254 are objects, 255 is ignored.
-                     A folder holds PNGs named as frames: what is new in a later one joins there
+                     A folder holds PNGs named like frames; new objects in a later one are added there
   --proposals FILE   mask proposals: a COCO results file (JSON list of image_id = the frame's name, score, RLE, bbox).
-                     Left out: the export's own proposal network
+                     Default: the export's own proposal network
 
-what comes out:
-  --out DIR          one indexed PNG a frame, named as the frame; the first one's too
-  --report FILE      JSON: per frame what happened to each object, and the milliseconds of each stage
+output:
+  --out DIR          one indexed PNG per frame, including the first, named like the frame
+  --report FILE      JSON: for each frame the result for each object, and the milliseconds of each stage
 
-going on:
-  --save STATE       write the session at the end, and on Ctrl-C (a safetensors file, which Python's Segmenter.load reads too)
-  --every N          .. and after every N frames
-  --resume STATE     go on from such a file, behind the frame that it names, or behind --after
-  --after NAME       the last frame that is done, where STATE does not name one (Segmenter.save in Python does not)
+saving and resuming:
+  --save STATE       write the session at the end and on Ctrl-C (safetensors; Python's Segmenter.load reads it too)
+  --every N          and after every N frames
+  --resume STATE     continue from such a file, after the frame that it names, or after --after
+  --after NAME       the last frame done, if STATE does not name it (sessions saved in Python do not)
 
-how:
+other:
   --device NAME      cpu (default), cuda, cuda:1, ..
   --threads N        of the CPU (default: all cores)
   --ops FILE         the op library libdmm_cpu.so or its folder (default: $DMM_OPS, else beside this program)
   --quiet            no summary
 
-Exit code: 0 done, 2 cannot be done as asked, 1 a fault of this program, 130 stopped by Ctrl-C.
+Exit code: 0 done, 2 bad input, 1 internal error, 130 stopped by Ctrl-C.
 
 examples:
   dmm-fast export --format torchscript --preset iou --out model            (with Python, once)
@@ -56,7 +56,7 @@ examples:
       masks in result/, and frames per second on the terminal
   dmm-segment ... --save state.safetensors --every 100
   dmm-segment ... --resume state.safetensors --save state.safetensors --every 100
-      the same command goes on where an interrupted run has stopped
+      repeat this command to continue an interrupted run
 )";
 
 /// The command line: every option takes a value but --help and --quiet.
@@ -71,7 +71,7 @@ std::map<std::string, std::string> parse(int count, char** words) {
     if (const auto equals = word.find('='); equals != std::string::npos) value = word.substr(equals + 1), word.resize(equals);
     const std::string name = word.substr(0, 2) == "--" ? word.substr(2) : "";
     if (std::find(std::begin(kKnown), std::end(kKnown), name) == std::end(kKnown)) {
-      dmm::fail("unknown argument ", dmm::excerpt(word), "; dmm-segment --help tells all");
+      dmm::fail("unknown argument ", dmm::excerpt(word), "; see dmm-segment --help");
     }
     if (name != "help" && name != "quiet" && !value) {
       if (++k >= count) dmm::fail(word, " needs a value");
@@ -184,10 +184,10 @@ int run(const std::map<std::string, std::string>& options) {
     return found == options.end() ? std::string(otherwise) : found->second;
   };
   for (const char* needed : {"model", "frames", "out"}) {
-    if (text(needed).empty()) dmm::fail("--", needed, " is needed; dmm-segment --help tells all");
+    if (text(needed).empty()) dmm::fail("--", needed, " is needed; see dmm-segment --help");
   }
   const bool resumes = options.count("resume") > 0;
-  if (!resumes && text("masks").empty()) dmm::fail("--masks is needed (or --resume); dmm-segment --help tells all");
+  if (!resumes && text("masks").empty()) dmm::fail("--masks is needed (or --resume); see dmm-segment --help");
   if (options.count("every") && text("save").empty()) dmm::fail("--every needs --save");
   const int every = whole_number(options, "every", 0);
   if (options.count("threads")) at::set_num_threads(whole_number(options, "threads", 1));
