@@ -176,6 +176,8 @@ def install(report: Report, architecture: str) -> None:
     built = report.wheel.name if report.wheel else f"CUDA kernels for {settings['DMM_CUDA_ARCHITECTURES']}"
     if code != 0:
         raise SystemExit(f"build      {describe(code, built, log)}")
+    if report.run(check, log, 60, PYTHONSAFEPATH="1") != 0:  # such as a wheel without CUDA kernels
+        raise SystemExit(f"build      FAILED: {built} has no CUDA kernels that run here\n" + "\n".join(lines_of(log)[-3:]))
     if not report.environment:
         report.note_passed("build")
     report.say("build", f"{built} ({time.monotonic() - begin:.0f} s)")
