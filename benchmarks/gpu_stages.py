@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # core and the suites, also under PYTHONSAFEPATH
-from gpu_tables import read_results  # noqa: E402
+from gpu_tables import append_row, read_results  # noqa: E402
 
 SIZES = {"240p": (240, 427), "480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
 
@@ -42,9 +43,16 @@ class Run:
 
     def write(self, **row: Any) -> None:
         self.rows.append(json.loads(json.dumps(row)))
-        with (self.out / "results.jsonl").open("a") as results:
-            results.write(json.dumps(row) + "\n")
+        append_row(self.out, row)
         print({key: value for key, value in row.items() if key not in ("peers", "skipped", "text")}, flush=True)
+
+    def machine(self) -> None:
+        """What the rows belong to; a second line where a later call found another commit or GPU."""
+        import core
+
+        facts = {"table": "machine", **core.machine(self.device)}
+        if not self.has(**facts):
+            self.write(**facts)
 
 
 # ---- sanitizer ----
@@ -57,13 +65,13 @@ def sanitize(run: Run) -> None:
     import dmm_fast
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.rand(*shape, dtype=torch.float64).to(dtype).cuda()
+        return torch.rand(*shape, dtype=torch.float64).to(dtype).to(run.device)
 
     shapes = [(3, n, m) for n, m in ((1, 50), (3, 33), (5, 50), (5, 100), (10, 64), (16, 128), (20, 200))]
     calls = [(shape, torch.float32, {}) for shape in [*shapes, (1100, 5, 50), (1100, 10, 50), (1100, 5, 100)]]
     calls += [((3, 5, 50), dtype, {}) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
     calls += [((3, 5, 50), torch.float32, dict(n_grad=60, n_proj=20)), ((2, 20, 40), torch.float32, dict(n_grad=30))]
-    ragged = dict(num_templates=torch.tensor([0, 2, 5]).cuda(), num_proposals=torch.tensor([50, 7, 0]).cuda())
+    ragged = dict(num_templates=torch.tensor([0, 2, 5]).to(run.device), num_proposals=torch.tensor([50, 7, 0]).to(run.device))
     calls += [((3, 5, 50), torch.float32, {**ragged, "dykstra": dykstra}) for dykstra in ("reset", "carry")]
     for shape, dtype, options in calls:
         cost, init = random(*shape, dtype=dtype).requires_grad_(), random(*shape, dtype=dtype).requires_grad_()
@@ -73,87 +81,109 @@ def sanitize(run: Run) -> None:
         for output in ("last", "average"):
             cost = random(*shape).requires_grad_()
             torch.autograd.grad(dmm_fast.match_prices(cost, output=output, **options), cost, random(*shape))
-    masks = [(torch.rand(count, 37, 53) < 0.5).cuda() for count in (4, 7)]
+    masks = [(torch.rand(count, 37, 53) < 0.5).to(run.device) for count in (4, 7)]
     dmm_fast.mask_iou(*masks)
-    boxes = torch.tensor([[2.0, 3, 30, 31], [-5, -5, 60, 40], [10, 10, 10, 20]]).cuda()
+    boxes = torch.tensor([[2.0, 3, 30, 31], [-5, -5, 60, 40], [10, 10, 10, 20]]).to(run.device)
     assignment, small = random(2, 3).requires_grad_(), random(3, 28, 28).requires_grad_()
     pasted = dmm_fast.paste_combine(assignment, small, boxes, (37, 53))
     torch.autograd.grad(pasted, (assignment, small), random(*pasted.shape))
-    torch.cuda.synchronize()
+    if run.device == "cuda":
+        torch.cuda.synchronize()
     print("done")
 
 
 # ---- whole frames ----
 
 
-def step_cases(quick: bool) -> Iterator[tuple[str, int, str, str, str]]:
-    """(size, objects, proposals, kind, dtype), the most wanted first: graph before eager, given before live."""
-    for kind in ("graph", "eager"):
-        for size, objects in (("240p", 1), ("240p", 3), ("240p", 10), ("480p", 3), ("1080p", 3), ("4K", 3)):
-            if quick and size != "240p":
-                continue
-            for proposals in ("soft", "masks"):
-                yield size, objects, proposals, kind, "float32"
-            if objects == 3:
-                yield size, objects, "live", kind, "float32"
-    yield "4K", 3, "soft", "graph", "bfloat16"  # the one size where it might pay
+def step_cases(run: Run) -> list[dict[str, Any]]:
+    """The most wanted first: graph before eager, given before live proposals."""
+    sizes = [("240p", 1), ("240p", 3), ("240p", 10), ("480p", 3), ("1080p", 3), ("4K", 3)]
+    if run.quick or run.dry_run:
+        sizes = [("240p", 3)] if run.quick else [("240p", 1), ("4K", 3)]
+    cases = []
+    for kind in ("eager",) if run.dry_run else ("graph", "eager"):
+        for size, objects in sizes:
+            given = ("soft", "masks", "live") if objects == 3 else ("soft", "masks")
+            cases += [(size, objects, proposals, kind, "float32") for proposals in given]
+    if not (run.quick or run.dry_run):
+        cases.append(("4K", 3, "soft", "graph", "bfloat16"))  # the one size where it might pay
+    names = ("case", "size", "objects", "proposals", "kind", "dtype")
+    shrink = 10 if run.dry_run else 1
+    return [
+        dict(zip(names, (f"step {' '.join(map(str, case))}", [side // shrink for side in SIZES[case[0]]], *case[1:])))
+        for case in cases
+    ]
 
 
 def steps(run: Run) -> None:
     """Frames of the packaged network through `Segmenter`'s own step: median, p99, memory grown."""
+    missing = [case for case in step_cases(run) if not run.has(table="step", **case)]
+    if not missing:
+        return
     import torch
 
     import dmm_fast
 
-    frames = 2 if run.dry_run else 200
-    nets: dict[str, Any] = {}
-    for size, objects, proposals, kind, dtype in step_cases(run.quick):
-        if run.dry_run and (kind == "graph" or size != "240p" or objects == 10):
-            continue
+    run.machine()
+    segmenters: dict[tuple, Any] = {}  # one per dtype, as a captured graph is kept whatever autocast says
+    for case in missing:
         if run.late:
+            run.write(table="cut", name="step", case=case["case"])
             break
-        facts = {"table": "step", "size": SIZES[size], "objects": objects, "proposals": proposals, "kind": kind, "dtype": dtype}
-        if run.has(**facts):
-            continue
-        if kind not in nets:
-            nets[kind] = dmm_fast.Segmenter(device=run.device, graph=kind == "graph")
+        key = (case["kind"], case["dtype"], case["proposals"] == "live")
         try:
-            with torch.autocast(run.device, torch.bfloat16, enabled=dtype != "float32", cache_enabled=False):
-                measured = follow(nets[kind], SIZES[size], objects, proposals, frames, run)
+            if key not in segmenters:
+                proposer = _detector(run.device) if case["proposals"] == "live" else None
+                segmenters[key] = dmm_fast.Segmenter(device=run.device, graph=case["kind"] == "graph", proposer=proposer)
+            with torch.autocast(run.device, torch.bfloat16, enabled=case["dtype"] != "float32", cache_enabled=False):
+                measured = follow(segmenters[key], case["size"], case["objects"], case["proposals"], run)
         except RuntimeError as error:  # out of memory, or a capture that failed: the others go on
-            run.write(table="failed", case=f"step {size} {objects} {proposals} {kind} {dtype}", error=str(error)[:300])
+            run.write(table="failed", case=case["case"], error=str(error)[:300])
             continue
-        run.write(**facts, **measured)
+        run.write(table="step", **case, **measured)
 
 
-def follow(segmenter: Any, size: tuple[int, int], objects: int, proposals: str, frames: int, run: Run) -> dict[str, Any]:
-    """Random frames and 50 boxes: the work does not depend on what they show."""
+def follow(segmenter: Any, size: list[int], objects: int, proposals: str, run: Run) -> dict[str, Any]:
+    """200 frames, fewer where they would take more than 3 s. Random frames and 50 boxes: the work is the same for all."""
+    warm, most, seconds = (1, 2, 1) if run.dry_run else (5, 200, 3)
+    frame, masks, given = scene(size, soft=proposals == "soft", device=run.device)
+    segmenter.start(frame, masks[:: 50 // objects][:objects])
+    times: list[float] = []
+    before, end = 0, math.inf
+    while len(times) < warm + most and time.perf_counter() < end:
+        if len(times) == warm:
+            before, end = _allocated(run), time.perf_counter() + seconds
+        begin = time.perf_counter()
+        segmenter.step(frame, None if proposals == "live" else given)  # its masks are on the host: the GPU has finished
+        times.append(1e3 * (time.perf_counter() - begin))
+    counted = sorted(times[warm:])
+    frames = len(counted)
+    grown = _allocated(run) - before
+    return {"ms": counted[frames // 2], "p99": counted[int(0.99 * (frames - 1))], "frames": frames, "grown": grown}
+
+
+def scene(size: list[int], soft: bool, device: str) -> tuple[Any, Any, Any]:
+    """A random frame; 50 rectangles as masks; the same as proposals, with soft masks or as they are."""
     import torch
     from dmm_fast.model import Proposals
-    from dmm_fast.model.masks import mask_boxes
 
     height, width = size
     generator = torch.Generator().manual_seed(0)
-    frame = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator).to(run.device)
-    masks = torch.zeros((50, *size), dtype=torch.bool)
-    for k, mask in enumerate(masks):
-        y, x = k * height // 80, k * width // 80
-        mask[y : y + height // 3, x : x + width // 4] = True
-    soft = torch.rand(50, 28, 28, generator=generator)
-    given = Proposals(mask_boxes(masks), torch.rand(50, generator=generator), soft if proposals == "soft" else masks)
-    given = Proposals(*(part.to(run.device) for part in given))
-    propose: Callable = (lambda _: given) if proposals != "live" else _detector(run.device)
-    segmenter.start(frame, masks[:: 50 // objects][:objects])
-    times, before = [], 0
-    for number in range(frames + 5):
-        if number == 5 and run.device == "cuda":
-            before = torch.cuda.memory_allocated()
-        begin = time.perf_counter()
-        segmenter.step(frame, propose(frame))  # the result is on the host: the device has been waited for
-        times.append(1e3 * (time.perf_counter() - begin))
-    grown = torch.cuda.memory_allocated() - before if run.device == "cuda" else 0
-    counted = sorted(times[5:])
-    return {"ms": counted[frames // 2], "p99": counted[int(0.99 * (frames - 1))], "frames": frames, "grown": grown}
+    frame = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator).to(device)
+    masks = torch.zeros((50, height, width), dtype=torch.bool, device=device)
+    boxes = torch.tensor([[k * width // 80, k * height // 80] for k in range(50)])
+    boxes = torch.cat([boxes, boxes + torch.tensor([width // 4, height // 3])], 1)  # [50, 4] as x0, y0, x1, y1
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist()):
+        mask[y0:y1, x0:x1] = True
+    scores = torch.rand(50, generator=generator).to(device)
+    shapes = torch.rand(50, 28, 28, generator=generator).to(device) if soft else masks
+    return frame, masks, Proposals(boxes.float().to(device), scores, shapes)
+
+
+def _allocated(run: Run) -> int:
+    import torch
+
+    return torch.cuda.memory_allocated() if run.device == "cuda" else 0
 
 
 def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006  one for the process
@@ -165,34 +195,31 @@ def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006
 
 
 def pt2(run: Run) -> None:
-    """The packaged network compiled ahead of time for this GPU; it takes minutes, so it runs beside the others."""
-    if run.dry_run or run.has(table="pt2"):
+    """The packaged network compiled ahead of time for this GPU: minutes. A dry run exports TorchScript, which takes seconds."""
+    if run.has(table="pt2"):
         return
     import torch
 
     import dmm_fast
     from dmm_fast.export import Sizes, export, load
 
-    net = dmm_fast.Segmenter(device="cuda").net
+    kind, size, frames = ("torchscript", [48, 84], 2) if run.dry_run else ("pt2", SIZES["240p"], 50)
+    options = {} if run.dry_run else {"sizes": Sizes(H=size[0], W=size[1]), "soft": True}
+    net = dmm_fast.Segmenter(device=run.device, graph=False).net
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
-        export("pt2", net, Path(folder) / "export", sizes=Sizes(H=240, W=427), soft=True, progress=print)
+        export(kind, net, Path(folder) / "export", progress=print, **options)
         seconds = time.monotonic() - begin
-        exported = load(Path(folder) / "export", device="cuda")
-        frame = torch.randint(0, 256, (3, 240, 427), dtype=torch.uint8, device="cuda")
-        masks = torch.zeros((3, 240, 427), dtype=torch.bool, device="cuda")
-        masks[0, :90, :90], masks[1, 90:180, 90:180], masks[2, 150:, 200:] = True, True, True
-        state = exported.start(frame, masks, torch.ones(3, dtype=torch.bool, device="cuda"))
-        given = dmm_fast.model.Proposals(
-            torch.tensor([[10.0, 10, 100, 100]] * 50).cuda(), torch.rand(50).cuda(), torch.rand(50, 28, 28).cuda()
-        )
+        exported = load(Path(folder) / "export", device=run.device)
+        frame, masks, given = scene(size, soft=True, device=run.device)
+        state = exported.start(frame, masks[::16][:3], torch.ones(3, dtype=torch.bool, device=run.device))
         times = []
-        for _ in range(50):
+        for _ in range(frames + 5):
             begin = time.perf_counter()
-            _, state = exported.step(frame, given, state)
-            torch.cuda.synchronize()
+            output, state = exported.step(frame, given, state)
+            output.labels.cpu()
             times.append(1e3 * (time.perf_counter() - begin))
-    run.write(table="pt2", seconds=seconds, ms=sorted(times[5:])[22])
+    run.write(table="pt2", kind=kind, size=size, seconds=seconds, frames=frames, ms=sorted(times[5:])[frames // 2])
 
 
 # ---- decisions ----
@@ -200,7 +227,11 @@ def pt2(run: Run) -> None:
 
 def decisions(run: Run) -> None:
     """Ways to decide 5x50, from a cost on the device to an answer on the device, seconds per problem."""
+    batches = [batch for batch in ((1, 64) if run.dry_run else (1, 64, 4096)) if not run.has(table="decisions", batch=batch)]
+    if not batches:
+        return
     import core
+    import numpy as np
     import torch
     from scipy.optimize import linear_sum_assignment
 
@@ -209,7 +240,7 @@ def decisions(run: Run) -> None:
     def scipy(cost: torch.Tensor) -> torch.Tensor:
         host = cost.double().cpu().numpy()
         columns = [linear_sum_assignment(problem)[1] for problem in host]
-        return torch.tensor(columns).to(cost.device)
+        return torch.from_numpy(np.stack(columns)).to(cost.device)
 
     ways: dict[str, Callable] = {
         "scipy, copied": scipy, "hungarian": dmm_fast.hungarian, "assign": dmm_fast.assign, "greedy": dmm_fast.greedy,
@@ -220,9 +251,10 @@ def decisions(run: Run) -> None:
 
         ways["torch-linear-assignment"] = batch_linear_assignment
     timer = core.cpu_time if run.dry_run else core.device_time
-    for batch in (1, 64, 4096):
-        if run.late or run.has(table="decisions", batch=batch) or (run.dry_run and batch > 64):
-            continue
+    run.machine()
+    for batch in batches:
+        if run.late:
+            break
         cost = torch.rand(batch, 5, 50, generator=torch.Generator().manual_seed(batch)).to(run.device)
         soft = dmm_fast.match(cost)
         calls = {name: (lambda way=way, given=soft if name == "assign" else cost: way(given)) for name, way in ways.items()}
@@ -274,20 +306,19 @@ def layer(run: Run) -> None:
         core.captured = lambda function, calls=1: lambda: [function() for _ in range(calls)][-1]
         core.peak_memory = lambda function: function().nbytes
         torch.set_num_threads(1)
-    if not run.has(table="machine"):
-        run.write(table="machine", **core.machine(run.device))
+    run.machine()
     for name, cases, peers in plan(run.quick):
         for case in cases:
             if run.dry_run:
                 peers = [peer for peer in peers if peer != "triton"]
-                case = replace(case, device="cpu", batch=min(case.batch, 8), n_grad=min(case.n_grad, 41), n_proj=2)
+                case = replace(case, device="cpu", batch=min(case.batch, 4), n_grad=case.n_grad // 20, n_proj=2)
             if run.has(table="match", name=name, case=str(case)):
                 continue
             if run.late:
                 run.write(table="cut", name=name, case=str(case))
                 break
             try:
-                row = measure_gpu(case, peers, rounds=3)
+                row = measure_gpu(case, peers, rounds=1 if run.dry_run else 3)
             except (AssertionError, RuntimeError) as error:  # the row is refused or impossible; the others go on
                 run.write(table="failed", case=str(case), error=str(error)[:400])
                 continue
@@ -295,7 +326,7 @@ def layer(run: Run) -> None:
             if not run.dry_run:
                 torch.cuda.empty_cache()
         if not run.has(table="memory"):
-            case = Case(8 if run.dry_run else 4096, backward=True, device=run.device)
+            case = Case(4 if run.dry_run else 4096, backward=True, device=run.device)
             run.write(table="memory", **measure_memory(case, {"ours": ours(case), "batched eager": batched(case)}))
 
 

@@ -14,8 +14,22 @@ NAME = "performance_gpu.md"
 
 
 def read_results(out: Path) -> list[dict]:
+    """The rows so far, without one that a killed process left half written."""
+    path, rows = out / "results.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append_row(out: Path, row: dict) -> None:
+    """In one write, as others append too; on a line of its own, whatever the last one lacks."""
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    content = path.read_bytes() if path.exists() else b"\n"
+    with path.open("a") as results:
+        results.write(("" if content.endswith(b"\n") else "\n") + json.dumps(row) + "\n")
 
 
 def merged(rows: list[dict]) -> list[dict]:
@@ -32,10 +46,13 @@ def merged(rows: list[dict]) -> list[dict]:
 def render(out: Path) -> str:
     """Everything measured so far; also written to performance_gpu.md."""
     rows = read_results(out)
-    machine = next((row for row in rows if row["table"] == "machine"), {})
-    parts = ["; ".join(f"{key} {value}" for key, value in machine.items() if key != "table") + "."]
-    for section in (steps, decisions, layer, peers, memory, vision, compiled, refused):
-        parts += section(rows)
+    machines = [row for row in rows if row["table"] == "machine"]
+    parts = ["; ".join(f"{key} {value}" for key, value in row.items() if key != "table") + "." for row in machines]
+    for section in (steps, compiled, decisions, layer, peers, memory, vision, refused):
+        try:
+            parts += section(rows)
+        except (KeyError, TypeError, ValueError) as error:  # rows of another version of this script: the other tables count
+            parts.append(f"{section.__name__}: no table, {type(error).__name__}: {error}")
     text = "\n\n".join(parts) + "\n"
     (out / NAME).write_text(text)
     return text
@@ -82,9 +99,8 @@ def layer(rows: list[dict]) -> Iterator[str]:
                 line += [us(row["kernel"]), us(row["call"]), us(row["limit"]), share] if row else ["-"] * 4
             cells.append(line)
         header = ["n x m", "B", "forward", "call", "limit", "share", "with backward", "call", "limit", "share"]
-        yield (
-            f"Ours at {setting[0]}x{setting[1]}, us: kernels alone (graph replay), whole eager call, predicted limit and its share."
-        )
+        setting = f"{setting[0]}x{setting[1]}"
+        yield f"Ours at {setting}, us: kernels alone (graph replay), whole eager call, predicted limit and its share."
         yield table(header, cells)
 
 
@@ -122,21 +138,25 @@ def memory(rows: list[dict]) -> Iterator[str]:
 
 
 def vision(rows: list[dict]) -> Iterator[str]:
-    for row in rows:
-        if row["table"] == "vision":
-            yield "Mask IoU and Eq. 8.\n\n" + row["text"]
+    found = [row for row in rows if row["table"] == "vision"]
+    if found:
+        yield "Mask IoU and Eq. 8.\n\n" + found[-1]["text"]
 
 
 def compiled(rows: list[dict]) -> Iterator[str]:
     for row in rows:
         if row["table"] == "pt2":
-            yield f"`.pt2` of the packaged network: compiled in {row['seconds']:.0f} s, {row['ms']:.2f} ms a frame of 427x240."
+            yield (
+                f"The packaged network exported as {row['kind']} in {row['seconds']:.0f} s: {row['ms']:.2f} ms a step "
+                f"(median of {row['frames']}, {row['size'][1]}x{row['size'][0]}, 3 objects, soft; other stages ran beside it)."
+            )
 
 
 def refused(rows: list[dict]) -> Iterator[str]:
     """What failed, and what the time did not suffice for."""
-    done = {(row.get("name"), row.get("case")) for row in rows if row["table"] == "match"}
+    done = {(row.get("name"), row["case"]) for row in rows if row["table"] in ("match", "step")}
     failed = {row["case"]: row["error"] for row in rows if row["table"] == "failed"}
+    failed = {case: error for case, error in failed.items() if case not in {case for _, case in done}}
     if failed:
         lines = [f"- {case}: {error}" for case, error in list(failed.items())[:10]]
         yield f"REFUSED, {len(failed)} cases, the first of them:\n" + "\n".join(lines)

@@ -8,27 +8,48 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+import torch
+
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_report.py"
+STAGES = ("tests", "steps", "sanitizer", "decisions", "layer", "vision")
+TITLES = ("A frame of", "Decisions, 5x50", "Ours at 2x2", "Forward, us per call", "Peak memory", "Mask IoU")
 
 
-def report(out: Path, minutes: float) -> tuple[str, list[dict]]:
-    command = [sys.executable, str(SCRIPT), "--dry-run", "--quick", "--minutes", str(minutes), "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+def report(out: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), "--out", str(out), *options], capture_output=True, text=True)
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def names(rows: list[dict]) -> Counter:
+    return Counter(str([row.get(key) for key in ("table", "name", "case", "batch")]) for row in rows)
 
 
 def test_a_second_call_measures_what_is_missing(tmp_path):
-    out = tmp_path / "report"
-    text, rows = report(out, 1)
-    for title in ("A frame of the packaged network", "Decisions, 5x50", "Ours at 40x2", "Forward, us per call", "Peak memory"):
-        assert title in text, text
-    assert (out / "performance_gpu.md").read_text() in text and "FAILED" not in text
-    kept = [row for row in rows if row["table"] != "match" and not (row["table"] == "decisions" and row["batch"] == 64)]
-    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))  # as if it had been cut off there
-    _, again = report(out, 1)
-    assert again[: len(kept)] == kept
-    count = Counter(json.dumps([row["table"], row.get("case"), row.get("batch"), row.get("proposals")]) for row in rows)
-    assert (
-        Counter(json.dumps([row["table"], row.get("case"), row.get("batch"), row.get("proposals")]) for row in again) == count
-    )
+    out, options = tmp_path / "report", ("--dry-run", "--quick", "--minutes", "4")
+    first = report(out, *options)
+    assert first.returncode == 0 and "FAILED" not in first.stdout, first.stdout + first.stderr
+    assert all(title in first.stdout for title in TITLES), first.stdout
+    assert (out / "performance_gpu.md").read_text() in first.stdout
+    assert all(f"\n{stage:10} " in first.stdout for stage in STAGES)
+
+    rows = rows_of(out)
+    kept = [row for row in rows if not (row["table"] == "match" and row["batch"] == 4)]
+    assert len(rows) - len(kept) == 2  # forward and backward
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"table": "mat')  # killed here
+    second = report(out, *options)
+    assert second.returncode == 0 and all(f"{name} before" in second.stdout for name in ("passed", "measured")), second.stdout
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[: len(kept)]] == kept
+    assert names([*kept, *map(json.loads, lines[len(kept) + 1 :])]) == names(rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could build and measure")
+def test_tables_come_also_where_nothing_can_be_built(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"table": "decisions", "batch": 1, "seconds": {"greedy": 1e-06}}\n')
+    result = report(tmp_path, "--minutes", "1")
+    assert result.returncode == 1 and "no GPU" in result.stderr
+    assert "Decisions, 5x50" in result.stdout and "Traceback" not in result.stderr
