@@ -494,6 +494,21 @@ def test_help_loads_nothing_that_only_a_command_needs():
     assert shown.stdout == "['dmm_fast']\n"
 
 
+def test_the_command_answers_without_torch():
+    """`dmm-fast --help` must not wait for torch; the public names are there all the same when they are asked for."""
+    code = """
+        import sys
+        sys.argv = ["/somewhere/dmm-fast", "--help"]
+        from dmm_fast.commands.main import _parser
+        _parser().format_help()
+        assert "torch" not in sys.modules and "numpy" not in sys.modules
+        import dmm_fast
+        print(dmm_fast.match.__name__, dmm_fast.reference.__name__, dmm_fast.Segmenter.__name__)
+    """
+    shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert shown.stdout == "match dmm_fast.ops.reference Segmenter\n", shown.stderr
+
+
 def test_a_missing_package_is_named(clip, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("dmm_fast.inference.demo")]:
         monkeypatch.delitem(sys.modules, name)
