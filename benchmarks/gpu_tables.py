@@ -26,10 +26,11 @@ def read_results(out: Path) -> list[dict]:
 
 def append_row(out: Path, row: dict) -> None:
     """In one write, as others append too; on a line of its own, whatever the last one lacks."""
-    path = out / "results.jsonl"
-    content = path.read_bytes() if path.exists() else b"\n"
-    with path.open("a") as results:
-        results.write(("" if content.endswith(b"\n") else "\n") + json.dumps(row) + "\n")
+    with (out / "results.jsonl").open("a+b") as results:
+        end = results.seek(0, 2)
+        results.seek(max(end - 1, 0))
+        torn = end > 0 and results.read(1) != b"\n"
+        results.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
 def merged(rows: list[dict]) -> list[dict]:
