@@ -204,7 +204,7 @@ def pt2(run: Run) -> None:
     from dmm_fast.export import Sizes, export, load
 
     kind, size, frames = ("torchscript", [48, 84], 2) if run.dry_run else ("pt2", SIZES["240p"], 50)
-    options = {} if run.dry_run else {"sizes": Sizes(H=size[0], W=size[1]), "soft": True}
+    options = {} if run.dry_run else {"sizes": Sizes(H=size[0], W=size[1]), "masks": "soft"}
     net = dmm_fast.Segmenter(device=run.device, graph=False).net
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()

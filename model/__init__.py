@@ -3,12 +3,13 @@
 from .config import PRESETS, Config
 from .inference import inference
 from .network import DMMNet
-from .state import Affinity, Output, Proposals, State
+from .state import Affinity, Candidates, Output, Proposals, State
 from .weights import digest, load_weights, packaged, read_config, read_weights, save_weights
 
 __all__ = [
     "PRESETS",
     "Affinity",
+    "Candidates",
     "Config",
     "DMMNet",
     "Output",

@@ -1,4 +1,4 @@
-"""Boxes of masks, and one label per pixel."""
+"""Boxes of masks, and masks on the grid: how much of each cell a mask covers."""
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,26 @@ def mask_boxes(masks: Tensor) -> Tensor:
     return (torch.stack([x0, y0, x1, y1], 1) * filled[:, None]).to(torch.float32)
 
 
-def label_map(masks: Tensor, rank: Tensor) -> Tensor:
-    """One label per pixel from masks [N, H, W], N <= 255: [H, W] uint8, 0 for background, else slot + 1.
+def cover(masks: Tensor, rows: int, columns: int) -> Tensor:
+    """The share of each cell that masks [N, H, W] bool cover: [N, rows, columns] float."""
+    return F.adaptive_avg_pool2d(masks.to(torch.float32)[None], [rows, columns])[0]
 
-    Masks are bool, or float in [0, 1]: the highest value above 0.5 wins; between equal values the higher `rank` [N] (a
-    permutation of 0..N-1) does.
-    """
-    if masks.size(0) == 0:
-        return torch.zeros(masks.shape[1:], dtype=torch.uint8, device=masks.device)
-    if masks.dtype == torch.bool:
-        masks = masks.to(torch.uint8)
-    highest = masks.amax(0)  # [H, W]
-    place = (rank + 1).to(torch.uint8)[:, None, None]
-    winner = ((masks == highest).to(torch.uint8) * place).amax(0)  # [H, W], the winner's rank + 1
-    slots = F.pad(torch.argsort(rank) + 1, [1, 0]).to(torch.uint8)  # [N + 1], by rank + 1
-    return slots.index_select(0, winner.flatten().to(torch.int32)).view_as(winner) * (highest > 0.5)
+
+def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells that each pair of a [N, h, w] and b [M, h, w] has in common, and those of either, [N, M]: the smaller and the larger
+    cover of each cell, summed."""
+    a, b = a.flatten(1), b.flatten(1)
+    total = a.sum(1)[:, None] + b.sum(1)
+    apart = torch.cdist(a, b, p=1.0)  # larger minus smaller
+    return 0.5 * (total - apart), 0.5 * (total + apart)
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of each pair of masks on the grid, [N, M] in [0, 1]; 0 where they have no more in common than rounding."""
+    common, either = shared(a, b)
+    return torch.where(common > 1e-5 * either, common / either.clamp(min=1e-12), 0.0).clamp(max=1.0)
+
+
+def scaled(boxes: Tensor, wide: float, tall: float) -> Tensor:
+    """Boxes [R, 4] x0 y0 x1 y1 with x times `wide` and y times `tall`."""
+    return torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)

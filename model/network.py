@@ -8,9 +8,9 @@ from dmm_fast import ops  # noqa: F401  registers torch.ops.dmm.*
 
 from .config import Config
 from .features import roi_means
-from .masks import label_map, mask_boxes
-from .refinement import HeavyRefinement, LightRefinement
-from .state import Affinity, Output, Proposals, State, empty_like, merge
+from .masks import cover, mask_boxes, overlap, scaled
+from .refinement import HeavyRefinement, LightRefinement, doubled
+from .state import Affinity, Candidates, Output, Proposals, State, empty_like, merge
 
 
 def make_backbone(
@@ -71,7 +71,7 @@ class DMMNet(nn.Module):
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, float(config.lr)
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
-        self.paste = config.refine == "heavy"
+        self.heavy = config.refine == "heavy"
         self.follow_refined = config.follow == "refined"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -88,22 +88,36 @@ class DMMNet(nn.Module):
         """Features of frames [B, 3, H, W], conv2-5 (heavy: the stem too), each [B, C_l, h_l, w_l]; or no backbone, none."""
         levels: list[Tensor] = []
         if self.backbone is not None:
-            image = frames.to(self.mean.dtype)
-            if not frames.is_floating_point():
-                image = image / 255.0
+            image = frames
+            if not frames.is_cpu:  # resizing bytes is several times as fast, and possible on a CPU only
+                image = image.to(self.mean.dtype)
             size = self.resized(frames.size(2), frames.size(3))
             # Not asked: whether the frame has that size already. Export would then fix the answer.
             if self.input_size[0] > 0 or self.short_side > 0:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+            image = image.to(self.mean.dtype)
+            if not frames.is_floating_point():
+                image = image / 255.0
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 
     def describe(self, features: list[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
         """RoI features [R, C] from conv2-5 of boxes [R, 4] in pixels of the frame."""
         resized = self.resized(height, width)
-        tall, wide = resized[0] / height, resized[1] / width
-        scaled = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
-        return self.embed(roi_means(features[-4:], self.strides[-4:], scaled))
+        boxes = scaled(boxes, resized[1] / width, resized[0] / height)
+        return self.embed(roi_means(features[-4:], self.strides[-4:], boxes))
+
+    def grid(self, features: list[Tensor], height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the cells on which masks of a frame of `height` x `width` pixels are compared.
+
+        Those of the stem where there is a heavy refinement, which decides there; else pixels of the frame, shrunk until its short
+        side is at most 240.
+        """
+        if self.heavy:
+            return features[0].size(2), features[0].size(3)
+        short = smaller(height, width)
+        side = smaller(short, 240)
+        return height * side // short, width * side // short
 
     @torch.jit.export
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
@@ -114,10 +128,13 @@ class DMMNet(nn.Module):
         """`start` from the frame's features."""
         height, width = masks.size(1), masks.size(2)
         masks = masks & valid[:, None, None]
+        rows, columns = self.grid(features, height, width)
+        on_grid = cover(masks, rows, columns).to(self.mean.dtype)
         hidden: list[Tensor] = []
         if self.refinement is not None:
-            hidden = self.refinement.start(features, masks.to(self.mean.dtype))
-        return State(valid, self.describe(features, mask_boxes(masks), height, width), masks, masks, hidden)
+            hidden = self.refinement.start(features, on_grid)
+        described = self.describe(features, mask_boxes(masks), height, width)
+        return State(valid, described, on_grid, on_grid, masks[:, :0, :0] if self.heavy else masks, hidden)
 
     @torch.jit.export
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
@@ -130,26 +147,29 @@ class DMMNet(nn.Module):
         return merge(gone, state, empty_like(state))
 
     @torch.jit.export
-    def prepare(self, proposals: Proposals, state: State) -> Proposals:
-        """What the stages of a step can use: with no proposal, one of padding; a heavy refinement, which needs every mask
-        at the frame's size, gets soft ones pasted, once.
+    def prepare(self, proposals: Proposals, state: State, height: int, width: int) -> Candidates:
+        """Proposals for a frame of `height` x `width` pixels with their masks on the grid of `state`; none: one of padding.
+
+        Soft masks and run-length codes go there directly: nothing of the size [M, H, W] is made.
         """
         if proposals.scores.numel() == 0:
-            return absent(state.masks)
-        if self.paste and proposals.masks.dtype != torch.bool:
-            return Proposals(proposals.boxes, proposals.scores, paint(proposals, state.masks) > 0.5)
-        return proposals
+            proposals = absent(state.masks)
+        boxes, masks = proposals.boxes, proposals.masks
+        rows, columns = state.masks.size(1), state.masks.size(2)
+        if masks.dtype == torch.bool:
+            on_grid = cover(masks, rows, columns)
+        elif masks.dtype == torch.int32:
+            on_grid = torch.ops.dmm.decode_runs(masks, height, width, rows, columns)
+        else:
+            on_grid = torch.ops.dmm.paste_masks(masks, scaled(boxes, columns / width, rows / height), rows, columns, 2)
+        return Candidates(boxes, proposals.scores, masks, on_grid.to(state.masks.dtype), height, width)
 
     @torch.jit.export
-    def compare(self, features: list[Tensor], proposals: Proposals, state: State) -> Affinity:
+    def compare(self, features: list[Tensor], candidates: Candidates, state: State) -> Affinity:
         """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
-        height, width = state.masks.size(1), state.masks.size(2)
-        full = proposals.masks
-        if full.dtype != torch.bool:
-            full = paint(proposals, state.masks) > 0.5  # [M, H, W]
-        described = self.describe(features, proposals.boxes, height, width)  # [M, C]
+        described = self.describe(features, candidates.boxes, candidates.height, candidates.width)  # [M, C]
         cosine = F.normalize(state.features, dim=1) @ F.normalize(described, dim=1).t()
-        return Affinity(cosine, torch.ops.dmm.mask_iou(state.masks, full))
+        return Affinity(cosine, overlap(state.masks, candidates.cover))
 
     @torch.jit.export
     def cost(self, affinity: Affinity) -> Tensor:
@@ -177,7 +197,7 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def decide(
-        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, assignment: Tensor, state: State
+        self, features: list[Tensor], candidates: Candidates, affinity: Affinity, assignment: Tensor, state: State
     ) -> tuple[Output, State]:
         """From an assignment X [N, >= M] (columns beyond M: empty proposals) to masks and the next state.
 
@@ -185,7 +205,7 @@ class DMMNet(nn.Module):
         cheapest, then the first, is kept, so that masks are never blended. Its weight is divided by its own detached
         value: a mask in Eq. 8 then has value 1, not 0.4, inside, and the gradient of X still passes.
         """
-        size = proposals.scores.numel()
+        size = candidates.scores.numel()
         similarity = -self.cost(affinity)  # [N, M]
         if assignment.size(1) > size:
             similarity = F.pad(similarity, [0, assignment.size(1) - size])
@@ -195,79 +215,104 @@ class DMMNet(nn.Module):
         column = choice.clamp(max=size - 1)
         believed = affinity.iou.gather(1, column) > self.min_iou
         believed = believed | (affinity.cosine.gather(1, column) > self.min_cosine)
-        real = proposals.scores > float("-inf")  # [M]
+        real = candidates.scores > float("-inf")  # [M]
         believed = believed & (choice < size) & (weight > 0) & real[column]
         found = believed[:, 0] & state.valid  # [N]
 
-        matched, binary, found = self.combine(proposals, column, weight, found, state.masks)
+        scale = weight / weight.detach().clamp(min=1e-12)  # [N, 1], 1 where found
+        if self.heavy:
+            matched, on_grid, found = self.pick(candidates, column, scale, found, state.masks)
+            full = state.full
+        else:
+            matched, full, found = self.paste(candidates, column, scale, found, state.full)
+            on_grid = state.masks
         # Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a larger one: a
         # proposal that spans two objects then leaves the smaller one visible.
         area = matched.flatten(1).sum(1)  # [N]
         rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
-            masks, parts, hidden = self.refinement(features, proposals, affinity, matched, state)
-            masks = masks * state.valid[:, None, None]
-            labels = label_map(masks, rank)
+            logits, parts, hidden = self.refinement(features, candidates, affinity, matched, state)
+            logits = torch.where(state.valid[:, None, None], logits, -100.0)  # nowhere, but finite: it is interpolated
             if self.follow_refined:
-                binary = masks > 0.5
+                if self.heavy:
+                    on_grid = settled(logits)
+                else:
+                    full = logits > 0.0
+            decided = logits
         else:
-            masks, parts, hidden = matched, affinity.iou.new_zeros((matched.size(0), 0)), state.hidden
-            labels = label_map(binary, rank)
+            logits, parts, hidden = torch.logit(matched, 1e-6), affinity.iou.new_zeros((matched.size(0), 0)), state.hidden
+            decided = full.to(logits.dtype) - 0.5  # so that rank decides where soft masks overlap
+        if not self.heavy:
+            on_grid = cover(full, on_grid.size(1), on_grid.size(2)).to(on_grid.dtype)
+        labels = torch.ops.dmm.upsample_argmax(decided.detach(), rank, candidates.height, candidates.width)
 
         proposal = torch.where(found, column[:, 0], -1)
         score = torch.where(found, similarity.gather(1, column)[:, 0], 0.0)
         others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
         rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
-        output = Output(masks, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
-        return output, State(state.valid, state.features, state.templates, binary, hidden)
+        output = Output(logits, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
+        return output, State(state.valid, state.features, state.templates, on_grid, full, hidden)
 
-    def combine(
-        self, proposals: Proposals, column: Tensor, weight: Tensor, found: Tensor, last: Tensor
+    def pick(
+        self, candidates: Candidates, column: Tensor, scale: Tensor, found: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 8 with one proposal, `column` [N, 1], left per row: P^ [N, H, W], P^ > 0.5, and what is `found` [N].
+        """Eq. 8 on the grid with one proposal, `column` [N, 1], left per row: P^ [N, h, w], the same without `scale` [N, 1], and
+        what is `found` [N].
 
         An empty mask is no match. Where nothing is found, the mask is the last one.
         """
-        scale = weight / weight.detach().clamp(min=1e-12)  # [N, 1], 1 where found
-        if proposals.masks.dtype == torch.bool:
-            picked = proposals.masks.index_select(0, column[:, 0])
-            found = found & (picked.flatten(1).to(torch.uint8).amax(1) > 0)  # [N]
-            row = torch.arange(found.size(0), device=found.device)
-            binary = torch.cat([picked, last]).index_select(0, torch.where(found, row, row + row.size(0)))
-            matched = binary.to(scale.dtype)
-            if scale.requires_grad:
-                matched = matched * torch.where(found, scale[:, 0], 1.0)[:, None, None]
-            return matched, binary, found
-        kept = torch.zeros((column.size(0), proposals.scores.size(0)), dtype=scale.dtype, device=scale.device)
-        kept = kept.scatter(1, column, scale)  # [N, M]
-        pasted = torch.ops.dmm.paste_combine(kept, proposals.masks, proposals.boxes, last.size(1), last.size(2))
-        found = found & (pasted.flatten(1).amax(1) > 0.5)
-        matched = torch.where(found[:, None, None], pasted, last.to(pasted.dtype))
-        return matched, matched > 0.5, found
+        picked = candidates.cover.index_select(0, column[:, 0])
+        found = found & (picked.flatten(1).amax(1) > 0)  # [N]
+        on_grid = torch.where(found[:, None, None], picked, last)
+        return on_grid * torch.where(found, scale[:, 0], 1.0)[:, None, None], on_grid, found
+
+    def paste(
+        self, candidates: Candidates, column: Tensor, scale: Tensor, found: Tensor, last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `pick`, at the frame's size: P^ [N, H, W], P^ > 0.5, and what is `found` [N]."""
+        masks, height, width = candidates.masks, candidates.height, candidates.width
+        if masks.is_floating_point():
+            kept = torch.zeros((column.size(0), candidates.scores.size(0)), dtype=scale.dtype, device=scale.device)
+            kept = kept.scatter(1, column, scale)  # [N, M]
+            pasted = torch.ops.dmm.paste_combine(kept, masks, candidates.boxes, height, width)
+            found = found & (pasted.flatten(1).amax(1) > 0.5)
+            matched = torch.where(found[:, None, None], pasted, last.to(pasted.dtype))
+            return matched, matched > 0.5, found
+        picked = masks.index_select(0, column[:, 0])
+        if masks.dtype == torch.int32:
+            picked = torch.ops.dmm.decode_runs(picked, height, width, height, width) > 0.5
+        found = found & (picked.flatten(1).to(torch.uint8).amax(1) > 0)  # [N]
+        full = torch.where(found[:, None, None], picked, last)
+        return full.to(scale.dtype) * torch.where(found, scale[:, 0], 1.0)[:, None, None], full, found
 
     @torch.jit.export
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         """One frame. With M = 0 proposals every object is lost."""
-        proposals = self.prepare(proposals, state)
         features = self.encode(frame[None])
-        affinity = self.compare(features, proposals, state)
-        assignment = self.match(self.cost(affinity), proposals.scores, state.valid)
-        return self.decide(features, proposals, affinity, assignment, state)
+        candidates = self.prepare(proposals, state, frame.size(1), frame.size(2))
+        affinity = self.compare(features, candidates, state)
+        assignment = self.match(self.cost(affinity), candidates.scores, state.valid)
+        return self.decide(features, candidates, affinity, assignment, state)
 
     def forward(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         return self.step(frame, proposals, state)
 
 
-def paint(proposals: Proposals, masks: Tensor) -> Tensor:
-    """Soft masks of proposals pasted into frames of the size of `masks` [N, H, W]: [M, H, W] float."""
-    each = torch.eye(proposals.masks.size(0), dtype=proposals.masks.dtype, device=masks.device)
-    return torch.ops.dmm.paste_combine(each, proposals.masks, proposals.boxes, masks.size(1), masks.size(2))
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, also where an export leaves them open."""
+    if not torch.jit.is_scripting():
+        return torch.sym_min(a, b)
+    return min(a, b)
+
+
+def settled(logits: Tensor) -> Tensor:
+    """Logits [N, h, w] as masks on the same grid: of each cell, how many of its four quarters are above 0."""
+    return F.avg_pool2d((doubled(logits) > 0.0).to(logits.dtype), 2)
 
 
 def absent(masks: Tensor) -> Proposals:
-    """One padding proposal for frames of the size of `masks` [N, H, W]: stands for no proposal at all."""
+    """One padding proposal on the device of `masks`: stands for no proposal at all."""
     boxes = torch.zeros((1, 4), dtype=torch.float32, device=masks.device)
     scores = torch.full((1,), float("-inf"), dtype=torch.float32, device=masks.device)
-    mask = torch.zeros((1, masks.size(1), masks.size(2)), dtype=torch.bool, device=masks.device)
-    return Proposals(boxes, scores, mask)
+    return Proposals(boxes, scores, torch.zeros((1, 1, 1), dtype=torch.float32, device=masks.device))

@@ -1,10 +1,10 @@
-"""Refinement of matched masks: `start(features, masks)` -> hidden state, `forward(..)` -> masks, parts, hidden state."""
+"""Refinement of matched masks: `start(features, masks)` -> hidden state, `forward(..)` -> logits, parts, hidden state."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state import Affinity, Proposals, State
+from .state import Affinity, Candidates, State
 
 
 class ConvLSTM(nn.Module):
@@ -70,10 +70,10 @@ class LightRefinement(nn.Module):
         return hidden
 
     def forward(
-        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, matched: Tensor, state: State
+        self, features: list[Tensor], candidates: Candidates, affinity: Affinity, matched: Tensor, state: State
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] float -> masks [N, H, W]; no parts."""
-        masks = torch.stack([matched, state.templates.to(matched.dtype)], 1)  # [N, 2, H, W]
+        """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] float -> logits [N, H, W]; no parts."""
+        masks = [matched[:, None], state.templates.to(matched.dtype)[:, None]]  # [N, 1, H, W], [N, 1, h, w]
         levels: list[Tensor] = []
         for k, squeeze in enumerate(self.squeezes):
             levels.append(squeeze(features[len(features) - 1 - k]))
@@ -82,8 +82,8 @@ class LightRefinement(nn.Module):
             rows: list[list[Tensor]] = []
             for h in state.hidden[::2]:
                 before.append(torch.zeros_like(h[:1]))
-            for n in range(masks.size(0)):
-                row = self.run(levels, masks[n : n + 1], [h[n : n + 1] for h in state.hidden], before)
+            for n in range(matched.size(0)):
+                row = self.run(levels, [mask[n : n + 1] for mask in masks], [h[n : n + 1] for h in state.hidden], before)
                 before = [torch.where(state.valid[n], h, b) for h, b in zip(row[::2], before)]
                 rows.append(row)
             following = [torch.cat([row[k] for row in rows]) for k in range(2 * len(levels))]
@@ -91,16 +91,15 @@ class LightRefinement(nn.Module):
             following = self.run(levels, masks, state.hidden, before)
         finest = following[len(following) - 2]
         change = F.interpolate(self.head(finest), size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        refined = torch.sigmoid(change + self.gain * (2.0 * matched - 1.0))
-        return refined, affinity.iou.new_zeros((matched.size(0), 0)), following
+        return change + self.gain * (2.0 * matched - 1.0), affinity.iou.new_zeros((matched.size(0), 0)), following
 
-    def run(self, levels: list[Tensor], masks: Tensor, hidden: list[Tensor], before: list[Tensor]) -> list[Tensor]:
-        """The next h and c of each layer, coarse to fine; masks [N, 2, H, W]; before: h of the object before, if serial."""
+    def run(self, levels: list[Tensor], masks: list[Tensor], hidden: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        """The next h and c of each layer, coarse to fine; masks of any size, [N, 1, ., .] each; before: h of the object before, if serial."""
         above: list[Tensor] = []
         following: list[Tensor] = []
         for k, layer in enumerate(self.layers):
             size = [levels[k].size(2), levels[k].size(3)]
-            own = [F.adaptive_avg_pool2d(masks, size)]
+            own = [F.adaptive_avg_pool2d(mask, size) for mask in masks]
             for h in above:
                 own.append(F.interpolate(h, size=size, mode="bilinear", align_corners=False))
             own.append(hidden[2 * k])
@@ -272,10 +271,10 @@ class HeavyRefinement(nn.Module):
         return [keys, mask, keys, mask]
 
     def forward(
-        self, features: list[Tensor], proposals: Proposals, affinity: Affinity, matched: Tensor, state: State
+        self, features: list[Tensor], candidates: Candidates, affinity: Affinity, matched: Tensor, state: State
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; proposals at full size; matched [N, H, W] -> masks [N, H, W],
-        parts [N, M]."""
+        """features: each [1, C_l, h_l, w_l], fine to coarse; candidates and matched [N, h_1, w_1] on the grid, the stem's cells
+        -> logits [N, h_1, w_1], parts [N, M]."""
         keys = self.keys(features)
         # Templates come from any frame, but the last frame is the same for all: the keys of one slot in use are everyone's.
         last_keys = state.hidden[2].index_select(0, first(state.valid))  # [1, K, h3, w3]
@@ -286,29 +285,21 @@ class HeavyRefinement(nn.Module):
             ],
             1,
         )  # [N, 6, h3, w3]
-        fine = [features[0].size(2), features[0].size(3)]
-        last = state.masks.to(matched.dtype) * state.valid[:, None, None]
-        own = F.adaptive_avg_pool2d(torch.stack([matched, last], 1), fine)  # [N, 2, h1, w1]
-        others = beside(own[:, 1])  # [N, h1, w1]
-        candidates = F.adaptive_avg_pool2d(proposals.masks.to(matched.dtype)[None], fine)[0]  # [M, h1, w1]
-        logits = self.parts(candidates, proposals.scores, affinity, own[:, 1], others, cues)
-        share = torch.sigmoid(logits)  # [N, M]
-        inside = (share[:, :, None, None] * candidates).amax(1)
-        outside = ((1.0 - share)[:, :, None, None] * candidates).amax(1)
-        maps = torch.cat([own, torch.stack([others, inside, outside], 1)], 1)  # [N, 5, h1, w1]
+        last = state.masks * state.valid[:, None, None]  # [N, h1, w1]
+        others = beside(last)  # [N, h1, w1]
+        share = torch.sigmoid(self.parts(candidates.cover, affinity, last, others, cues))  # [N, M]
+        inside = (share[:, :, None, None] * candidates.cover).amax(1)
+        outside = ((1.0 - share)[:, :, None, None] * candidates.cover).amax(1)
+        maps = torch.stack([matched, last, others, inside, outside], 1)  # [N, 5, h1, w1]
 
-        x = self.decode(features, maps, cues)
-        logit = F.interpolate(x, size=matched.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-        masks = torch.sigmoid(logit)
-        mask = F.adaptive_avg_pool2d(masks[:, None], [keys.size(2), keys.size(3)])
-        keys = keys.expand(masks.size(0), keys.size(1), keys.size(2), keys.size(3))
-        return masks, share, [state.hidden[0], state.hidden[1], keys, mask]
+        logits = self.decode(features, maps, cues)[:, 0]
+        mask = F.adaptive_avg_pool2d(torch.sigmoid(doubled(logits))[:, None], [keys.size(2), keys.size(3)])
+        keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
+        return logits, share, [state.hidden[0], state.hidden[1], keys, mask]
 
-    def parts(
-        self, candidates: Tensor, scores: Tensor, affinity: Affinity, last: Tensor, others: Tensor, cues: Tensor
-    ) -> Tensor:
+    def parts(self, cover: Tensor, affinity: Affinity, last: Tensor, others: Tensor, cues: Tensor) -> Tensor:
         """How much of each proposal belongs to each object, from what it covers: logits [N, M]."""
-        coarse = F.adaptive_avg_pool2d(candidates[:, None], [cues.size(2), cues.size(3)])[:, 0].flatten(1)  # [M, h w]
+        coarse = F.adaptive_avg_pool2d(cover[:, None], [cues.size(2), cues.size(3)])[:, 0].flatten(1)  # [M, h w]
         seen = torch.stack([last, others], 1)  # [N, 2, h1, w1]
         seen = F.adaptive_avg_pool2d(seen, [cues.size(2), cues.size(3)])
         seen = torch.cat([seen, torch.sigmoid(5.0 * cues[:, ::3]), cues[:, 1::3]], 1).flatten(2)  # [N, 6, h w]
@@ -330,6 +321,12 @@ class HeavyRefinement(nn.Module):
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x)
+
+
+def doubled(logits: Tensor) -> Tensor:
+    """Logits [N, h, w] of the stem at the size of the network's input, [N, 2 h, 2 w]."""
+    size = [2 * logits.size(1), 2 * logits.size(2)]
+    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def first(flags: Tensor) -> Tensor:

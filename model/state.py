@@ -11,7 +11,21 @@ class Proposals(NamedTuple):
 
     boxes: Tensor  # [M, 4] float, x0 y0 x1 y1 in pixels of the frame
     scores: Tensor  # [M] float
-    masks: Tensor  # [M, H, W] bool, the size of the frame; or [M, S, S] float in [0, 1], inside the boxes
+    masks: Tensor  # one of three kinds, by dtype:
+    # float [M, S, S] in [0, 1], inside the boxes, as a detector gives them;
+    # int32 [M, R], run-length codes: see `torch.ops.dmm.decode_runs`, padded with `NO_RUN`;
+    # bool [M, H, W], the size of the frame
+
+
+class Candidates(NamedTuple):
+    """Proposals made ready for a frame of `height` x `width` pixels: all but the matched ones are looked at on the grid only."""
+
+    boxes: Tensor  # [M, 4] float, x0 y0 x1 y1 in pixels of the frame
+    scores: Tensor  # [M] float
+    masks: Tensor  # as given
+    cover: Tensor  # [M, h, w] float, the share of each cell of the grid that the mask covers
+    height: int
+    width: int
 
 
 class State(NamedTuple):
@@ -19,8 +33,9 @@ class State(NamedTuple):
 
     valid: Tensor  # [N] bool, the slots in use
     features: Tensor  # [N, C] float, RoI features of the templates (C = 0 without a backbone)
-    templates: Tensor  # [N, H, W] bool, masks of the frame in which each object was given
-    masks: Tensor  # [N, H, W] bool, last matched masks (refined ones with follow = refined)
+    templates: Tensor  # [N, h, w] float, masks of the frame in which each object was given, on the grid (`DMMNet.grid`)
+    masks: Tensor  # [N, h, w] float, last matched masks (refined ones with follow = refined), on the grid
+    full: Tensor  # [N, H, W] bool, the last masks at the frame's size; [N, 0, 0] where refine = heavy, which needs none
     hidden: list[Tensor]  # refinement's temporal state, each [N, ...]; empty when refine = none
 
 
@@ -34,8 +49,8 @@ class Affinity(NamedTuple):
 class Output(NamedTuple):
     """A frame's result, one row per object slot."""
 
-    masks: Tensor  # [N, H, W] float in [0, 1], the frame's masks (refined, or `matched` when refine = none)
-    matched: Tensor  # [N, H, W] float in [0, 1], P^ of Eq. 8; the last mask where the object is lost
+    logits: Tensor  # [N, h, w] float, of the frame's masks (refined, or `matched`): on the grid where refine = heavy, else [N, H, W]
+    matched: Tensor  # float in [0, 1], P^ of Eq. 8; the last mask where the object is lost. The size of `logits`
     labels: Tensor  # [H, W] uint8, 0 background, else slot + 1
     proposal: Tensor  # [N] int64, the matched proposal, -1 where lost or not valid
     score: Tensor  # [N] float, minus its cost (Eq. 1), 0 where lost
@@ -54,6 +69,7 @@ def merge(new: Tensor, state: State, other: State) -> State:
         torch.where(new[:, None], other.features, state.features),
         torch.where(new[:, None, None], other.templates, state.templates),
         torch.where(new[:, None, None], other.masks, state.masks),
+        torch.where(new[:, None, None], other.full, state.full),
         hidden,
     )
 
@@ -65,6 +81,7 @@ def empty_like(state: State) -> State:
         torch.zeros_like(state.features),
         torch.zeros_like(state.templates),
         torch.zeros_like(state.masks),
+        torch.zeros_like(state.full),
         [torch.zeros_like(h) for h in state.hidden],
     )
 
@@ -72,5 +89,5 @@ def empty_like(state: State) -> State:
 def grow(state: State, slots: int) -> State:
     """The state with free slots appended until there are `slots`."""
     extra = slots - state.valid.size(0)
-    tensors = [torch.cat([t, t.new_zeros((extra,) + t.shape[1:])]) for t in state[:4]]
+    tensors = [torch.cat([t, t.new_zeros((extra,) + t.shape[1:])]) for t in state[:-1]]
     return State(*tensors, [torch.cat([t, t.new_zeros((extra,) + t.shape[1:])]) for t in state.hidden])

@@ -9,7 +9,7 @@
 namespace dmm {
 namespace {
 
-constexpr int64_t kFormat = 1;
+constexpr int64_t kFormat = 2;
 
 /// Reads members of one file, with its name before every message.
 class Reader {
@@ -77,7 +77,7 @@ Manifest Manifest::read(const std::string& folder) {
   const Json json = Json::parse(read_file(path, 64 << 20), path);
   const Reader reader(path);
   if (!json.get<Json::Object>()) reader.wrong("a manifest is a JSON object", &json);
-  if (reader.integer(json, "format") != kFormat) reader.wrong("this program reads format 1", json.find("format"));
+  if (reader.integer(json, "format") != kFormat) reader.wrong("this program reads format 2", json.find("format"));
 
   Manifest result;
   result.folder = folder;
@@ -91,7 +91,10 @@ Manifest Manifest::read(const std::string& folder) {
     if (!op.get<std::string>()) reader.wrong("'ops' must be a list of texts", &op);
     result.ops.push_back(*op.get<std::string>());
   }
-  for (const Json& form : reader.list(json, "proposal_masks")) result.soft |= form == Json("soft");
+  for (const Json& kind : reader.list(json, "proposal_masks")) {
+    if (!kind.get<std::string>()) reader.wrong("'proposal_masks' must be a list of texts", &kind);
+    result.masks.insert(*kind.get<std::string>());
+  }
   for (const Json& size : reader.list(json, "dynamic")) {
     result.dynamic[reader.text(size, "name")] = {reader.integer(size, "min"), reader.integer(size, "max")};
   }

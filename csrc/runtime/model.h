@@ -13,6 +13,9 @@ namespace dmm {
 
 using Tensors = std::vector<at::Tensor>;
 
+/// Which kind of proposals' masks these are, by dtype: "full", "runs" or "soft" (see Proposals).
+std::string mask_kind(const at::Tensor& masks);
+
 class Program {
  public:
   virtual ~Program() = default;

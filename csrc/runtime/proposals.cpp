@@ -64,8 +64,8 @@ bool fill(const std::vector<int64_t>& runs, int64_t area) {
   return area == 0;
 }
 
-/// Decode a segmentation into mask [H, W], which is zero; returns the tight box of its ones.
-std::array<int, 4> decode(const Json& segmentation, int height, int width, const std::string& where, uint8_t* mask) {
+/// A segmentation's run lengths, of 0 and 1 in turn, down the columns.
+std::vector<int64_t> decode(const Json& segmentation, int height, int width, const std::string& where) {
   if (segmentation.get<Json::Array>()) {
     fail(where, ": polygons are not read here; convert them to RLE (pycocotools.mask.frPyObjects)");
   }
@@ -81,17 +81,19 @@ std::array<int, 4> decode(const Json& segmentation, int height, int width, const
   if (!run_lengths(segmentation.find("counts"), runs) || !fill(runs, int64_t(height) * width)) {
     fail(where, ": the run lengths do not fill a ", width, "x", height, " mask; the file is damaged");
   }
+  return runs;
+}
+
+/// The tight box of the ones.
+std::array<int, 4> tight_box(const std::vector<int64_t>& runs, int height, int width) {
   std::array<int, 4> box = {width, height, 0, 0};
   int64_t at = 0;
   for (size_t k = 0; k < runs.size(); at += runs[k++]) {
     if (k % 2 == 0 || runs[k] == 0) continue;
-    int y = int(at % height), x = int(at / height);
-    for (int64_t rest = runs[k]; rest > 0; ++x, y = 0) {  // column by column
-      const int last = int(std::min<int64_t>(height, y + rest));
-      for (int row = y; row < last; ++row) mask[int64_t(row) * width + x] = 1;
-      box = {std::min(box[0], x), std::min(box[1], y), std::max(box[2], x + 1), std::max(box[3], last)};
-      rest -= last - y;
-    }
+    const int64_t last = at + runs[k] - 1;
+    const bool one = at / height == last / height;  // column; else the run goes over the bottom and on from the top
+    box = {std::min(box[0], int(at / height)), std::min(box[1], one ? int(at % height) : 0),
+           std::max(box[2], int(last / height) + 1), std::max(box[3], one ? int(last % height) + 1 : height)};
   }
   return box[2] > 0 ? box : std::array<int, 4>{};
 }
@@ -158,15 +160,21 @@ FrameProposals ProposalFile::frame(const std::string& stem, int height, int widt
   FrameProposals result{height, width, {}, {}, {}};
   const auto found = entries_.find(key(stem));
   if (found == entries_.end()) return result;
-  const size_t count = std::min(found->second.size(), size_t(top_)), area = size_t(height) * width;
-  result.masks.resize(count * area);
+  const size_t count = std::min(found->second.size(), size_t(top_));
+  std::vector<std::vector<int64_t>> codes;
+  size_t longest = 1;
   for (size_t index = 0; index < count; ++index) {
     const Entry& entry = found->second[index];
     const std::string where = path_ + ", image_id " + excerpt(found->first);
-    const auto tight = decode(entry.segmentation, height, width, where, &result.masks[index * area]);
-    const auto box = box_of(entry.bbox, tight, where);
+    codes.push_back(decode(entry.segmentation, height, width, where));
+    longest = std::max(longest, codes.back().size());
+    const auto box = box_of(entry.bbox, tight_box(codes.back(), height, width), where);
     result.boxes.insert(result.boxes.end(), box.begin(), box.end());
     result.scores.push_back(float(entry.score));
+  }
+  result.runs.resize(count * longest, kNoRun);
+  for (size_t index = 0; index < count; ++index) {
+    std::partial_sum(codes[index].begin(), codes[index].end(), result.runs.begin() + int64_t(index * longest));
   }
   return result;
 }

@@ -23,13 +23,14 @@ at::Tensor tensor(const py::array& given) {
   const py::array array = py::array::ensure(given, py::array::c_style);
   const auto type = array.dtype();
   const auto is = [&type](const py::dtype& other) { return type.equal(other); };
-  const at::ScalarType kind = is(py::dtype::of<uint8_t>())  ? at::kByte
-                              : is(py::dtype::of<bool>())   ? at::kBool
-                              : is(py::dtype::of<float>())  ? at::kFloat
-                              : is(py::dtype::of<double>()) ? at::kDouble
-                                                            : at::ScalarType::Undefined;
+  const at::ScalarType kind = is(py::dtype::of<uint8_t>())   ? at::kByte
+                              : is(py::dtype::of<bool>())    ? at::kBool
+                              : is(py::dtype::of<int32_t>()) ? at::kInt
+                              : is(py::dtype::of<float>())   ? at::kFloat
+                              : is(py::dtype::of<double>())  ? at::kDouble
+                                                             : at::ScalarType::Undefined;
   if (kind == at::ScalarType::Undefined)
-    dmm::fail("an array must be uint8, bool, float32 or float64, got ", py::str(type).cast<std::string>());
+    dmm::fail("an array must be uint8, bool, int32, float32 or float64, got ", py::str(type).cast<std::string>());
   const std::vector<int64_t> shape(array.shape(), array.shape() + array.ndim());
   return at::from_blob(const_cast<void*>(array.data()), shape, kind).clone();
 }
@@ -116,7 +117,7 @@ PYBIND11_MODULE(_runtime, module) {
       "read_proposals",
       [](const Path& path, const std::string& stem, int height, int width, int top) {
         const auto p = dmm::to_tensors(dmm::ProposalFile(path.string(), top).frame(stem, height, width));
-        return Arrays(array<float>(p.boxes), array<float>(p.scores), array<bool>(p.masks));
+        return Arrays(array<float>(p.boxes), array<float>(p.scores), array<int32_t>(p.masks));
       },
       py::arg("path"), py::arg("stem"), py::arg("height"), py::arg("width"), py::arg("top") = 50);
   module.def("read_frame", [](const Path& path) {

@@ -13,11 +13,11 @@
 namespace dmm {
 namespace {
 
-constexpr int64_t kFormat = 1;  // of saved sessions
+constexpr int64_t kFormat = 2;  // of saved sessions
 constexpr int kMostObjects = 255;
 
 // The tensors of a state, in the order of dmm_fast.model.State; the hidden ones follow.
-constexpr std::array<const char*, 4> kState = {"state.valid", "state.features", "state.templates", "state.masks"};
+constexpr std::array<const char*, 5> kState = {"state.valid", "state.features", "state.templates", "state.masks", "state.full"};
 constexpr size_t kValid = 0, kHidden = kState.size();
 
 std::string state_name(size_t index) {
@@ -87,6 +87,43 @@ Tensors grow(Tensors state, int64_t slots) {
     if (shape[0] > 0) tensor = at::cat({tensor, at::zeros(shape, tensor.options())});
   }
   return state;
+}
+
+/// Full masks [M, H, W] as run-length codes [M, R].
+at::Tensor encode_runs(const at::Tensor& masks) {
+  const at::Tensor down = masks.cpu().transpose(1, 2).contiguous();  // column by column
+  const int64_t count = masks.size(0), area = masks.size(1) * masks.size(2);
+  std::vector<std::vector<int32_t>> codes(count);
+  size_t longest = 1;
+  for (int64_t k = 0; k < count; ++k) {
+    const bool* pixel = down.const_data_ptr<bool>() + k * area;
+    for (int64_t at = 0; at < area; ++at) {
+      if (pixel[at] != (at > 0 && pixel[at - 1])) codes[k].push_back(int32_t(at));
+    }
+    longest = std::max(longest, codes[k].size());
+  }
+  at::Tensor runs = at::full({count, int64_t(longest)}, kNoRun, at::kInt);
+  for (int64_t k = 0; k < count; ++k) {
+    std::copy(codes[k].begin(), codes[k].end(), runs.mutable_data_ptr<int32_t>() + k * int64_t(longest));
+  }
+  return runs;
+}
+
+/// The inverse.
+at::Tensor decode_runs(const at::Tensor& runs, int64_t height, int64_t width) {
+  const at::Tensor places = runs.cpu().contiguous();
+  const int64_t count = runs.size(0), length = runs.size(1), area = height * width;
+  at::Tensor down = at::zeros({count, width, height}, at::kBool);
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t* place = places.const_data_ptr<int32_t>() + k * length;
+    bool* pixels = down.mutable_data_ptr<bool>() + k * area;
+    for (int64_t j = 0; j < length; j += 2) {
+      const int64_t begin = std::clamp<int64_t>(place[j], 0, area);
+      const int64_t end = j + 1 < length ? std::clamp<int64_t>(place[j + 1], begin, area) : area;
+      std::fill(pixels + begin, pixels + end, true);
+    }
+  }
+  return down.transpose(1, 2).contiguous();
 }
 
 FrameResult given(const std::vector<int>& ids, const at::Tensor& map) {
@@ -172,6 +209,7 @@ struct Segmenter::Session {
   }
 
   std::pair<Proposals, std::vector<int64_t>> chosen(const Proposals& given) const;
+  at::Tensor fitting(const at::Tensor& masks) const;
   Proposals padded(Proposals proposals) const;
 };
 
@@ -179,10 +217,11 @@ struct Segmenter::Session {
 std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Proposals& given) const {
   const auto& [boxes, scores, masks] = given;
   const int64_t count = scores.numel();
-  if (scores.dim() != 1 || boxes.dim() != 2 || boxes.size(0) != count || boxes.size(1) != 4 || masks.dim() != 3 ||
+  const bool runs = masks.scalar_type() == at::kInt;
+  if (scores.dim() != 1 || boxes.dim() != 2 || boxes.size(0) != count || boxes.size(1) != 4 || masks.dim() != (runs ? 2 : 3) ||
       masks.size(0) != count) {
-    fail("Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .], got ", boxes.sizes(), ", ", scores.sizes(),
-         " and ", masks.sizes());
+    fail("Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .] or [M, .], got ", boxes.sizes(), ", ",
+         scores.sizes(), " and ", masks.sizes());
   }
   std::vector<int64_t> kept(count);
   for (int64_t k = 0; k < count; ++k) kept[k] = k;
@@ -191,9 +230,11 @@ std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Prop
     fail("Segmenter: proposals must have finite boxes and scores");
   }
   const bool full = masks.scalar_type() == at::kBool;
-  if (full ? masks.sizes().slice(1) != ids.sizes() : !masks.is_floating_point() || masks.size(1) != masks.size(2)) {
+  const bool soft = masks.is_floating_point() && masks.size(1) == masks.size(2);
+  if (full ? masks.sizes().slice(1) != ids.sizes() : !runs && !soft) {
     fail("Segmenter: proposal masks must be bool [M, H, W] of the frame's size ", ids.sizes(),
-         ", or float [M, S, S] in their boxes, got ", c10::toString(masks.scalar_type()), " ", masks.sizes());
+         ", float [M, S, S] in their boxes, or int32 [M, R] run-length codes, got ", c10::toString(masks.scalar_type()), " ",
+         masks.sizes());
   }
   Proposals result = given;
   if (count > most_proposals) {
@@ -205,7 +246,19 @@ std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Prop
     const at::Tensor index = at::tensor(kept, at::kLong).to(scores.device());
     result = {boxes.index_select(0, index), scores.index_select(0, index), masks.index_select(0, index)};
   }
-  return {{result.boxes.to(at::kFloat), result.scores.to(at::kFloat), full ? result.masks : result.masks.to(at::kFloat)}, kept};
+  return {
+      {result.boxes.to(at::kFloat), result.scores.to(at::kFloat), fitting(soft ? result.masks.to(at::kFloat) : result.masks)},
+      kept};
+}
+
+/// The masks, of a kind that the export takes.
+at::Tensor Segmenter::Session::fitting(const at::Tensor& masks) const {
+  const std::set<std::string>& kinds = model.manifest().masks;
+  const std::string kind = mask_kind(masks);
+  if (kinds.count(kind)) return masks;
+  if (kind == "full" && kinds.count("runs")) return encode_runs(masks);
+  if (kind == "runs" && kinds.count("full")) return decode_runs(masks, ids.size(0), ids.size(1));
+  fail("Segmenter: this export does not take proposals with ", kind, " masks; export with others (dmm-fast export --masks)");
 }
 
 /// With empty proposals (score -inf) behind them, as many as the export asks for, and at least one.
@@ -213,16 +266,19 @@ Proposals Segmenter::Session::padded(Proposals proposals) const {
   const int64_t count = proposals.scores.numel(), missing = std::max<int64_t>(least_proposals, 1) - count;
   if (missing <= 0) return proposals;
   if (count == 0) {
-    const bool soft = model.manifest().files.at("step").inputs[3].dtype != "bool";
-    const int64_t side = soft ? std::max<int64_t>(model.limits("step", 3, 1).first, 1) : 0;
-    const auto size = soft ? std::vector<int64_t>{0, side, side} : std::vector<int64_t>{0, ids.size(0), ids.size(1)};
-    proposals = {at::zeros({0, 4}), at::zeros({0}), at::zeros(size, soft ? at::kFloat : at::kBool)};
+    const std::string& dtype = model.manifest().files.at("step").inputs[3].dtype;
+    const int64_t side = dtype == "float32" ? std::max<int64_t>(model.limits("step", 3, 1).first, 1) : 0;
+    const at::Tensor masks = dtype == "bool"    ? at::zeros({0, ids.size(0), ids.size(1)}, at::kBool)
+                             : dtype == "int32" ? at::zeros({0, 1}, at::kInt)
+                                                : at::zeros({0, side, side});
+    proposals = {at::zeros({0, 4}), at::zeros({0}), masks};
   }
   auto shape = proposals.masks.sizes().vec();
   shape[0] = missing;
+  const bool runs = mask_kind(proposals.masks) == "runs";
   return {at::cat({proposals.boxes, at::zeros({missing, 4}, proposals.boxes.options())}),
           at::cat({proposals.scores, at::full({missing}, -INFINITY, proposals.scores.options())}),
-          at::cat({proposals.masks, at::zeros(shape, proposals.masks.options())})};
+          at::cat({proposals.masks, at::full(shape, runs ? kNoRun : 0, proposals.masks.options())})};
 }
 
 Segmenter::Segmenter(const std::string& folder, const Options& options)
@@ -374,7 +430,8 @@ Segmenter Segmenter::load(const std::string& path, const std::string& folder, co
     const Json* found = session.find(name);
     return found ? *found : Json();
   };
-  if (member("format") != Json(kFormat)) fail(path, ": is not a session of format 1, but ", member("format").dump());
+  if (member("format") != Json(kFormat))
+    fail(path, ": is not a session of format ", kFormat, ", but ", member("format").dump());
 
   Segmenter result(folder, options);
   Session& s = *result.session_;
@@ -459,7 +516,7 @@ Proposals to_tensors(const FrameProposals& p) {
     return at::from_blob(const_cast<void*>(static_cast<const void*>(values.data())), shape, type).clone();
   };
   return {copy(p.boxes, {count, 4}, at::kFloat), copy(p.scores, {count}, at::kFloat),
-          copy(p.masks, {count, p.height, p.width}, at::kBool)};
+          copy(p.runs, {count, count ? int64_t(p.runs.size()) / count : 1}, at::kInt)};
 }
 
 }  // namespace dmm

@@ -11,6 +11,7 @@ from typing import Any
 from dmm_fast.commands.options import add_command, add_network_options, check_device, count
 
 FORMATS = ("torchscript", "pt2", "onnx")
+MASKS = ("soft", "runs", "full")
 
 
 def add(commands: Any) -> None:
@@ -49,8 +50,9 @@ def add(commands: Any) -> None:
     sizes.add_argument("--objects", type=count, metavar="N", help="object slots")
     sizes.add_argument("--proposals", type=count, metavar="M", help="proposals per frame")
     sizes.add_argument(
-        "--soft-masks", action="store_true",
-        help="proposals come as soft masks in their boxes, as from Mask R-CNN, not as masks of the frame's size",
+        "--masks", choices=MASKS,
+        help="how proposals' masks come: soft ones in their boxes, as from Mask R-CNN (the default with a detector); runs, "
+        "run-length codes as in COCO's files (else, pt2); full, masks of the frame's size (else, onnx)",
     )  # fmt: skip
     sizes.add_argument("--only", choices=("match",), help="the matching layer alone, cost -> assignment")
 
@@ -62,15 +64,15 @@ def run(a: argparse.Namespace) -> int:
 
     check_device(a.device)
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
-    if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.soft_masks):
-        raise ExportError("export: a TorchScript takes every size and both kinds of masks; leave those options out")
-    if a.only is not None and (a.detector not in (None, "none") or a.soft_masks or sizes.varying != list("NMHW")):
+    if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.masks):
+        raise ExportError("export: a TorchScript takes every size and all kinds of masks; leave those options out")
+    if a.only is not None and (a.detector not in (None, "none") or a.masks or sizes.varying != list("NMHW")):
         raise ExportError(f"export: --only {a.only} takes every size, and no --detector; leave those options out")
     options: dict[str, Any] = {"only": a.only}
     if a.only is None:
         options = {"detector": _detector(a)}
         if a.format != "torchscript":
-            options |= {"sizes": sizes, "soft": a.soft_masks}
+            options |= {"sizes": sizes, "masks": a.masks}
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
     else:

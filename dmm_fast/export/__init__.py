@@ -33,7 +33,8 @@ def export(
 
     detector: a `dmm_fast.proposals.network.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
     alone. progress: called with a line for each step, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
-    where a size may vary), soft (proposals come as soft masks in their boxes). What these compute is compared with the
+    where a size may vary), masks (how proposals' masks come: "full", "runs" or "soft", see `dmm_fast.model.Proposals`; by default
+    "soft" with a detector, else "runs" for pt2 and "full" for onnx). What these compute is compared with the
     networks, at other sizes than they were traced with. The manifest is written last: a folder without one is no export.
 
     Raises ExportError, and FileExistsError where `out` holds an export and `overwrite` is False.
@@ -43,7 +44,7 @@ def export(
     if only not in (None, "match"):
         raise ExportError(f"export: only must be None or 'match', got {only!r}")
     if only is not None and (detector is not None or options):
-        raise ExportError(f"export: the layer alone takes no detector, sizes or soft, got {sorted(options) or 'a detector'}")
+        raise ExportError(f"export: the layer alone takes no detector, sizes or masks, got {sorted(options) or 'a detector'}")
     if detector is not None:
         from .detector import ProposalNetwork  # torchvision is slow to import
 
@@ -60,14 +61,19 @@ def export(
             manifest = _format(kind).export_layer(net.eval(), folder, progress=progress)
         else:
             frozen = inference(copy.deepcopy(net.eval()))
-            if kind != "torchscript":  # AOTInductor computes nonsense from weights that lie channels-last
+            if kind != "torchscript":
+                default = "soft" if detector is not None else "runs" if kind == "pt2" else "full"
+                options["masks"] = options.get("masks") or default
+                if detector is not None and options["masks"] != "soft":
+                    raise ExportError(f"export: a detector's masks are soft, got masks {options['masks']!r}")
+                # AOTInductor computes nonsense from weights that lie channels-last
                 for module in (frozen, *filter(None, [options.get("detector")])):
                     module.to(memory_format=torch.contiguous_format)
             manifest = _format(kind).export(frozen, folder, progress=progress, **options)
             if kind != "torchscript":  # a script is the network itself
                 progress("comparing with the network")
                 exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
-                verify(exported, net, options.get("sizes", OPEN), options.get("soft", False), options.get("detector"))
+                verify(exported, net, options.get("sizes", OPEN), options["masks"], options.get("detector"))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)

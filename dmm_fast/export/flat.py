@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dmm_fast.model import DMMNet, Proposals
-from dmm_fast.model.network import paint
 
-from .manifest import LAYER_LIMITS, LIMITS, Entry, Example, ExportError, Sizes, Spec, flat, unflat
+from .manifest import LAYER_LIMITS, Entry, Example, ExportError, Sizes, Spec, flat, unflat
 
 if TYPE_CHECKING:
     from .detector import ProposalNetwork
@@ -45,21 +44,16 @@ class Step(nn.Module):
 
 
 class Propose(nn.Module):
-    """frame -> boxes, scores and masks of as many proposals as the detector keeps, padding among them; the masks as `Step`
-    takes them: soft ones, or bool ones of the frame's size.
-    """
+    """frame -> boxes, scores and soft masks of as many proposals as the detector keeps, padding among them."""
 
-    def __init__(self, detector: ProposalNetwork, soft: bool) -> None:
+    def __init__(self, detector: ProposalNetwork) -> None:
         super().__init__()
-        self.detector, self.soft = detector, soft
+        self.detector = detector
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, masks = self.detector(frame)
         real = scores > float("-inf")
-        boxes, masks = boxes * real[:, None], masks * real[:, None, None]
-        if not self.soft:
-            masks = paint(Proposals(boxes, scores, masks), frame) > 0.5
-        return boxes, scores, masks
+        return boxes * real[:, None], scores, masks * real[:, None, None]
 
 
 class Match(nn.Module):
@@ -119,10 +113,9 @@ def traced(
         )
     functions: dict[str, nn.Module] = {"start": Start(net), "step": Step(net)}
     if detector is not None:
-        functions["proposals"] = Propose(detector, example.soft).eval()
+        functions["proposals"] = Propose(detector).eval()
         example.add_proposals(functions["proposals"], detector.top)
-    limits = {name: LIMITS[name] for name in sizes.varying}
-    return _traced(functions, example, limits, ending, decompositions)
+    return _traced(functions, example, example.dynamic, ending, decompositions)
 
 
 def traced_layer(net: DMMNet, example: Example, ending: str, decompositions: dict[torch._ops.OpOverload, Callable]) -> Traced:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State
-from dmm_fast.model.network import absent
 from dmm_fast.model.state import empty_like, merge
+from dmm_fast.ops.vision import NO_RUN
+from dmm_fast.proposals.base import encode_runs, full_masks
 
-from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, unflat
+from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, kind_of, unflat
 
 if TYPE_CHECKING:
     from .detector import ProposalNetwork
@@ -41,7 +42,7 @@ class Exported:
         return unflat(self._call("start", [frame, masks, valid]))
 
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
-        results = self._call("step", [frame, *self._padded(proposals, state), *flat(state)])
+        results = self._call("step", [frame, *self._ready(proposals, (frame.size(1), frame.size(2))), *flat(state)])
         count = len(Output._fields)
         output = Output(*results[:count])
         return output._replace(parts=output.parts[:, : proposals.scores.numel()]), unflat(results[count:])
@@ -75,27 +76,31 @@ class Exported:
         self.manifest.check(name, tensors)
         return self._run(name, tensors)
 
-    def _padded(self, proposals: Proposals, state: State) -> Proposals:
-        """The proposals, with as many of padding behind them as the manifest asks for."""
+    def _ready(self, proposals: Proposals, size: tuple[int, int]) -> Proposals:
+        """The proposals with masks of a kind that the export takes, and as many of padding behind them as it asks for."""
+        boxes, scores, masks = proposals
+        kinds = self.manifest.proposal_masks
+        if kind_of(masks) not in kinds or not len(masks):
+            if "full" in kinds:
+                masks = full_masks(proposals, size)[2].to(boxes.device)
+            elif "runs" in kinds:
+                masks = encode_runs(full_masks(proposals, size)[2]).to(boxes.device)
+            elif not len(masks):
+                masks = boxes.new_zeros((0, *map(int, self.manifest.files["step"].inputs[3].shape[1:])))
         m = self.manifest.files["step"].inputs[2].shape[0]
-        least = m if isinstance(m, int) else self.manifest.dynamic[m][0]
-        missing = least - proposals.scores.numel()
-        if missing <= 0:
-            return proposals
-        masks = proposals.masks
-        if proposals.scores.numel() == 0:
-            spec = self.manifest.files["step"].inputs[3]
-            masks = torch.zeros((0, *map(int, spec.shape[1:]))) if spec.dtype == "float32" else absent(state.masks).masks[:0]
-            masks = masks.to(state.masks.device)
+        missing = max(0, (m if isinstance(m, int) else self.manifest.dynamic[m][0]) - len(scores))
+        fill = NO_RUN if kind_of(masks) == "runs" else 0
+        if kind_of(masks) == "runs" and not masks.size(1):
+            masks = masks.new_full((len(masks), 1), NO_RUN)
         return Proposals(
-            F.pad(proposals.boxes, [0, 0, 0, missing]),
-            F.pad(proposals.scores, [0, missing], value=float("-inf")),
-            torch.cat([masks, masks.new_zeros((missing, *masks.shape[1:]))]),
+            F.pad(boxes, [0, 0, 0, missing]),
+            F.pad(scores, [0, missing], value=float("-inf")),
+            torch.cat([masks, masks.new_full((missing, *masks.shape[1:]), fill)]),
         )
 
 
 @torch.no_grad()
-def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False, detector: ProposalNetwork | None = None) -> None:
+def verify(exported: Exported, net: DMMNet, sizes: Sizes, masks: str, detector: ProposalNetwork | None = None) -> None:
     """Refuse an export that does not compute what `net` and `detector` do, at sizes other than those it was traced with.
 
     Compilers fix a size here and there without a word, and then compute something else for every other one. And they compile
@@ -103,7 +108,7 @@ def verify(exported: Exported, net: DMMNet, sizes: Sizes, soft: bool = False, de
     """
     for usual in ((2, 4, 80, 112), (19, 35, 80, 112)):
         other = Sizes(*(given or size for given, size in zip(astuple(sizes), usual)))
-        example = Example(net, other, soft)
+        example = Example(net, other, masks)
         _verify_step(exported, net, other, example)
     if detector is not None:
         found, (boxes, scores, _) = exported.propose(example.frame), detector(example.frame)

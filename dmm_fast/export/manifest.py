@@ -1,7 +1,8 @@
 """manifest.json: what an exported folder holds, written last and believed only after it is checked.
 
 Every tensor that crosses the border of a file is listed by name, dtype and shape, in order. A shape's entry is a number,
-or the name of a size that may vary: N objects, M proposals, H and W pixels of the frame, h0, w0 .. cells of the features.
+or the name of a size that may vary: N objects, M proposals, R places of a run-length code, H and W pixels of the frame, h and w
+cells of the grid on which masks are compared, h0, w0 .. cells of the features.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ import torch
 from torch import Tensor
 
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State
+from dmm_fast.proposals.base import encode_runs
 
-FORMAT = 1
+FORMAT = 2
 ABI = "2.11"  # of torch's stable ABI, which the op libraries are built for
 KINDS = ("torchscript", "pt2", "onnx")
 NAME = "manifest.json"
-LIMITS = {"N": (1, 255), "M": (1, 4096), "H": (32, 8192), "W": (32, 8192)}
+MASKS = ("full", "runs", "soft")  # kinds of proposal masks
+LIMITS = {
+    "N": (1, 255), "M": (1, 4096), "R": (1, 1 << 20), "H": (32, 8192), "W": (32, 8192), "h": (1, 8192), "w": (1, 8192)
+}  # fmt: skip
 LAYER_LIMITS = {"B": (1, 1 << 20), "N": (1, 4096), "M": (1, 4096)}  # of the matching layer alone
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a name in the manifest's own folder, nothing that leads elsewhere
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_DTYPES = {"bool": torch.bool, "uint8": torch.uint8, "int64": torch.int64, "float32": torch.float32}
+_DTYPES = {"bool": torch.bool, "uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 class ExportError(ValueError):
@@ -77,7 +82,7 @@ class Manifest:
     dynamic: dict[str, tuple[int, int]] = field(default_factory=dict)
     ops: tuple[str, ...] = ()
     device: str = "any"  # where it runs: "any", "cpu" or "cuda"
-    proposal_masks: tuple[str, ...] = ("full",)  # "full": bool [M, H, W]; "soft": float [M, S, S] inside the boxes
+    proposal_masks: tuple[str, ...] = ("full",)  # of `MASKS`: bool [M, H, W], int32 [M, R], float [M, S, S] inside the boxes
     weights: str = ""  # dmm_fast.model.digest of the network
     notes: tuple[str, ...] = ()  # what is fixed, and why, for people
     dmm_fast: str = version("dmm_fast")
@@ -102,6 +107,15 @@ class Manifest:
         values["dynamic"] = [{"name": name, "min": low, "max": high} for name, (low, high) in self.dynamic.items()]
         return {"format": FORMAT, **values}
 
+    @staticmethod
+    def _masks_spec(spec: Spec, kind: str) -> Spec:
+        """`spec`, of proposals' masks, for those of a `kind`."""
+        dtypes = {"full": "bool", "runs": "int32", "soft": "float32"}
+        if spec.dtype == dtypes[kind]:
+            return spec
+        cells: dict[str, tuple[int | str, ...]] = {"full": ("H", "W"), "runs": ("R",), "soft": ("S", "S")}
+        return Spec(spec.name, dtypes[kind], (spec.shape[0], *cells[kind]))
+
     def check(self, name: str, tensors: Iterable[Tensor], direction: str = "inputs") -> dict[str, int]:
         """Refuse tensors unlike those listed for the function `name`; returns the sizes that vary."""
         specs: tuple[Spec, ...] = getattr(self.files[name], direction)
@@ -110,8 +124,8 @@ class Manifest:
             raise ExportError(f"{name}: takes {len(specs)} tensors, got {len(tensors)}")
         sizes: dict[str, int] = {}
         for spec, tensor in zip(specs, tensors):
-            if spec.name == "proposals.masks" and "soft" in self.proposal_masks and tensor.is_floating_point():
-                spec = Spec(spec.name, "float32", (spec.shape[0], "S", "S"))
+            if spec.name == "proposals.masks" and kind_of(tensor) in self.proposal_masks:
+                spec = self._masks_spec(spec, kind_of(tensor))
             got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             rule = f"{name}: {spec.name} must be {spec.dtype} [{', '.join(map(str, spec.shape))}]"
             if tensor.dtype != _DTYPES[spec.dtype] or tensor.dim() != len(spec.shape):
@@ -126,6 +140,11 @@ class Manifest:
                     known = "".join(f", {k} = {v}" for k, v in sizes.items() if k in spec.shape)
                     raise ExportError(f"{rule}{known}, got {got}")
         return sizes
+
+
+def kind_of(masks: Tensor) -> str:
+    """Which of `MASKS` these are, by dtype."""
+    return "soft" if masks.is_floating_point() else "full" if masks.dtype == torch.bool else "runs"
 
 
 def sha256(path: Path) -> str:
@@ -284,8 +303,9 @@ class Example:
     and "drop" take and give.
     """
 
-    def __init__(self, net: DMMNet, sizes: Sizes, soft: bool = False) -> None:
-        self.soft = soft
+    def __init__(self, net: DMMNet, sizes: Sizes, kind: str = "full") -> None:
+        if kind not in MASKS:
+            raise ExportError(f"export: masks must be one of {MASKS}, got {kind!r}")
         device = net.mean.device
         n, m, h, w = sizes.N or 3, sizes.M or 7, sizes.H or 96, sizes.W or 128
         generator = torch.Generator().manual_seed(0)
@@ -296,8 +316,10 @@ class Example:
         inside = [(x > x0) & (x < x1) & (y > y0) & (y < y1) for x0, y0, x1, y1 in boxes]
         masks = torch.stack(inside)  # [M, H, W]
         objects = masks[torch.arange(n) % m].roll(2, 2)  # [N, H, W], near proposals
-        if soft:
+        if kind == "soft":
             masks = torch.rand((m, 28, 28), generator=generator)
+        elif kind == "runs":
+            masks = encode_runs(masks)
         proposals = Proposals(boxes, torch.linspace(0.9, 0.1, m), masks)
         self.frame, self.objects, self.valid = (t.to(device) for t in (frame, objects, torch.ones(n, dtype=torch.bool)))
         self.proposals = Proposals(*(t.to(device) for t in proposals))
@@ -306,7 +328,12 @@ class Example:
             # Copies: two of these are one tensor, and a tracer would take the two inputs for one as well.
             self.state = unflat(tensor.clone() for tensor in flat(state))
             self.output, _ = net.step(self.frame, self.proposals, self.state)
-        self.specs, self.state_specs = self._specs(sizes, fixed_features=sizes.H is not None or net.input_size[0] > 0)
+        fixed = sizes.H is not None
+        self.specs, self.state_specs = self._specs(
+            sizes, fixed_features=fixed or net.input_size[0] > 0, fixed_grid=fixed or (net.heavy and net.input_size[0] > 0)
+        )
+        names = {size for specs in self.specs["step"] for spec in specs for size in spec.shape}
+        self.dynamic = {name: limits for name, limits in LIMITS.items() if name in names}
         self.inputs = {
             "start": [self.frame, self.objects, self.valid],
             "step": [self.frame, *self.proposals, *flat(self.state)],
@@ -317,36 +344,37 @@ class Example:
         """List `propose`, the proposal network, as "proposals" too. It gives `m` of them."""
         with torch.no_grad():
             boxes, scores, masks = propose(self.frame)
-        height, width = self.specs["start"][0][0].shape[1:]
-        cells = masks.shape[1:] if masks.is_floating_point() else (height, width)
         outputs = (
             Spec.of("proposals.boxes", boxes, (m, 4)),
             Spec.of("proposals.scores", scores, (m,)),
-            Spec.of("proposals.masks", masks, (m, *cells)),
+            Spec.of("proposals.masks", masks, (m, *masks.shape[1:])),
         )
         self.inputs["proposals"] = [self.frame]
         self.specs["proposals"] = (self.specs["start"][0][:1], outputs)
 
     def _specs(
-        self, sizes: Sizes, fixed_features: bool
+        self, sizes: Sizes, fixed_features: bool, fixed_grid: bool
     ) -> tuple[dict[str, tuple[tuple[Spec, ...], tuple[Spec, ...]]], tuple[Spec, ...]]:
         N, M, H, W = (sizes.symbol(name) for name in "NMHW")
         frame = (Spec.of("frame", self.frame, (3, H, W)),)
         boxes, scores, masks = self.proposals
-        cells = masks.shape[1:] if masks.is_floating_point() else (H, W)
+        cells: dict[str, tuple[int | str, ...]] = {"soft": tuple(masks.shape[1:]), "full": (H, W), "runs": ("R",)}
         proposals = (
             Spec.of("proposals.boxes", boxes, (M, 4)),
             Spec.of("proposals.scores", scores, (M,)),
-            Spec.of("proposals.masks", masks, (M, *cells)),
+            Spec.of("proposals.masks", masks, (M, *cells[kind_of(masks)])),
         )
         objects = (Spec.of("masks", self.objects, (N, H, W)),)
-        shapes = [(N,), (N, self.state.features.size(1)), (N, H, W), (N, H, W)]
+        grid = tuple(self.state.masks.shape[1:]) if fixed_grid else ("h", "w")
+        pixels = (H, W) if self.state.full.numel() else (0, 0)
+        shapes = [(N,), (N, self.state.features.size(1)), (N, *grid), (N, *grid), (N, *pixels)]
         state = [Spec.of(f"state.{name}", tensor, shape) for name, tensor, shape in zip(State._fields, self.state, shapes)]
         for k, tensor in enumerate(self.state.hidden):
-            grid = tuple(tensor.shape[2:]) if fixed_features else (f"h{k}", f"w{k}")
-            state.append(Spec.of(f"state.hidden.{k}", tensor, (N, tensor.size(1), *grid)))
+            level = tuple(tensor.shape[2:]) if fixed_features else (f"h{k}", f"w{k}")
+            state.append(Spec.of(f"state.hidden.{k}", tensor, (N, tensor.size(1), *level)))
         parts = (N, M if self.output.parts.size(1) else 0)
-        image = {"masks": (N, H, W), "matched": (N, H, W), "labels": (H, W), "parts": parts}
+        decided = (N, H, W) if self.state.full.numel() else (N, *grid)
+        image = {"logits": decided, "matched": decided, "labels": (H, W), "parts": parts}
         output = tuple(
             Spec.of(f"output.{name}", tensor, image.get(name, (N,))) for name, tensor in zip(Output._fields, self.output)
         )

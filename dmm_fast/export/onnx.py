@@ -1,4 +1,4 @@
-"""ONNX: start and step for ONNX Runtime and its like. Mask IoU and pasting are plain ops; the matching layers are functions of
+"""ONNX: start and step for ONNX Runtime and its like. Masks are handled by plain ops; the matching layers are functions of
 the model (`dmm::match`, `dmm::match_prices`), which a runtime may replace by kernels of its own.
 """
 
@@ -18,7 +18,7 @@ from dmm_fast.ops import reference
 
 from .flat import POOLING, Progress, Traced, traced, traced_layer
 from .loaded import Run
-from .manifest import LAYER_LIMITS, LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
+from .manifest import LAYER_LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
 
 if TYPE_CHECKING:
     from .detector import ProposalNetwork
@@ -28,19 +28,21 @@ DOMAIN = "dmm"
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None, *,
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", detector: ProposalNetwork | None = None, *,
     progress: Progress,
 ) -> Manifest:  # fmt: skip
     """Write `net`, and `detector`, as ONNX into `folder`; returns the manifest, not written yet."""
-    example = Example(net, sizes, soft)
+    if masks == "runs":
+        raise ExportError("export: ONNX takes soft or full masks, not runs: it has no op to decode them")
+    example = Example(net, sizes, masks)
     result = traced(net, example, sizes, ".onnx", _decompositions(), detector)
     return Manifest(
         kind="onnx",
         config=net.config.to_dict(),
         files=_convert(result, folder, progress),
         state=example.state_specs,
-        dynamic={name: LIMITS[name] for name in sizes.varying},
-        proposal_masks=("soft" if soft else "full",),
+        dynamic=example.dynamic,
+        proposal_masks=(masks,),
         notes=(*sizes.notes(), "add and drop: where(slots, start's or zero state, state), tensor by tensor"),
     )
 
@@ -134,15 +136,20 @@ def _node(
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1)
 
 
-def _mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Counts by one matrix product; exact, as float32 counts to 16 million pixels."""
-    a, b = a.flatten(1).float(), b.flatten(1).float()  # [N, H W], [M, H W]
-    both = a @ b.t()
-    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1.0)
-
-
 def _paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     return reference.paste_combine(assignment, masks, boxes, (height, width))
+
+
+def _paste_masks(masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: int) -> Tensor:
+    return reference.paste_masks(masks, boxes, rows, columns, samples)
+
+
+def _upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int) -> Tensor:
+    return reference.upsample_argmax(logits, rank, height, width)
+
+
+def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None) -> Tensor:
+    return (a[:, None] - b).abs().sum(2)
 
 
 def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
@@ -152,16 +159,19 @@ def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool
 
 
 def _resize(x: Tensor, size: list[int], align_corners: bool, *scales: Any) -> Tensor:
-    """`F.interpolate(mode="bilinear", antialias=True)` as one matrix product per axis: runtimes resample a little differently."""
+    """`F.interpolate(mode="bilinear", antialias=True)` as one matrix product per axis: runtimes resample a little differently.
+    Of bytes it gives whole numbers, as that does."""
 
     def weights(cells: int, pixels: int) -> Tensor:
-        scale = x.new_ones(pixels).sum() / cells  # pixels per cell
-        centre = (torch.arange(cells, dtype=x.dtype, device=x.device) + 0.5) * scale
-        pixel = torch.arange(pixels, dtype=x.dtype, device=x.device) + 0.5
+        scale = image.new_ones(pixels).sum() / cells  # pixels per cell
+        centre = (torch.arange(cells, dtype=image.dtype, device=x.device) + 0.5) * scale
+        pixel = torch.arange(pixels, dtype=image.dtype, device=x.device) + 0.5
         tent = (1.0 - (pixel - centre[:, None]).abs() / scale.clamp(min=1.0)).clamp(min=0.0)  # [cells, pixels]
         return tent / tent.sum(1, keepdim=True)
 
-    return weights(size[0], x.shape[-2]) @ x @ weights(size[1], x.shape[-1]).t()
+    image = x if x.is_floating_point() else x.float()
+    resized = weights(size[0], x.shape[-2]) @ image @ weights(size[1], x.shape[-1]).t()
+    return resized if x.is_floating_point() else resized.round().to(x.dtype)
 
 
 def _embedding_bag(table: Tensor, index: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,8 +184,10 @@ _OPS = {
     torch.ops.aten._embedding_bag_forward_only.default: _embedding_bag,
     torch.ops.dmm.match.default: _match,
     torch.ops.dmm.match_prices.default: _match_prices,
-    torch.ops.dmm.mask_iou.default: _mask_iou,
     torch.ops.dmm.paste_combine.default: _paste_combine,
+    torch.ops.dmm.paste_masks.default: _paste_masks,
+    torch.ops.dmm.upsample_argmax.default: _upsample_argmax,
+    torch.ops.aten._cdist_forward.default: _cdist,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten._upsample_bilinear2d_aa.default: _resize,
     torch.ops.aten._upsample_bilinear2d_aa.vec: _resize,

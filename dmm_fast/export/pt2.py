@@ -15,21 +15,21 @@ from dmm_fast.model import DMMNet
 
 from .flat import POOLING, Progress, Traced, traced, traced_layer
 from .loaded import Run
-from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, Sizes
+from .manifest import LAYER_LIMITS, OPEN, Example, Manifest, Sizes
 
 if TYPE_CHECKING:
     from .detector import ProposalNetwork
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, soft: bool = False, detector: ProposalNetwork | None = None, *,
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", detector: ProposalNetwork | None = None, *,
     progress: Progress,
 ) -> Manifest:  # fmt: skip
     """Compile `net`, and `detector`, for the device `net` is on into `folder`; returns the manifest, not written yet.
 
     Takes minutes.
     """
-    example = Example(net, sizes, soft)
+    example = Example(net, sizes, masks)
     # Inductor compiles its own pooling for one size only, and says nothing.
     result = traced(net, example, sizes, ".pt2", POOLING if sizes.H is None else {}, detector)
     _compile(result, folder, progress)
@@ -38,10 +38,10 @@ def export(
         config=net.config.to_dict(),
         files=result.entries,
         state=example.state_specs,
-        dynamic={name: LIMITS[name] for name in sizes.varying},
+        dynamic=example.dynamic,
         ops=result.ops(),
         device=net.mean.device.type,
-        proposal_masks=("soft" if soft else "full",),
+        proposal_masks=(masks,),
         notes=(
             *sizes.notes(),
             _PROCESSOR,

@@ -19,15 +19,15 @@ from dmm_fast.model import DMMNet, Proposals
 
 from .flat import Match, Progress
 from .loaded import Run
-from .manifest import LAYER_LIMITS, LIMITS, OPEN, Example, Manifest, flat, unflat
+from .manifest import LAYER_LIMITS, LIMITS, MASKS, OPEN, Example, Manifest, flat, unflat
 
 if TYPE_CHECKING:
     from .detector import ProposalNetwork
 
 FILE, DETECTOR, LAYER = "model.pt", "proposals.pt", "match.pt"
 FUNCTIONS = ("start", "step", "add", "drop")
-# A script keeps both layers and both kinds of proposal masks: which of them runs is decided when it runs.
-OPS = ("dmm::mask_iou", "dmm::match", "dmm::match_prices", "dmm::paste_combine")
+# A script keeps both layers and all kinds of proposal masks: which of them runs is decided when it runs.
+OPS = ("dmm::decode_runs", "dmm::match", "dmm::match_prices", "dmm::paste_combine", "dmm::paste_masks", "dmm::upsample_argmax")
 
 
 @contextmanager
@@ -55,9 +55,9 @@ def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None, *
         config=net.config.to_dict(),
         files=example.entries(files),
         state=example.state_specs,
-        dynamic={**LIMITS, "M": (0, LIMITS["M"][1])},
+        dynamic={**LIMITS, "M": (0, LIMITS["M"][1]), "R": (0, LIMITS["R"][1])},
         ops=OPS,
-        proposal_masks=("full", "soft"),
+        proposal_masks=MASKS,
         notes=(_DEPRECATED,),
     )
 

@@ -84,6 +84,50 @@ def bench(
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
 
+def bench_frame_sizes(
+    net: DMMNet,
+    *,
+    sizes: list[tuple[int, int]],
+    objects: int = 3,
+    frames: int = 15,
+    proposals: int = 50,
+    detector: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """As `bench`, of the network in eager PyTorch alone, by the frames' size (height, width); the sizes take turns."""
+    net = inference(net)
+    device = net.mean.device
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
+        clips = {size: Path(folder) / f"{size[0]}x{size[1]}" for size in sizes}
+        for size, clip in clips.items():
+            progress(f"making a clip of {size[1]}x{size[0]}")
+            _make_clip(clip, objects, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
+        turns: dict[tuple[int, int], Times] = {size: defaultdict(list) for size in sizes}
+        propose = None if detector is None else open_proposer(detector, device=device)
+        for size in sizes * ROUNDS:
+            for stage, times in _python(net, _stages_of(net), clips[size], device, propose).items():
+                turns[size][stage] += times[WARM:]
+    for size, stages in turns.items():
+        row = {"size": list(size), "objects": objects, **{stage: float(np.median(stages[stage])) for stage in STAGES}}
+        rows.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
+    settings = {"config": net.config.to_dict(), "device": str(device), "proposals a frame": proposals, "detector": detector}
+    return {"machine": machine(device), "settings": settings, "rows": rows}
+
+
+def frame_size_table(report: dict[str, Any]) -> str:
+    """Medians of every stage in milliseconds, one line per size, and the step against that of the first size."""
+    lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
+    rows = report["rows"]
+    lines.append(f"{rows[0]['objects']} objects, medians in ms; step = features + matching + refinement")
+    lines.append(f"{'frame':>10}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'step, ratio':>14}")
+    for row in rows:
+        height, width = row["size"]
+        cells = "".join(f"{row[stage]:12.1f}" for stage in STAGES)
+        lines.append(f"{f'{width}x{height}':>10}{cells}{row['step'] / rows[0]['step']:14.2f}")
+    return "\n".join(lines)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
     cpu = next(
@@ -146,8 +190,6 @@ class _Exports:
             self.progress(f"exporting {kind}")
             device = self.net.mean.device
             options: dict[str, Any] = {} if kind == "torchscript" else {"sizes": Sizes(H=self.size[0], W=self.size[1])}
-            if options:  # proposals that are pasted in the step, as everywhere else
-                options["soft"] = self.detector is not None
             detector: Any = None if self.detector is None else open_proposer(self.detector, device=device)
             export(kind, self.net, path, detector=detector, **options)
         return path
@@ -192,12 +234,12 @@ def _stages_of(net: DMMNet) -> list[tuple[str, Callable[[dict[str, Any]], None]]
         kept["features"] = net.encode(kept["frame"][None])
 
     def matching(kept: dict[str, Any]) -> None:
-        kept["proposals"] = net.prepare(kept["proposals"], kept["state"])
-        kept["affinity"] = net.compare(kept["features"], kept["proposals"], kept["state"])
-        kept["x"] = net.match(net.cost(kept["affinity"]), kept["proposals"].scores, kept["state"].valid)
+        kept["candidates"] = net.prepare(kept["proposals"], kept["state"], *kept["frame"].shape[1:])
+        kept["affinity"] = net.compare(kept["features"], kept["candidates"], kept["state"])
+        kept["x"] = net.match(net.cost(kept["affinity"]), kept["candidates"].scores, kept["state"].valid)
 
     def refinement(kept: dict[str, Any]) -> None:
-        given = (kept[name] for name in ("features", "proposals", "affinity", "x", "state"))
+        given = (kept[name] for name in ("features", "candidates", "affinity", "x", "state"))
         kept["output"], kept["state"] = net.decide(*given)
 
     return [("features", features), ("matching", matching), ("refinement", refinement)]
@@ -232,7 +274,7 @@ def _python(
             image = np.array(Image.open(path))
             kept["frame"] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
         with clock("proposals"):
-            found = file.frame(path.stem, image.shape[:2]) if propose is None else propose(kept["frame"])
+            found = file.runs(path.stem, image.shape[:2]) if propose is None else propose(kept["frame"])
             kept["proposals"] = Proposals(*(part.to(device) for part in found))
         for stage, work in stages:
             with clock(stage):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dmm_fast.model import DMMNet, Output, Proposals, State
+from dmm_fast.ops.vision import NO_RUN
 
 
 class GraphStep:
@@ -60,12 +62,16 @@ class GraphStep:
 
 
 def pad(proposals: Proposals, top: int) -> Proposals:
-    """Exactly `top` proposals: padding, of score -inf and with empty masks, follows the real ones."""
+    """Exactly `top` proposals: padding, of score -inf and with empty masks, follows the real ones. Run-length codes are as long
+    as a power of two, so that few lengths occur."""
     count = proposals.scores.numel()
     if count > top:
         raise ValueError(f"GraphStep: at most {top} proposals, got {count}")
     boxes, scores, masks = (
         torch.cat([part, part.new_full((top - count, *part.shape[1:]), fill)])
-        for part, fill in zip(proposals, (0.0, float("-inf"), 0))
+        for part, fill in zip(proposals, (0.0, float("-inf"), NO_RUN if proposals.masks.dtype == torch.int32 else 0))
     )
+    if masks.dtype == torch.int32:
+        length = 1 << max(masks.size(1) - 1, 0).bit_length()
+        masks = F.pad(masks, (0, length - masks.size(1)), value=NO_RUN)
     return Proposals(boxes, scores, masks)

@@ -322,7 +322,7 @@ def _proposal_source(
         found = f"{file.image_ids[0]!r}" if len(file) else "nothing"
         raise ProposalError(f"{proposals}: no proposals for these frames: image_id must be a frame's name such as "
                             f"{frames.stems[0]!r}, the file holds {found}")  # fmt: skip
-    return lambda stem, frame: file.frame(stem, frame.shape[:2])
+    return lambda stem, frame: file.runs(stem, frame.shape[:2])
 
 
 # ------------------------------------------------------------------------------------------------------ given masks

@@ -37,7 +37,7 @@ from dmm_fast.ops.device import open_device
 
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
-FORMAT = 1  # of saved sessions
+FORMAT = 2  # of saved sessions
 
 Frame = np.ndarray | Tensor
 Masks = np.ndarray | Tensor | Mapping[int, Any]
@@ -116,6 +116,11 @@ class Segmenter:
         self._ids = np.empty((0, 0), np.uint8)
 
     @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        return self._frame.size(1), self._frame.size(2)
+
+    @property
     def object_ids(self) -> list[int]:
         """Ids of the objects being followed, ascending."""
         return sorted(i for i in self._slot_ids if i)
@@ -139,7 +144,7 @@ class Segmenter:
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the network's weights, as after `tune`, to a file that `Segmenter(weights=path)` takes."""
-        save_weights(self.net, path, {"format": FORMAT, "config": self.config.to_dict()})
+        save_weights(self.net, path, {"format": 1, "config": self.config.to_dict()})
 
     @torch.no_grad()
     def start(self, frame: Frame, masks: Masks) -> FrameResult:
@@ -167,7 +172,7 @@ class Segmenter:
     def step(self, frame: Frame, proposals: Proposals | None = None) -> FrameResult:
         """Find the objects in the next frame, among `proposals` or those of the proposer."""
         state = self._started("step")
-        size = (state.masks.size(1), state.masks.size(2))
+        size = self._size
         tensor = _frame(frame, size)
         if proposals is None:
             if self.proposer is None:
@@ -196,11 +201,11 @@ class Segmenter:
         net = self._inference
         if (self.matcher, self.decision) == ("dmm", "confident"):
             return net.step(frame, proposals, state)
-        proposals = net.prepare(proposals, state)
         features = net.encode(frame[None])
-        affinity = net.compare(features, proposals, state)
-        assignment = self._assignment(net.cost(affinity), proposals.scores, state.valid)
-        return net.decide(features, proposals, affinity, assignment, state)
+        candidates = net.prepare(proposals, state, *self._size)
+        affinity = net.compare(features, candidates, state)
+        assignment = self._assignment(net.cost(affinity), candidates.scores, state.valid)
+        return net.decide(features, candidates, affinity, assignment, state)
 
     def _room(self, objects: int) -> int:
         """Slots for so many objects: with a graph a power of two, so that it is seldom captured again."""
@@ -210,7 +215,7 @@ class Segmenter:
     def add(self, masks: Masks) -> FrameResult:
         """Follow further objects, given by their masks in the last frame; they are drawn over that frame's result."""
         state = self._started("add")
-        ids, masks = _masks(masks, (state.masks.size(1), state.masks.size(2)))
+        ids, masks = _masks(masks, self._size)
         known = sorted(set(ids) & set(self._slot_ids))
         if known:
             raise ValueError(f"Segmenter.add: objects {known} are followed already; drop them first")
@@ -222,7 +227,7 @@ class Segmenter:
             slot_ids += [0] * (self._room(objects) - len(slot_ids))
         state = grow(state, len(slot_ids))
         free = [slot for slot, i in enumerate(slot_ids) if i == 0][: len(ids)]
-        full = torch.zeros_like(state.masks)
+        full = torch.zeros((len(slot_ids), *self._size), dtype=torch.bool, device=self.device)
         new = torch.zeros_like(state.valid)
         full[free], new[free] = masks.to(self.device), True
         for slot, i in zip(free, ids):
@@ -247,7 +252,7 @@ class Segmenter:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a safetensors file, whole or not at all. The network's weights are not in it."""
         state = self._started("save")
-        tensors = {f"state.{name}": tensor for name, tensor in zip(State._fields[:4], state)}
+        tensors = {f"state.{name}": tensor for name, tensor in zip(State._fields[:-1], state)}
         tensors |= {f"state.hidden.{k}": tensor for k, tensor in enumerate(state.hidden)}
         tensors |= {"frame": self._frame, "ids": torch.from_numpy(self._ids)}
         session = {
@@ -289,7 +294,7 @@ class Segmenter:
         if segmenter._digest != session["weights"]:
             raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
         segmenter._state = State(
-            *(tensor.to(segmenter.device) for tensor in state[:4]), [h.to(segmenter.device) for h in state.hidden]
+            *(tensor.to(segmenter.device) for tensor in state[:-1]), [h.to(segmenter.device) for h in state.hidden]
         )
         segmenter._slot_ids = session["slot_ids"]
         segmenter._frame, segmenter._ids = frame.to(segmenter.device), ids.numpy()
@@ -428,12 +433,14 @@ def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: to
     """Checked proposals on the device, the `top` best by score; and their indices among those given."""
     boxes, scores, masks = (torch.as_tensor(part) for part in proposals)
     count = scores.numel()
-    if scores.ndim != 1 or tuple(boxes.shape) != (count, 4) or masks.ndim != 3 or masks.size(0) != count:
+    runs = masks.dtype == torch.int32 and masks.ndim == 2
+    if scores.ndim != 1 or tuple(boxes.shape) != (count, 4) or not (masks.ndim == 3 or runs) or masks.size(0) != count:
         shapes = [list(part.shape) for part in (boxes, scores, masks)]
-        raise ValueError(f"Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .], got {shapes}")
+        raise ValueError(f"Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .] or [M, .], got {shapes}")
     if count == 0:
         soft = masks.is_floating_point() and masks.size(1) == masks.size(2) > 0
-        kind = masks.to(device, torch.float32) if soft else torch.zeros((0, *size), dtype=torch.bool, device=device)
+        whole = torch.zeros((0, *size), dtype=torch.bool, device=device)
+        kind = masks.to(device) if runs else masks.to(device, torch.float32) if soft else whole
         return pad(Proposals(torch.zeros((0, 4), device=device), torch.zeros(0, device=device), kind), 1), []
     if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
         raise ValueError("Segmenter: proposals must have finite boxes and scores")
@@ -441,17 +448,17 @@ def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: to
         if tuple(masks.shape[1:]) != size:
             got = tuple(masks.shape[1:])
             raise ValueError(f"Segmenter: bool proposal masks must have the frame's size {size}, got {got}")
-    elif not masks.is_floating_point() or masks.size(1) != masks.size(2):
+    elif not runs and (not masks.is_floating_point() or masks.size(1) != masks.size(2)):
         raise ValueError(
-            "Segmenter: proposal masks must be bool [M, H, W] of the frame's size, or float [M, S, S] in their boxes, "
-            f"got {masks.dtype} {list(masks.shape)}"
+            "Segmenter: proposal masks must be bool [M, H, W] of the frame's size, float [M, S, S] in their boxes, or int32 "
+            f"[M, R] run-length codes, got {masks.dtype} {list(masks.shape)}"
         )
     kept = torch.arange(count)
     if count > top:
         kept = scores.argsort(descending=True, stable=True)[:top].sort().values.cpu()
         boxes, scores, masks = boxes[kept], scores[kept], masks[kept]
     floats = (part.to(device, torch.float32) for part in (boxes, scores))
-    masks = masks.to(device) if masks.dtype == torch.bool else masks.to(device, torch.float32)
+    masks = masks.to(device, torch.float32 if masks.is_floating_point() else masks.dtype)
     return Proposals(*floats, masks), kept.tolist()
 
 
@@ -478,9 +485,9 @@ def _read_session(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State, 
     if session.get("format") != FORMAT:
         raise ValueError(f"Segmenter.load: {path} is not a session of format {FORMAT}, but {session.get('format')}")
     layers = sum(name.startswith("state.hidden.") for name in tensors)
-    names = [f"state.{name}" for name in State._fields[:4]] + [f"state.hidden.{k}" for k in range(layers)]
+    names = [f"state.{name}" for name in State._fields[:-1]] + [f"state.hidden.{k}" for k in range(layers)]
     missing = [name for name in [*names, "frame", "ids"] if name not in tensors]
     if missing or len(session["slot_ids"]) != tensors["state.valid"].numel():
         raise ValueError(f"Segmenter.load: {path} is damaged: missing {missing}, or slots unlike the state's")
-    parts = [tensors[name] for name in names]
-    return session, State(*parts[:4], parts[4:]), tensors["frame"], tensors["ids"]
+    parts, fixed = [tensors[name] for name in names], len(State._fields) - 1
+    return session, State(*parts[:fixed], parts[fixed:]), tensors["frame"], tensors["ids"]

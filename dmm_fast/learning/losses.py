@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmm_fast.model import Affinity, Output, Proposals
+from dmm_fast.model import Affinity, Candidates, Output
+from dmm_fast.model.masks import cover, overlap, shared
 from dmm_fast.ops import reference
 
 TERMS = ("refined", "matched", "cosine", "parts", "bce")
@@ -27,25 +28,32 @@ class Loss:
 
 
 def step_losses(
-    output: Output, affinity: Affinity, proposals: Proposals, masks: Tensor, *, match_iou: float = 0.3
+    output: Output, affinity: Affinity, candidates: Candidates, masks: Tensor, *, match_iou: float = 0.3
 ) -> dict[str, Tensor]:
     """The loss terms of one frame, each a scalar >= 0; masks [N, H, W] bool is the ground truth.
 
-    refined, matched: 1 - soft IoU of `output.masks` and of `output.matched`. cosine, parts: see `cosine_loss` and
-    `parts_loss`. bce: binary cross entropy of `output.masks`; it alone also asks for an empty mask where an object is
-    hidden.
+    refined, matched: 1 - soft IoU of `output.logits`, enlarged to the frame, and of `output.matched`, on the grid. cosine, parts:
+    see `cosine_loss` and `parts_loss`. bce: binary cross entropy of the enlarged logits; it alone also asks for an empty mask
+    where an object is hidden.
     """
+    on_grid = cover(masks, candidates.cover.size(1), candidates.cover.size(2))  # [N, h, w]
+    refined = torch.sigmoid(enlarged(output.logits.float(), masks.size(1), masks.size(2)))
     return {
-        "refined": soft_iou_loss(output.masks, masks),
-        "matched": soft_iou_loss(output.matched, masks),
-        "cosine": cosine_loss(affinity.cosine, proposals, masks, match_iou),
-        "parts": parts_loss(output.parts, proposals, masks),
-        "bce": bce_loss(output.masks, masks),
+        "refined": soft_iou_loss(refined, masks),
+        "matched": soft_iou_loss(output.matched, on_grid if output.matched.shape == on_grid.shape else masks),
+        "cosine": cosine_loss(affinity.cosine, candidates, on_grid, match_iou),
+        "parts": parts_loss(output.parts, candidates, on_grid),
+        "bce": bce_loss(refined, masks),
     }
 
 
+def enlarged(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits [N, h, w] at the frame's size, as `torch.ops.dmm.upsample_argmax` sees them, with a gradient."""
+    return F.interpolate(logits[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+
+
 def soft_iou_loss(pred: Tensor, masks: Tensor) -> Tensor:
-    """1 - sum(p t) / sum(p + t - p t), the mean over the objects that are seen; pred [N, H, W] in [0, 1], masks bool.
+    """1 - sum(p t) / sum(p + t - p t), the mean over the objects that are seen; both [N, H, W] in [0, 1].
 
     0 where no object is seen: the soft IoU with an empty mask is 0 whatever is predicted.
     """
@@ -56,26 +64,26 @@ def soft_iou_loss(pred: Tensor, masks: Tensor) -> Tensor:
     return ((1.0 - iou) * seen).sum() / seen.sum().clamp(min=1)
 
 
-def cosine_loss(cosine: Tensor, proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+def cosine_loss(cosine: Tensor, candidates: Candidates, masks: Tensor, match_iou: float = 0.3) -> Tensor:
     """Mean squared difference of cosine [N, M] to `greedy_target`; 0 without proposals."""
     if cosine.numel() == 0:
         return cosine.sum()
-    return F.mse_loss(cosine.float(), greedy_target(proposals, masks, match_iou))
+    return F.mse_loss(cosine.float(), greedy_target(candidates, masks, match_iou))
 
 
-def greedy_target(proposals: Proposals, masks: Tensor, match_iou: float = 0.3) -> Tensor:
-    """The greedy one-to-one assignment by IoU with the ground truth, where that is above match_iou: [N, M] of 0 and 1."""
-    iou = torch.ops.dmm.mask_iou(masks, proposals.masks)  # [N, M]
+def greedy_target(candidates: Candidates, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """The greedy one-to-one assignment by IoU with the ground truth [N, h, w], where that is above match_iou: [N, M] of 0 and 1."""
+    iou = overlap(masks, candidates.cover)  # [N, M]
     return reference.greedy(-iou) * (iou > match_iou)
 
 
-def parts_loss(parts: Tensor, proposals: Proposals, masks: Tensor) -> Tensor:
-    """Binary cross entropy of parts [N, M] to the share of each proposal that lies on the object; 0 where there are none."""
+def parts_loss(parts: Tensor, candidates: Candidates, masks: Tensor) -> Tensor:
+    """Binary cross entropy of parts [N, M] to the share of each proposal that lies on the object [N, h, w]; 0 where there are
+    none."""
     if parts.numel() == 0:
         return parts.sum()
-    flat = proposals.masks.flatten(1).float()  # [M, H W]
-    share = masks.flatten(1).float() @ flat.t() / flat.sum(1).clamp(min=1)  # [N, M]
-    return bce_loss(parts, share)
+    share = shared(masks, candidates.cover)[0] / candidates.cover.flatten(1).sum(1).clamp(min=1e-3)  # [N, M]
+    return bce_loss(parts, share.clamp(0.0, 1.0))
 
 
 def bce_loss(pred: Tensor, target: Tensor) -> Tensor:

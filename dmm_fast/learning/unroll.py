@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dmm_fast.data.augment import Clip
+from dmm_fast.data.augment import Clip, size_of
 from dmm_fast.learning.losses import TERMS, Loss, step_losses
 from dmm_fast.model import DMMNet, Proposals
 from dmm_fast.ops import reference
@@ -75,16 +75,16 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: How) -> Tensor:
     steps = []
     for t in range(1, len(clip.frames)):
         features = [level[t : t + 1] for level in levels]
-        proposals = net.prepare(clip.proposals[t], state)
-        affinity = net.compare(features, proposals, state)
+        candidates = net.prepare(clip.proposals[t], state, *size_of(clip))
+        affinity = net.compare(features, candidates, state)
         cost = net.cost(affinity)  # [N, M]
         if how.assignment == "layer":
-            assignment = net.match(cost, proposals.scores, valid)
+            assignment = net.match(cost, candidates.scores, valid)
         else:
             assignment = reference.hungarian(cost.detach())
         with mixed_precision(cost.device, how):
-            output, state = net.decide(features, proposals, affinity, assignment, state)
-        losses = step_losses(output, affinity, proposals, clip.masks[t], match_iou=how.loss.match_iou)
+            output, state = net.decide(features, candidates, affinity, assignment, state)
+        losses = step_losses(output, affinity, candidates, clip.masks[t], match_iou=how.loss.match_iou)
         steps.append(torch.stack([losses[term] for term in TERMS]))
     return torch.stack(steps).mean(0)
 

@@ -1,8 +1,8 @@
 """Mask proposals: COCO results files, written by any detector, and a live torchvision Mask R-CNN.
 
 Both give :class:`dmm_fast.model.Proposals`: boxes [M, 4] (xyxy, pixels of the frame), scores [M], and masks that are
-either whole frames (bool [M, H, W], from a file) or soft masks inside their boxes (float32 [M, 28, 28], from the
-detector), so that Eq. 8 of the paper needs no M x H x W array.
+run-length codes (int32 [M, R], from a file; or whole frames, bool [M, H, W]) or soft masks inside their boxes (float32
+[M, 28, 28], from the detector), so that nothing needs an M x H x W array.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmm_fast.files import whole_file
 from dmm_fast.model import Proposals
-from dmm_fast.model.masks import mask_boxes
+from dmm_fast.ops.vision import NO_RUN
 from dmm_fast.proposals.base import TOP, ProposalError, full_masks
 
 # ---------------------------------------------------------------------------------------------- COCO results files
@@ -61,20 +61,43 @@ class ProposalFile:
 
         size is the frame's (H, W): masks of another size are refused, polygons need it.
         """
+        entries, codes = self._read(stem, size)
+        masks = [_fill_runs(lengths, *shape) for lengths, shape in codes]
+        stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *(size or (0, 0)), dtype=torch.bool)
+        boxes = self._boxes(entries, codes)
+        return Proposals(boxes, _scores(entries), stack)
+
+    def runs(self, stem: str, size: tuple[int, int] | None = None) -> Proposals:
+        """As `frame`, with the masks as run-length codes int32 [M, R], which a network decodes where and as far as it needs."""
+        entries, codes = self._read(stem, size)
+        longest = max((len(lengths) for lengths, _ in codes), default=0)
+        places = np.full((len(codes), longest), NO_RUN, np.int32)
+        for row, (lengths, _) in zip(places, codes):
+            row[: len(lengths)] = lengths.cumsum()
+        return Proposals(self._boxes(entries, codes), _scores(entries), torch.from_numpy(places))
+
+    def _read(self, stem: str, size: tuple[int, int] | None) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
+        """The frame's entries, best first, and of each the run lengths and size of its mask."""
         entries = sorted(self._entries.get(_key(stem), []), key=lambda entry: -entry["score"])[: self.top]
-        masks: list[np.ndarray] = []
+        codes: list[tuple[np.ndarray, tuple[int, int]]] = []
         for entry in entries:
             where = f"{self.path}, image_id {entry['image_id']!r}"
-            masks.append(_decode(entry.get("segmentation"), size, where))
-            if masks[-1].shape != masks[0].shape:
-                raise ProposalError(f"{where}: masks of different sizes, {masks[0].shape} and {masks[-1].shape}")
-        scores = torch.tensor([entry["score"] for entry in entries], dtype=torch.float32)  # [M]
-        stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *(size or (0, 0)), dtype=torch.bool)
-        boxes = torch.zeros(len(masks), 4)  # [M, 4]
-        for index, entry in enumerate(entries):
+            codes.append(_run_lengths(entry.get("segmentation"), size, where))
+            if codes[-1][1] != codes[0][1]:
+                raise ProposalError(f"{where}: masks of different sizes, {codes[0][1]} and {codes[-1][1]}")
+        return entries, codes
+
+    def _boxes(self, entries: list[dict], codes: list[tuple[np.ndarray, tuple[int, int]]]) -> Tensor:
+        """[M, 4]: those given, else tight ones."""
+        boxes = torch.zeros(len(entries), 4)
+        for index, (entry, (lengths, shape)) in enumerate(zip(entries, codes)):
             given = _xyxy(entry.get("bbox"), f"{self.path}, image_id {entry['image_id']!r}")
-            boxes[index] = mask_boxes(stack[index : index + 1])[0] if given is None else torch.tensor(given)
-        return Proposals(boxes, scores, stack)
+            boxes[index] = torch.tensor(_tight_box(lengths, shape[0]) if given is None else given)
+        return boxes
+
+
+def _scores(entries: list[dict]) -> Tensor:
+    return torch.tensor([entry["score"] for entry in entries], dtype=torch.float32)  # [M]
 
 
 def _load_results(path: Path) -> list:
@@ -105,12 +128,12 @@ def _key(image_id: Any) -> str:
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
-def _decode(segmentation: Any, size: tuple[int, int] | None, where: str) -> np.ndarray:
-    """RLE (compressed text or a list of run lengths) or polygons -> bool [H, W]."""
+def _run_lengths(segmentation: Any, size: tuple[int, int] | None, where: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """RLE (compressed text or a list of run lengths) or polygons -> run lengths int64, of 0 and 1 in turn, and (H, W)."""
     if isinstance(segmentation, list) and segmentation:
         if size is None:
             raise ProposalError(f"{where}: polygons need the frame's size")
-        return _fill_polygons(segmentation, size, where)
+        return _polygon_runs(segmentation, size, where), size
     rle = segmentation if isinstance(segmentation, dict) else {}
     shape, counts = rle.get("size"), rle.get("counts")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)):
@@ -125,7 +148,18 @@ def _decode(segmentation: Any, size: tuple[int, int] | None, where: str) -> np.n
     # Run lengths must add up: pycocotools leaves memory it never wrote in the mask when they fall short.
     if runs is None or (runs < 0).any() or runs.sum() != shape[0] * shape[1]:
         raise ProposalError(f"{where}: the run lengths do not fill a {shape[1]}x{shape[0]} mask; the file is damaged")
-    return _fill_runs(runs, *shape)
+    return runs, (shape[0], shape[1])
+
+
+def _tight_box(lengths: np.ndarray, height: int) -> tuple[int, int, int, int]:
+    """What `mask_boxes` gives for the mask of these run lengths: x0, y0, x1, y1."""
+    ends = lengths.cumsum()[1::2]  # of the runs of 1
+    begins, lasts = (ends - lengths[1::2])[lengths[1::2] > 0], ends[lengths[1::2] > 0] - 1
+    if not len(begins):
+        return 0, 0, 0, 0
+    one = begins // height == lasts // height  # column; else the run goes over the bottom and on from the top
+    top, bottom = np.where(one, begins % height, 0), np.where(one, lasts % height, height - 1)
+    return int(begins[0]) // height, int(top.min()), int(lasts[-1]) // height + 1, int(bottom.max()) + 1
 
 
 def _fill_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -159,13 +193,15 @@ def _uncompress(counts: bytes) -> np.ndarray | None:
     return runs
 
 
-def _fill_polygons(polygons: list, size: tuple[int, int], where: str) -> np.ndarray:
+def _polygon_runs(polygons: list, size: tuple[int, int], where: str) -> np.ndarray:
     from pycocotools import mask as coco
 
     for polygon in polygons:
         if not (isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))):
             raise ProposalError(f"{where}: a polygon is a list of x, y, x, y, ... of three points or more")
-    return coco.decode(coco.merge(coco.frPyObjects(polygons, *size))).astype(bool)
+    runs = _uncompress(coco.merge(coco.frPyObjects(polygons, *size))["counts"])
+    assert runs is not None, "pycocotools writes codes that can be read"
+    return runs
 
 
 def _xyxy(box: Any, where: str) -> list[float] | None:

@@ -299,8 +299,8 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
     n = len(track.templates)
     sources: list[Source] = [(-1, i) for i in range(n)]
     # The decision does not look at pixels but for the IoU, which is given: masks of one pixel stand for the real ones.
-    pixel = torch.ones(n, 1, 1, dtype=torch.bool)
-    state = State(torch.ones(n, dtype=torch.bool), embed(track.templates), pixel, pixel, [])
+    pixel = torch.ones(n, 1, 1)
+    state = State(torch.ones(n, dtype=torch.bool), embed(track.templates), pixel, pixel, pixel > 0, [])
     for k, frame in enumerate(track.frames[:length]):
         m = len(frame.features)
         if m == 0:
@@ -309,7 +309,7 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
             proposals = Proposals(torch.zeros(m, 4), torch.zeros(m), torch.ones(m, 1, 1, dtype=torch.bool))
             features, iou = frame.features, torch.stack([masks.iou(source, k) for source in sources])
         cosine = F.normalize(state.features, dim=1) @ F.normalize(embed(features), dim=1).t()  # [N, M]
-        affinity = Affinity(cosine, iou)
+        affinity, candidates = Affinity(cosine, iou), net.prepare(proposals, state, 1, 1)
         cost = net.cost(affinity)
         if matcher == "layer":
             x = net.match(cost, proposals.scores, state.valid)
@@ -317,7 +317,7 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
             x = F.pad(reference.hungarian(-masks.counts(k).iou), [0, n])
         else:  # as in the layer, nothing is an option, at cost 0
             x = getattr(reference, matcher)(F.pad(cost.detach(), [0, n]))
-        output, _ = net.decide([], proposals, affinity, x, state)
+        output, _ = net.decide([], candidates, affinity, x, state)
         found = output.proposal.tolist()
         sources = [(k, j) if j >= 0 else last for j, last in zip(found, sources)]
         yield Match(k, x, cosine, output.matched[:, 0, 0], output.proposal, sources)

@@ -25,6 +25,15 @@ def test_bench_times_every_stage(tmp_path, capsys):
     assert "<svg" in (tmp_path / "bench.svg").read_text()
 
 
+def test_bench_by_frame_size(tmp_path, capsys):
+    words = ["bench", "--preset", "iou", "--objects", "2", "--frames", "3", "--proposals", "8", "--threads", "1"]
+    assert main([*words, "--frame-size", "64x96,96x128", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "frame_sizes.json").read_text())["rows"]
+    assert [row["size"] for row in rows] == [[64, 96], [96, 128]] and all(row["step"] > 0 for row in rows)
+    told = capsys.readouterr().out
+    assert "96x64" in told and "128x96" in told and "step, ratio" in told
+
+
 def test_bench_with_a_live_detector(capsys):
     words = ["bench", "--preset", "iou", "--objects", "1", "--frames", "1", "--size", "96x128", "--threads", "1"]
     assert main([*words, "--runtimes", "eager,c++ torchscript", "--detector", "small"]) == 0

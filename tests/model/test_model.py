@@ -19,12 +19,14 @@ from dmm_fast.model import (
     save_weights,
 )
 from dmm_fast.model.features import roi_means
-from dmm_fast.model.masks import label_map, mask_boxes
+from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
 from dmm_fast.model.refinement import Memory, beside
 from torch import Tensor
 from torchvision.ops import roi_align
 
+import dmm_fast
 from dmm_fast.ops import reference
+from dmm_fast.proposals.base import encode_runs
 
 SIZE = (60, 90)
 SMALL = {"backbone": "test_resnet", "input_size": (64, 96), "iou_weight": 0.3}
@@ -77,10 +79,16 @@ def soft(proposals: Proposals, samples: int = 28) -> Proposals:
     return proposals._replace(masks=0.4 + 0.6 * masks)
 
 
+def runs(proposals: Proposals) -> Proposals:
+    return proposals._replace(masks=encode_runs(proposals.masks))
+
+
 def equal(a, b) -> bool:
     """Bitwise, through nested tuples and lists."""
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, int):
+        return a == b
     return len(a) == len(b) and all(map(equal, a, b))
 
 
@@ -124,11 +132,32 @@ def test_mask_boxes():
     assert mask_boxes(masks).tolist() == [[3, 4, 10, 20], [0, 0, 90, 60], [89, 59, 90, 60], [0, 0, 0, 0]]
 
 
-def test_label_map_highest_value_wins_then_rank():
-    masks = torch.tensor([[[1.0, 0.6, 0.2, 1.0]], [[1.0, 0.7, 0.5, 0.0]], [[0.0, 0.0, 0.4, 1.0]]])
-    assert label_map(masks, torch.tensor([0, 1, 2])).tolist() == [[2, 2, 0, 3]]
-    assert label_map(masks, torch.tensor([2, 1, 0])).tolist() == [[1, 2, 0, 1]]
-    assert label_map(masks[:0], torch.tensor([], dtype=torch.int64)).tolist() == [[0, 0, 0, 0]]
+def test_overlap_on_the_grid_is_the_masks_iou_where_cells_are_pixels():
+    masks = torch.rand((6, *SIZE), generator=torch.Generator().manual_seed(0)) > torch.linspace(0.1, 0.99, 6)[:, None, None]
+    masks[5] = False
+    torch.testing.assert_close(overlap(masks[:4].float(), masks.float()), dmm_fast.mask_iou(masks[:4], masks))
+    common, either = shared(masks[:1].float(), masks[1:2].float())
+    assert (common, either) == ((masks[0] & masks[1]).sum(), (masks[0] | masks[1]).sum())
+
+
+def test_an_object_smaller_than_a_cell_does_not_vanish():
+    dot, beside_it, far = rectangles((10, 10, 11, 11), (10, 10, 12, 12), (40, 40, 41, 41))
+    grid = cover(torch.stack([dot, beside_it, far]), 6, 9)  # cells of 10 x 10 pixels
+    assert grid[0, 1, 1] == pytest.approx(0.01) and grid[0].sum() == grid[0, 1, 1]
+    assert overlap(grid[:1], grid).tolist() == [pytest.approx([1.0, 0.25, 0.0])]
+
+
+@pytest.mark.parametrize("name, size, grid", [("iou", SIZE, SIZE), ("iou", (480, 854), (240, 427)), ("iou", (90, 600), (90, 600)),
+                                              ("heavy", SIZE, (32, 48)), ("heavy", (480, 854), (32, 48))])  # fmt: skip
+def test_grid(name, size, grid):
+    net = make(name)
+    frame, first = torch.zeros((3, *size), dtype=torch.uint8), torch.zeros((1, *size), dtype=torch.bool)
+    first[0, 10:50, 20:60] = True
+    with torch.no_grad():
+        state = net.start(frame, first, torch.ones(1).bool())
+    assert state.masks.shape == state.templates.shape == (1, *grid)
+    assert state.masks.sum() * size[0] * size[1] / (grid[0] * grid[1]) == pytest.approx(1600, rel=0.01)
+    assert state.full.shape == ((1, 0, 0) if name == "heavy" else (1, *size))
 
 
 # ---- cost and match ----
@@ -138,7 +167,7 @@ def test_cost_is_eq_1(scene):
     frame, first, valid, proposals = scene
     net = make("features")
     state = net.start(frame, first, valid)
-    cosine, iou = net.compare(net.encode(frame[None]), proposals, state)
+    cosine, iou = net.compare(net.encode(frame[None]), net.prepare(proposals, state, *SIZE), state)
     assert iou[0, 0] == 28 * 29 / (2 * 900 - 28 * 29) and iou[1, 1] == iou[1, 2] and iou[2].eq(0).all()
     assert cosine.shape == iou.shape and cosine.abs().max() <= 1 + 1e-6
     torch.testing.assert_close(net.cost(Affinity(cosine, iou)), (0.3 - 1) * cosine - 0.3 * iou)
@@ -149,8 +178,8 @@ def test_soft_proposals_are_compared_by_their_pasted_masks(scene):
     net = make("iou")
     state = net.start(frame, first, valid)
     whole = proposals._replace(masks=torch.ones((7, 28, 28)))  # the box itself, rounded at its border
-    iou = net.compare([], whole, state).iou
-    torch.testing.assert_close(iou, net.compare([], proposals, state).iou, atol=0.12, rtol=0)
+    iou = net.compare([], net.prepare(whole, state, *SIZE), state).iou
+    torch.testing.assert_close(iou, net.compare([], net.prepare(proposals, state, *SIZE), state).iou, atol=0.12, rtol=0)
 
 
 @pytest.mark.parametrize("valid", [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
@@ -175,8 +204,9 @@ def test_match_leaves_out_free_slots_and_padding(valid, proposals, padding):
 
 
 def decide(net: DMMNet, state: State, proposals: Proposals, assignment: list[list[float]], cosine: float = 0.0):
-    iou = net.compare([], proposals, state).iou
-    return net.decide([], proposals, Affinity(torch.full_like(iou, cosine), iou), torch.tensor(assignment), state)
+    candidates = net.prepare(proposals, state, *SIZE)
+    iou = net.compare([], candidates, state).iou
+    return net.decide([], candidates, Affinity(torch.full_like(iou, cosine), iou), torch.tensor(assignment), state)
 
 
 def test_decide_by_hand():
@@ -190,13 +220,12 @@ def test_decide_by_hand():
     assert torch.equal(output.matched > 0.5, proposals.masks[[1, 2]])  # a weight of 0.4 does not erase a mask
     assert output.matched.max() == 1 and not output.lost.any()
     assert output.score.tolist() == [1, 1] and output.runner_up.tolist() == [0.5, 0]
-    assert torch.equal(following.masks, proposals.masks[[1, 2]])
+    assert torch.equal(following.full, proposals.masks[[1, 2]]) and torch.equal(following.masks, following.full.float())
 
     output, following = decide(net, state, proposals, [[0, 1, 0, 0], [0, 0, 0, 1]])  # no overlap: lost
     assert output.proposal.tolist() == [1, -1] and output.lost.tolist() == [False, True]
     assert output.score.tolist() == [1, 0] and output.runner_up.tolist() == [0.5, 1.0]
-    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
-    assert torch.equal(following.masks[1], last)
+    assert torch.equal(following.full[1], first[1])
 
     output, _ = decide(net, state, proposals, [[0, 1, 0, 0, 0], [0, 0, 0.4, 0, 0.5]])  # the empty proposal is preferred
     assert output.lost.tolist() == [False, True]
@@ -229,9 +258,9 @@ def test_few_proposals(scene, name, kind):
         proposals.masks.zero_()
     output, following = net.step(frame, proposals, state)
     assert output.lost.tolist() == ([False, True, False] if kind == "one" else [True, True, False])
-    assert torch.isfinite(output.masks).all() and not output.labels.eq(3).any()
-    last = output.masks[1] > 0.5 if net.follow_refined else state.masks[1]
-    assert torch.equal(following.masks[1], last)
+    assert torch.isfinite(output.logits).all() and not output.labels.eq(3).any()
+    assert torch.equal(output.matched[1] > 0.5, (state.masks if net.heavy else state.full)[1] > 0.5)
+    assert net.follow_refined or torch.equal(following.full[1], state.full[1])
 
 
 def test_gradient_reaches_cost_and_features(scene):
@@ -241,17 +270,21 @@ def test_gradient_reaches_cost_and_features(scene):
         with torch.no_grad():
             state = net.start(frame, first, valid)
         output, _ = net.step(frame, some, state)
-        (output.matched if name == "features" else output.masks)[:2].mean().backward()
+        (output.matched if name == "features" else output.logits)[:2].mean().backward()
         # Without refinement the only way back is through the masks' weights: match, cost, RoI features.
         for part, parameter in net.named_parameters():
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), part
         assert next(net.backbone.parameters()).grad.abs().sum() > 0
 
-    affinity = net.compare(net.encode(frame[None]), proposals, net.start(frame, first, valid))
-    assignment = net.match(net.cost(affinity), proposals.scores, valid).detach().requires_grad_()
-    output, _ = net.decide(net.encode(frame[None]), proposals, affinity, assignment, net.start(frame, first, valid))
-    output.matched.sum().backward()
-    assert (assignment.grad > 0).sum() == 2  # only the kept entries, Section 4.1
+    for name in ("light", "heavy"):
+        net = make(name)
+        features, state = net.encode(frame[None]), net.start(frame, first, valid)
+        candidates = net.prepare(proposals, state, *SIZE)
+        affinity = net.compare(features, candidates, state)
+        assignment = net.match(net.cost(affinity), proposals.scores, valid).detach().requires_grad_()
+        output, _ = net.decide(features, candidates, affinity, assignment, state)
+        output.matched.sum().backward()
+        assert (assignment.grad > 0).sum() == 2  # only the kept entries, Section 4.1
 
 
 # ---- state ----
@@ -277,7 +310,7 @@ def test_step_leaves_its_inputs_alone(scene):
     net = make("light")
     with torch.no_grad():
         state = net.start(frame, first, valid)
-        before = State(*(t.clone() for t in state[:4]), [h.clone() for h in state.hidden])
+        before = State(*(t.clone() for t in state[:-1]), [h.clone() for h in state.hidden])
         net.step(frame, proposals, state)
     assert equal(before, state)
 
@@ -289,7 +322,7 @@ def test_untrained_refinement_returns_the_matched_mask(scene):
         state = net.start(frame, first, valid)
         for _ in range(3):
             output, state = net.step(frame, proposals, state)
-            assert torch.equal(output.masks > 0.5, output.matched > 0.5)
+            assert torch.equal(output.logits > 0, output.matched > 0.5)
     assert len(state.hidden) == 8 and all(h.abs().sum() > 0 for h in state.hidden)
 
 
@@ -301,8 +334,8 @@ def test_serial_refinement_passes_state_to_the_next_object(scene):
         both, _ = net.step(frame, proposals, net.start(frame, first, valid))
         one, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
         other, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([False, True, False])))
-    torch.testing.assert_close(both.masks[0], one.masks[0])
-    assert (both.masks[1] - other.masks[1]).abs().max() > 1e-4
+    torch.testing.assert_close(both.logits[0], one.logits[0])
+    assert (both.logits[1] - other.logits[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -332,20 +365,44 @@ def test_heavy_refinement_tells_objects_apart(scene):
         alone, _ = net.step(frame, proposals, net.start(frame, first[:2], valid[:2]))
         without, _ = net.step(frame, proposals, net.start(frame, first, torch.tensor([True, False, False])))
     assert output.parts.shape == (3, 7) and ((output.parts > 0) & (output.parts < 1)).all()
-    torch.testing.assert_close(output.masks[:2], alone.masks, atol=1e-5, rtol=1e-4)
-    assert (output.masks[0] - without.masks[0]).abs().max() > 1e-3
-    assert torch.equal(state.masks, output.masks > 0.5)
+    torch.testing.assert_close(output.logits[:2], alone.logits, atol=1e-4, rtol=1e-4)
+    assert (output.logits[0] - without.logits[0]).abs().max() > 1e-3
+    fine = F.interpolate(output.logits[None], scale_factor=2, mode="bilinear")[0] > 0
+    assert torch.equal(state.masks, F.avg_pool2d(fine.float(), 2))
     assert [h.shape[1] for h in state.hidden] == [16, 1, 16, 1]
 
 
-def test_soft_proposals_are_pasted_once_for_the_heavy_refinement(scene):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_run_lengths_stand_for_the_masks(scene, name):
     frame, first, valid, proposals = scene
-    net = make("heavy")
+    net = make(name)
     with torch.no_grad():
         state = net.start(frame, first, valid)
-        ready = net.prepare(soft(proposals), state)
-        assert ready.masks.dtype == torch.bool and ready.masks.shape[1:] == SIZE
-        assert equal(net.step(frame, soft(proposals), state), net.step(frame, ready, state))
+        ours, theirs = net.step(frame, runs(proposals), state), net.step(frame, proposals, state)
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-2, rtol=1e-2)  # pooled cells overlap, decoded ones do not
+    assert torch.equal(ours[0].proposal, theirs[0].proposal) and torch.equal(ours[0].labels, theirs[0].labels)
+
+
+@pytest.mark.parametrize("kind", [runs, soft])
+@pytest.mark.parametrize("name", ["iou", "heavy"])
+def test_no_array_of_every_proposals_full_mask(scene, name, kind):
+    frame, first, valid, _ = scene
+    frame, first = (F.interpolate(part[None].float(), size=(480, 720))[0].to(part.dtype) for part in (frame, first))
+    proposals = kind(full(first[[0, 1] * 20]))
+    net = make(name)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))
+            return result
+
+    with torch.no_grad():
+        state = net.start(frame, first, valid)
+        with Watch():
+            net.step(frame, proposals, state)
+    assert max(sizes) < 40 * 480 * 720 / 3  # the frame in float is 3, the objects' masks are 3, of 40
 
 
 def test_beside():
@@ -361,20 +418,22 @@ def test_refined_objects_do_not_depend_on_each_other(scene):
         both = net.step(frame, proposals, net.start(frame, first, valid))[0]
         one = net.step(frame, proposals, net.start(frame, first[:1], valid[:1]))[0]
     assert both.proposal[0] == one.proposal[0]
-    torch.testing.assert_close(both.masks[:1], one.masks, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both.logits[:1], one.logits, atol=1e-5, rtol=1e-5)
 
 
 # ---- script and export ----
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft")]
-)
+    "name, kind", [("iou", "none"), ("iou", "soft"), ("features", "full"), ("light", "full"), ("shrunk", "soft"),
+     ("light", "runs"), ("heavy", "full"), ("heavy", "runs"), ("heavy", "soft")]
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning")
 def test_torchscript(scene, name, kind, tmp_path):
     frame, first, valid, proposals = scene
     if kind != "full":
-        proposals = soft(proposals) if kind == "soft" else Proposals(*(part[:0] for part in proposals))
+        none = Proposals(*(part[:0] for part in proposals))
+        proposals = {"soft": soft(proposals), "runs": runs(proposals), "none": none}[kind]
     net = make(name)
     torch.jit.script(net).save(tmp_path / "net.pt")
     scripted = torch.jit.load(tmp_path / "net.pt")
@@ -396,7 +455,7 @@ def test_export_with_any_number_of_proposals(scene, name):
     count = {0: torch.export.Dim("M", min=2, max=512)}
     with torch.no_grad():
         state = net.start(frame, first, valid)
-        shapes = (None, Proposals(count, count, count), State(None, None, None, None, [None] * len(state.hidden)))
+        shapes = (None, Proposals(count, count, count), State(None, None, None, None, None, [None] * len(state.hidden)))
         exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
         for keep in (7, 2, 4):
             some = Proposals(*(part[:keep] for part in proposals))
@@ -408,15 +467,15 @@ def test_export_with_every_size_open(scene, name):
     """Objects, proposals and the frame's size; but proposals as full-size masks or not is decided at export."""
     frame, first, valid, proposals = scene
     net = make(name)
-    sizes = {"N": (2, 255), "M": (2, 512), "H": (32, 4096), "W": (32, 4096)}
-    n, m, h, w = (torch.export.Dim(size, min=low, max=high) for size, (low, high) in sizes.items())
+    sizes = {"N": (2, 255), "M": (2, 512), "H": (32, 4096), "W": (32, 4096), "h": (2, 4096), "w": (2, 4096)}
+    n, m, h, w, rows, columns = (torch.export.Dim(size, min=low, max=high) for size, (low, high) in sizes.items())
     with torch.no_grad():
         state = net.start(frame, first, valid)
-        masks = {0: n, 1: h, 2: w}
+        grid = {0: n, 1: rows, 2: columns}
         shapes = (
             {1: h, 2: w},
             Proposals({0: m}, {0: m}, {0: m, 1: h, 2: w}),
-            State({0: n}, {0: n}, masks, masks, [{0: n}] * len(state.hidden)),
+            State({0: n}, {0: n}, grid, grid, {0: n, 1: h, 2: w}, [{0: n}] * len(state.hidden)),
         )
         exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
         frame, first = frame[:, :-10, :-6], first[:2, :-10, :-6]

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,7 +19,7 @@ struct Extent {
 };
 
 struct TensorSpec {
-  std::string name, dtype;  // dtype "bool", "uint8", "int64" or "float32"
+  std::string name, dtype;  // dtype "bool", "uint8", "int32", "int64" or "float32"
   std::vector<Extent> shape;
 };
 
@@ -35,7 +36,7 @@ struct Manifest {
   Json config;
   std::vector<std::string> ops;
   std::map<std::string, Function> files;
-  bool soft = false;  // whether proposals may come as float [M, S, S] inside their boxes
+  std::set<std::string> masks;  // how proposals' masks may come, see Proposals: "full", "runs", "soft"
   std::map<std::string, std::pair<int64_t, int64_t>> dynamic;  // smallest and largest value of what may vary
 
   /// Throws Error where folder/manifest.json is missing, damaged, of another format, or lists files that are not those in the

@@ -13,15 +13,19 @@ namespace dmm {
 /// Proposals of one frame, best first.
 struct FrameProposals {
   int height = 0, width = 0;
-  std::vector<float> boxes;    // [M, 4] x0 y0 x1 y1 in pixels
-  std::vector<float> scores;   // [M]
-  std::vector<uint8_t> masks;  // [M, H, W] 0 or 1
+  std::vector<float> boxes;   // [M, 4] x0 y0 x1 y1 in pixels
+  std::vector<float> scores;  // [M]
+  // [M, R]: for each mask the places, counted down the columns, at which it begins and ends in turn, ascending, padded with
+  // kNoRun.
+  std::vector<int32_t> runs;
 };
+
+constexpr int32_t kNoRun = INT32_MAX;
 
 /// A JSON list of {image_id, score, segmentation, bbox?}: image_id is the frame's stem, segmentation an RLE.
 class ProposalFile {
  public:
-  /// Throws Error for a file that is missing, cut short or not such a list; a frame's masks are decoded when it is asked for.
+  /// Throws Error for a file that is missing, cut short or not such a list; a frame's masks are read when it is asked for.
   explicit ProposalFile(const std::string& path, int top = 50);
 
   /// At most `top` proposals of a frame of this size; none at all is an empty result, not an error.

@@ -23,7 +23,9 @@ namespace dmm {
 struct Proposals {
   at::Tensor boxes;   // [M, 4] float, x0 y0 x1 y1 in pixels of the frame
   at::Tensor scores;  // [M] float
-  at::Tensor masks;   // [M, H, W] bool; or [M, S, S] float in [0, 1], inside the boxes
+  // [M, H, W] bool ("full"); [M, R] int32, run-length codes as in FrameProposals ("runs"); or [M, S, S] float in [0, 1], inside
+  // the boxes ("soft"). Full masks and runs become each other where an export takes only the other.
+  at::Tensor masks;
 };
 
 /// What happened to one object in one frame.
