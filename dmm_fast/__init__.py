@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dmm_fast.inference.segmenter import Segmenter
     from dmm_fast.ops import (
         assign,
+        decode_runs,
         feasibility,
         greedy,
         hungarian,
@@ -26,16 +27,18 @@ if TYPE_CHECKING:
         match,
         match_prices,
         paste_combine,
+        paste_masks,
         reference,
         sinkhorn,
+        upsample_argmax,
     )
     from dmm_fast.ops.info import build_info
 
 __version__ = "0.1.0"
 
 _OPS = (
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
-    "sinkhorn",
+    "assign", "decode_runs", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices",
+    "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
 )  # fmt: skip
 # Loaded when first asked for: their dependencies (torchvision, timm, Pillow ...) are not those of the layer.
 _LAZY = {
@@ -46,8 +49,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Segmenter", "assign", "build_info", "evaluate", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match",
-    "match_prices", "paste_combine", "reference", "sinkhorn",
+    "Segmenter", "assign", "build_info", "decode_runs", "evaluate", "feasibility", "greedy", "hungarian", "mask_confident",
+    "mask_iou", "match", "match_prices", "paste_combine", "paste_masks", "reference", "sinkhorn", "upsample_argmax",
 ]  # fmt: skip
 
 

@@ -2,18 +2,12 @@
 // and an image row inside the box is a blend of two of its rows. Work follows the areas of the boxes; zero assignments
 // cost nothing.
 #include "../paste_combine.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
-
-// The row loops below are plain; the compiler vectorises them once per instruction set and the loader picks.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define DMM_ROW_LOOP __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define DMM_ROW_LOOP
-#endif
 
 namespace dmm {
 namespace {
@@ -196,13 +190,6 @@ void backward(const PasteBackwardInputs& in, T* grad_assignment, T* grad_masks) 
       for (int64_t j = first; j < last; ++j) proposals[j - first].finish(in, j, grad_assignment, grad_masks + j * in.S * in.S);
     }
   });
-}
-
-bool is_half(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
-
-// Half types are stored, never computed in.
-Tensor to_compute(const Tensor& tensor) {
-  return is_half(tensor.scalar_type()) ? torch::stable::to(tensor, ScalarType::Float) : tensor;
 }
 
 Tensor paste_combine(const Tensor& assignment, const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width) {

@@ -2,9 +2,9 @@
 
 from dmm_fast.ops.match import match, match_prices
 from dmm_fast.ops.reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
-from dmm_fast.ops.vision import mask_iou, paste_combine
+from dmm_fast.ops.vision import decode_runs, mask_iou, paste_combine, paste_masks, upsample_argmax
 
 __all__ = [
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
-    "sinkhorn",
+    "assign", "decode_runs", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices",
+    "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
 ]  # fmt: skip

@@ -399,3 +399,44 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Eq. 8: ``out_i = sum_j X_ij paste(mask_j, box_j)``, ``[N, M], [M, S, S], [M, 4] -> [N, H, W]``."""
     return torch.einsum("nm,mhw->nhw", assignment, paste(masks, boxes, size))
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: int) -> Tensor:
+    """How much of each cell a pasted mask covers, ``[M, S, S], [M, 4] -> [M, rows, columns]``: the share of ``samples`` x
+    ``samples`` points of the cell, evenly spaced, at which it is above 0.5."""
+    above = paste(masks, boxes * samples, (rows * samples, columns * samples)) > 0.5
+    return above.view(len(masks), rows, samples, columns, samples).to(masks.dtype).mean((2, 4))
+
+
+def decode_runs(runs: Tensor, height: int, width: int, rows: int, columns: int) -> Tensor:
+    """How much of each cell the mask of a run-length code covers, exactly: ``[M, R] -> [M, rows, columns]`` float32.
+
+    With F(p) the number of mask pixels before position p of a column-major frame, linear within a pixel, a cell has
+    F(x height + y1) - F(x height + y0) of pixel column x.
+    """
+    total = height * width
+    places = F.pad(runs, (0, runs.shape[1] % 2), value=total).clamp(0, total).double()  # [M, 2K]
+    begins, lengths = places[:, ::2].contiguous(), (places[:, 1::2] - places[:, ::2])  # [M, K]
+    before = F.pad(lengths.cumsum(1), (1, 0))  # [M, K + 1]
+    edges = torch.arange(rows + 1, dtype=torch.float64, device=runs.device) * height / rows
+    at = torch.arange(width, dtype=torch.float64, device=runs.device)[:, None] * height + edges  # [W, rows + 1]
+    at = at.flatten().expand(runs.shape[0], -1).contiguous()  # [M, W (rows + 1)]
+    begins, lengths = F.pad(begins, (1, 0), value=-1.0), F.pad(lengths, (1, 0))  # the 0th run is empty
+    run = torch.searchsorted(begins, at) - 1  # the last one that begins before
+    inside = torch.minimum(at - begins.gather(1, run), lengths.gather(1, run)) + before.gather(1, (run - 1).clamp(min=0))
+    inside = inside.view(-1, width, rows + 1).diff(dim=2)  # [M, W, rows]
+    edges = torch.arange(columns + 1, dtype=torch.float64, device=runs.device) * width / columns
+    pixels = torch.arange(width, dtype=torch.float64, device=runs.device)[:, None]
+    shared = (torch.minimum(edges[1:], pixels + 1) - torch.maximum(edges[:-1], pixels)).clamp(min=0)  # [W, columns]
+    return (inside.mT @ shared * (rows * columns / total)).float()
+
+
+def upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int) -> Tensor:
+    """One label per pixel from ``logits [N, h, w]`` enlarged bilinearly to ``[N, height, width]``: ``[height, width]`` uint8, 0
+    where none is above 0, else 1 + the index of the highest; between equal ones, of that with the highest ``rank [N]``."""
+    if logits.shape[0] == 0:
+        return torch.zeros((height, width), dtype=torch.uint8, device=logits.device)
+    full = F.interpolate(logits[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    order = rank.argsort(descending=True)
+    highest, place = full[order].max(0)  # the first of equal ones
+    return torch.where(highest > 0, order[place] + 1, 0).to(torch.uint8)

@@ -1,7 +1,9 @@
-"""The steps around the matching layer: mask IoU for its cost (Eq. 1) and pasted, weighted proposals after it (Eq. 8).
+"""The steps around the matching layer: mask IoU for its cost (Eq. 1), pasted, weighted proposals after it (Eq. 8), and the
+conversions at both ends: proposals to a grid of cells (``paste_masks``, ``decode_runs``), logits to labels
+(``upsample_argmax``).
 
-``torch.ops.dmm.mask_iou`` and ``torch.ops.dmm.paste_combine`` (scriptable, exportable) are the ops below; the native
-libraries hold their kernels, this file teaches torch the rest: shapes without data (fake kernels) and the gradient.
+``torch.ops.dmm.mask_iou`` and its kin (scriptable, exportable) are the ops below; the native libraries hold their kernels,
+this file teaches torch the rest: shapes without data (fake kernels) and the gradient.
 """
 
 from __future__ import annotations
@@ -13,6 +15,11 @@ from dmm_fast.ops import library, reference
 
 library.let_triton_serve("mask_iou")
 library.let_triton_serve("paste_combine", "paste_combine_backward")
+library.let_triton_serve("paste_masks")
+library.let_triton_serve("decode_runs")
+library.let_triton_serve("upsample_argmax")
+
+NO_RUN = 2**31 - 1  # fills up the rows of ``runs``: beyond every frame
 
 _paste_backward = torch.ops.dmm.paste_combine_backward.default
 
@@ -75,6 +82,101 @@ def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[
     return torch.ops.dmm.paste_combine(assignment, masks, boxes, size[0], size[1])
 
 
+def paste_masks(
+    masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: int = 2, *, backend: str = "auto"
+) -> Tensor:  # fmt: skip
+    """How much of each cell of a grid a pasted mask covers: the share of its points at which the mask is above 0.5.
+
+    Pasting is that of ``paste_combine``. A cell has ``samples`` x ``samples`` points, evenly spaced: with two, and half as
+    many rows and columns as a frame, the result is the frame's thresholded masks averaged over 2 x 2 pixels. Beyond filling
+    the result with 0, the time follows the boxes' areas.
+
+    Args:
+        masks: ``[M, S, S]``, probabilities, float32, float64, float16 or bfloat16. Any S.
+        boxes: ``[M, 4]`` x0 y0 x1 y1 in cells, float32 (float64 with float64 masks). A box may leave the grid. One without
+            a positive, finite width and height (x1 <= x0, NaN, infinite) pastes nothing.
+        rows, columns: the size of the grid.
+        samples: points along each side of a cell, 1 to 64.
+        backend: as in ``dmm_fast.match``.
+
+    Returns:
+        ``[M, rows, columns]`` in [0, 1], the dtype of masks; half precision is computed in float32. No gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or sizes that don't fit. ValueError: an unknown backend.
+    """
+    library.check_backend("paste_masks", masks, backend)
+    if backend == "reference":
+        return reference.paste_masks(masks, boxes, rows, columns, samples)
+    if backend == "triton":
+        from dmm_fast.kernels.paste_masks import paste_masks as paste_masks_triton
+
+        return paste_masks_triton(masks, boxes, rows, columns, samples)
+    return torch.ops.dmm.paste_masks(masks, boxes, rows, columns, samples)
+
+
+def decode_runs(runs: Tensor, height: int, width: int, rows: int, columns: int, *, backend: str = "auto") -> Tensor:
+    """How much of each cell of a grid the mask of a run-length code covers, exactly, without the full-size mask.
+
+    Cell (r, c) has the pixels from ``r * height / rows`` to ``(r + 1) * height / rows`` down and from ``c * width / columns``
+    to ``(c + 1) * width / columns`` across, parts of pixels by their share. So ``rows, columns = height, width`` decodes
+    the mask itself, in exact 0 and 1. The grid may be finer than the frame.
+
+    Args:
+        runs: ``[M, R]`` int32. Per mask, the ascending positions ``x * height + y`` at which it changes (the cumulated counts
+            of COCO's code): outside up to the first, inside from the first to the second, and so on; an odd number of them
+            means inside to the end. What is left of the row is ``NO_RUN``; anything from ``height * width`` on stands for the
+            end. For other values, negative or descending, the result is not specified.
+        height, width: the frame's size in pixels, ``height * width`` below 2^31.
+        rows, columns: the size of the grid.
+        backend: as in ``dmm_fast.match``.
+
+    Returns:
+        ``[M, rows, columns]`` float32 in [0, 1]: whole numbers divided and rounded once. No gradient.
+
+    Raises:
+        RuntimeError: a shape, dtype or size that doesn't fit. ValueError: an unknown backend.
+    """
+    library.check_backend("decode_runs", runs, backend)
+    if backend == "reference":
+        return reference.decode_runs(runs, height, width, rows, columns)
+    if backend == "triton":
+        from dmm_fast.kernels.decode_runs import decode_runs as decode_runs_triton
+
+        return decode_runs_triton(runs, height, width, rows, columns)
+    return torch.ops.dmm.decode_runs(runs, height, width, rows, columns)
+
+
+def upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int, *, backend: str = "auto") -> Tensor:
+    """One label per pixel from small logits, enlarged bilinearly, without N full-size logits.
+
+    The logits are interpolated as by ``F.interpolate(mode="bilinear", align_corners=False)``, also to smaller sizes (without
+    antialiasing). Positions are exact fractions here and rounded there, sums are rounded in another order: pixels at which
+    the two highest logits, or the highest and 0, nearly tie may differ. Logits that are equal everywhere tie exactly.
+
+    Args:
+        logits: ``[N, h, w]``, finite, at most 255 of them, at least one pixel; float32, float64, float16 or bfloat16.
+        rank: ``[N]`` int64: of equal logits, that with the highest rank wins (of equal ranks, the first).
+        height, width: the size of the result.
+        backend: as in ``dmm_fast.match``.
+
+    Returns:
+        ``[height, width]`` uint8: 0 where no logit is above 0, else 1 + the index of the highest. Half precision is
+        computed in float32. No gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or sizes that don't fit. ValueError: an unknown backend.
+    """
+    library.check_backend("upsample_argmax", logits, backend)
+    if backend == "reference":
+        return reference.upsample_argmax(logits, rank, height, width)
+    if backend == "triton":
+        from dmm_fast.kernels.upsample_argmax import upsample_argmax as upsample_argmax_triton
+
+        return upsample_argmax_triton(logits, rank, height, width)
+    return torch.ops.dmm.upsample_argmax(logits, rank, height, width)
+
+
 # ---- what torch needs to know ----
 
 
@@ -95,6 +197,23 @@ def _(assignment, masks, boxes, height, width):
 @torch.library.register_fake("dmm::paste_combine_backward")
 def _(grad, assignment, masks, boxes):
     return assignment.new_empty(assignment.shape), masks.new_empty(masks.shape)
+
+
+@torch.library.register_fake("dmm::paste_masks")
+def _(masks, boxes, rows, columns, samples):
+    torch._check(masks.dim() == 3, lambda: f"dmm::paste_masks: masks must have shape [M, S, S], got {masks.shape}")
+    return masks.new_empty(masks.shape[0], rows, columns)
+
+
+@torch.library.register_fake("dmm::decode_runs")
+def _(runs, height, width, rows, columns):
+    torch._check(runs.dim() == 2, lambda: f"dmm::decode_runs: runs must have shape [M, R], got {runs.shape}")
+    return runs.new_empty(runs.shape[0], rows, columns, dtype=torch.float32)
+
+
+@torch.library.register_fake("dmm::upsample_argmax")
+def _(logits, rank, height, width):
+    return logits.new_empty(height, width, dtype=torch.uint8)
 
 
 def _setup_context(ctx, inputs, output):
