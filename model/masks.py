@@ -30,9 +30,15 @@ def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of each pair of masks on the grid, [N, M] in [0, 1]; 0 where they have no more in common than rounding."""
+    """IoU of each pair of masks on the grid, [N, M] in [0, 1].
+
+    Masks that only touch share cells without overlapping: where there is no cell that both of them fill for the most part, an IoU
+    below 0.1 counts as 0. Objects smaller than a cell have more.
+    """
     common, either = shared(a, b)
-    return torch.where(common > 1e-5 * either, common / either.clamp(min=1e-12), 0.0).clamp(max=1.0)
+    iou = (common / either.clamp(min=1e-12)).clamp(0.0, 1.0)
+    filled = (a > 0.5).to(a.dtype).flatten(1) @ (b > 0.5).to(b.dtype).flatten(1).t()  # cells
+    return torch.where((filled > 0.5) | (iou > 0.1), iou, 0.0)
 
 
 def scaled(boxes: Tensor, wide: float, tall: float) -> Tensor:

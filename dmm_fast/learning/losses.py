@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.model import Affinity, Candidates, Output
-from dmm_fast.model.masks import cover, overlap, shared
+from dmm_fast.model.masks import cover as on_grid
+from dmm_fast.model.masks import overlap, shared
 from dmm_fast.ops import reference
 
 TERMS = ("refined", "matched", "cosine", "parts", "bce")
@@ -36,13 +37,13 @@ def step_losses(
     see `cosine_loss` and `parts_loss`. bce: binary cross entropy of the enlarged logits; it alone also asks for an empty mask
     where an object is hidden.
     """
-    on_grid = cover(masks, candidates.cover.size(1), candidates.cover.size(2))  # [N, h, w]
+    truth = on_grid(masks, candidates.cover.size(1), candidates.cover.size(2))  # [N, h, w]
     refined = torch.sigmoid(enlarged(output.logits.float(), masks.size(1), masks.size(2)))
     return {
         "refined": soft_iou_loss(refined, masks),
-        "matched": soft_iou_loss(output.matched, on_grid if output.matched.shape == on_grid.shape else masks),
-        "cosine": cosine_loss(affinity.cosine, candidates, on_grid, match_iou),
-        "parts": parts_loss(output.parts, candidates, on_grid),
+        "matched": soft_iou_loss(output.matched, truth if output.matched.shape == truth.shape else masks),
+        "cosine": cosine_loss(affinity.cosine, candidates.cover, truth, match_iou),
+        "parts": parts_loss(output.parts, candidates.cover, truth),
         "bce": bce_loss(refined, masks),
     }
 
@@ -64,25 +65,25 @@ def soft_iou_loss(pred: Tensor, masks: Tensor) -> Tensor:
     return ((1.0 - iou) * seen).sum() / seen.sum().clamp(min=1)
 
 
-def cosine_loss(cosine: Tensor, candidates: Candidates, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+def cosine_loss(cosine: Tensor, cover: Tensor, masks: Tensor, match_iou: float = 0.3) -> Tensor:
     """Mean squared difference of cosine [N, M] to `greedy_target`; 0 without proposals."""
     if cosine.numel() == 0:
         return cosine.sum()
-    return F.mse_loss(cosine.float(), greedy_target(candidates, masks, match_iou))
+    return F.mse_loss(cosine.float(), greedy_target(cover, masks, match_iou))
 
 
-def greedy_target(candidates: Candidates, masks: Tensor, match_iou: float = 0.3) -> Tensor:
-    """The greedy one-to-one assignment by IoU with the ground truth [N, h, w], where that is above match_iou: [N, M] of 0 and 1."""
-    iou = overlap(masks, candidates.cover)  # [N, M]
+def greedy_target(cover: Tensor, masks: Tensor, match_iou: float = 0.3) -> Tensor:
+    """The greedy one-to-one assignment of proposals [M, h, w] to the ground truth [N, h, w] by IoU, where that is above match_iou: [N, M] of 0 and 1."""
+    iou = overlap(masks, cover)  # [N, M]
     return reference.greedy(-iou) * (iou > match_iou)
 
 
-def parts_loss(parts: Tensor, candidates: Candidates, masks: Tensor) -> Tensor:
-    """Binary cross entropy of parts [N, M] to the share of each proposal that lies on the object [N, h, w]; 0 where there are
+def parts_loss(parts: Tensor, cover: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross entropy of parts [N, M] to the share of each proposal [M, h, w] that lies on the object [N, h, w]; 0 where there are
     none."""
     if parts.numel() == 0:
         return parts.sum()
-    share = shared(masks, candidates.cover)[0] / candidates.cover.flatten(1).sum(1).clamp(min=1e-3)  # [N, M]
+    share = shared(masks, cover)[0] / cover.flatten(1).sum(1).clamp(min=1e-3)  # [N, M]
     return bce_loss(parts, share.clamp(0.0, 1.0))
 
 

@@ -266,7 +266,7 @@ class Masks:
             iou = torch.ops.dmm.mask_iou(true, masks)  # [N, M]
             area, true_area = (part.flatten(1).sum(1).float() for part in (masks, true))
             both = iou / (1 + iou) * (true_area[:, None] + area)
-            target = greedy_target(Proposals(torch.empty(0), torch.empty(0), masks), true)
+            target = greedy_target(masks.float(), true.float())
             self._counts[k] = Counts(both, area, true_area, target, iou)
         return self._counts[k]
 

@@ -147,6 +147,12 @@ def test_an_object_smaller_than_a_cell_does_not_vanish():
     assert overlap(grid[:1], grid).tolist() == [pytest.approx([1.0, 0.25, 0.0])]
 
 
+def test_masks_that_touch_within_cells_do_not_overlap():
+    left, right, over = rectangles((0, 0, 45, 60), (45, 0, 90, 60), (40, 0, 90, 60))  # the border runs through cells of 10
+    grid = cover(torch.stack([left, right, over]), 6, 9)
+    assert overlap(grid[:1], grid[1:]).tolist() == [[0.0, pytest.approx(5 / 90, abs=0.06)]]
+
+
 @pytest.mark.parametrize("name, size, grid", [("iou", SIZE, SIZE), ("iou", (480, 854), (240, 427)), ("iou", (90, 600), (90, 600)),
                                               ("heavy", SIZE, (32, 48)), ("heavy", (480, 854), (32, 48))])  # fmt: skip
 def test_grid(name, size, grid):

@@ -156,7 +156,7 @@ def test_losses_from_counts_are_those_of_the_masks(net: DMMNet, masks: matching.
             share = torch.eye(m)[match.proposal]
         pasted = torch.einsum("nm,mhw->nhw", share, proposals.masks.float())
         # A sum of overlapping masks may exceed 1; the soft IoU of losses.py is the same function of it.
-        expected = torch.stack([soft_iou_loss(pasted, true), cosine_loss(match.cosine, proposals, true)])
+        expected = torch.stack([soft_iou_loss(pasted, true), cosine_loss(match.cosine, proposals.masks.float(), true.float())])
         torch.testing.assert_close(matching.losses(match, masks.counts(match.k), soft), expected, atol=1e-4, rtol=1e-4)
         checked += 1
     assert checked

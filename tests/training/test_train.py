@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dmm_fast.model import Affinity, Config, Output, Proposals, read_weights
+from dmm_fast.model import Affinity, Candidates, Config, Output, Proposals, read_weights
 from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from safetensors.torch import load_file
@@ -196,10 +196,10 @@ def squares(*corners, size=(20, 20)):
 
 def test_losses_of_a_perfect_answer_are_zero():
     masks = squares((0, 0), (10, 10))
-    proposals = Proposals(mask_boxes(masks), torch.ones(2), masks)
+    candidates = Candidates(mask_boxes(masks), torch.ones(2), masks, masks.float(), *masks.shape[1:])
     none = torch.zeros(2)
-    output = Output(masks.float(), masks.float(), none, none, none, none, none, torch.eye(2))
-    losses = step_losses(output, Affinity(torch.eye(2), torch.eye(2)), proposals, masks)
+    output = Output(40.0 * masks - 20.0, masks.float(), none, none, none, none, none, torch.eye(2))
+    losses = step_losses(output, Affinity(torch.eye(2), torch.eye(2)), candidates, masks)
     assert list(losses) == list(TERMS)
     assert max(losses.values()) < 2e-6
 
@@ -217,13 +217,13 @@ def test_soft_iou_counts_the_objects_that_are_seen():
 def test_greedy_target_wants_enough_overlap():
     masks = squares((0, 0), (10, 10))
     proposals = squares((0, 1), (1, 1), (12, 5))  # two of the first object, a poor one of the second
-    target = greedy_target(Proposals(mask_boxes(proposals), torch.ones(3), proposals), masks)
+    target = greedy_target(proposals.float(), masks.float())
     assert target.tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
 def test_parts_are_shares_of_proposals():
     masks, proposals = squares((0, 0)), squares((0, 0), (0, 4), (12, 12))
-    given = Proposals(mask_boxes(proposals), torch.ones(3), proposals)
+    given, masks = proposals.float(), masks.float()
     parts = torch.tensor([[0.3, 0.3, 0.3]], requires_grad=True)
     for _ in range(300):
         (grad,) = torch.autograd.grad(parts_loss(parts, given, masks), parts)
