@@ -7,7 +7,7 @@
 
 // Row loops are plain; the compiler vectorises them once per instruction set and the loader picks.
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define DMM_ROW_LOOP __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define DMM_ROW_LOOP __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define DMM_ROW_LOOP
 #endif

@@ -12,16 +12,35 @@
 namespace dmm {
 namespace {
 
-#define DMM_ROW_LOOPS(T)                                                                                               \
-  /* values = w0 * a + w1 * b; where that is above the highest so far, it is and its label takes the place */          \
-  DMM_ROW_LOOP void contend(T* values, T* highest, int32_t* labels, T w0, const T* a, T w1, const T* b, int32_t label, \
-                            int64_t n) {                                                                               \
-    for (int64_t x = 0; x < n; ++x) {                                                                                  \
-      const T value = w0 * a[x] + w1 * b[x];                                                                           \
-      values[x] = value;                                                                                               \
-      labels[x] = value > highest[x] ? label : labels[x];                                                              \
-      highest[x] = value > highest[x] ? value : highest[x];                                                            \
-    }                                                                                                                  \
+constexpr int kPixels = 64;  // labelled together
+
+#define DMM_ROW_LOOPS(T)                                                                                                   \
+  /* values = w0 * a + w1 * b; where that is above the highest so far, it is and its label takes the place */              \
+  DMM_ROW_LOOP void contend(T* values, T* highest, int32_t* labels, T w0, const T* a, T w1, const T* b, int32_t label,     \
+                            int64_t n) {                                                                                   \
+    for (int64_t x = 0; x < n; ++x) {                                                                                      \
+      const T value = w0 * a[x] + w1 * b[x];                                                                               \
+      values[x] = value;                                                                                                   \
+      labels[x] = value > highest[x] ? label : labels[x];                                                                  \
+      highest[x] = value > highest[x] ? value : highest[x];                                                                \
+    }                                                                                                                      \
+  }                                                                                                                        \
+  /* labels of n <= kPixels pixels between two columns, at which logit k has the values ends[k * w] and ends[k * w + 1] */ \
+  DMM_ROW_LOOP void decide(uint8_t* labels, const T* weight, const T* ends, int64_t w, const int32_t* used, int64_t count, \
+                           int64_t n) {                                                                                    \
+    T highest[kPixels];                                                                                                    \
+    int32_t best[kPixels];                                                                                                 \
+    for (int64_t x = 0; x < n; ++x) highest[x] = 0, best[x] = 0;                                                           \
+    for (int64_t k = 0; k < count; ++k, ends += w) {                                                                       \
+      const T first = ends[0], second = ends[1];                                                                           \
+      const int32_t label = used[k];                                                                                       \
+      for (int64_t x = 0; x < n; ++x) {                                                                                    \
+        const T value = (T(1) - weight[x]) * first + weight[x] * second;                                                   \
+        best[x] = value > highest[x] ? label : best[x];                                                                    \
+        highest[x] = value > highest[x] ? value : highest[x];                                                              \
+      }                                                                                                                    \
+    }                                                                                                                      \
+    for (int64_t x = 0; x < n; ++x) labels[x] = static_cast<uint8_t>(best[x]);                                             \
   }
 DMM_ROW_LOOPS(float)
 DMM_ROW_LOOPS(double)
@@ -95,15 +114,9 @@ struct Row {  // what a thread needs for one row of pixels
   // Pixels [begin, end), between columns i and i + 1.
   void between_columns(int64_t i, int64_t begin, int64_t end, uint8_t* labels) const {
     const int64_t w = labeller.in.w;
-    for (int64_t x = begin; x < end; ++x) {
-      const T weight = labeller.weight[x];
-      T most = 0;
-      int32_t label = 0;
-      for (size_t k = 0; k < used.size(); ++k) {
-        const T value = (T(1) - weight) * values[k * w + i] + weight * values[k * w + i + 1];
-        if (value > most) most = value, label = used[k];
-      }
-      labels[x] = static_cast<uint8_t>(label);
+    for (int64_t x = begin; x < end; x += kPixels) {
+      const int64_t n = std::min<int64_t>(kPixels, end - x);
+      decide(labels + x, labeller.weight.data() + x, values.data() + i, w, used.data(), used.size(), n);
     }
   }
 };

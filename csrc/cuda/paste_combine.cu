@@ -1,30 +1,13 @@
 // dmm::paste_combine and its backward on CUDA tensors: the current stream, no wait for the device.
 #include "../paste_combine.h"
 #include "current_stream.h"
+#include "element.h"
 #include "paste_combine.cuh"
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 namespace dmm {
 namespace {
 
 constexpr int64_t kMaxBlocks = int64_t{1} << 31;
-
-// f(tag of the element type, tag of the type to compute in)
-template <typename F>
-void for_type(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Half:
-      return f(c10::Half{}, float{});
-    case ScalarType::BFloat16:
-      return f(c10::BFloat16{}, float{});
-    default:
-      return f(float{}, float{});
-  }
-}
 
 template <typename T, typename C>
 paste::Problem<T, C> problem_of(const PasteInputs& in) {

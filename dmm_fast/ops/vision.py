@@ -216,6 +216,12 @@ def _(logits, rank, height, width):
     return logits.new_empty(height, width, dtype=torch.uint8)
 
 
+# Step functions: their results belong to no graph.
+_fragment = torch.library.Library("dmm", "FRAGMENT")
+for _op in ("paste_masks", "upsample_argmax"):
+    _fragment.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
 

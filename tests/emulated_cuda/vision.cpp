@@ -1,8 +1,11 @@
-// The launchers of csrc/cuda/{mask_iou,paste_combine}.cuh on the emulated device, for ctypes.
+// The launchers of the vision ops (csrc/cuda/*.cuh) on the emulated device, for ctypes.
 #include <cuda_runtime.h>
 
+#include "../../csrc/cuda/decode_runs.cuh"
 #include "../../csrc/cuda/mask_iou.cuh"
 #include "../../csrc/cuda/paste_combine.cuh"
+#include "../../csrc/cuda/paste_masks.cuh"
+#include "../../csrc/cuda/upsample_argmax.cuh"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -34,6 +37,28 @@ void paste(const void* assignment, const void* masks, const void* boxes, const i
                        static_cast<T*>(grad_masks), nullptr);
 }
 
+template <typename T, typename C>
+void cover_of(const void* masks, const void* boxes, const int64_t* sizes, void* cover) {
+  const auto [M, S, rows, columns, samples] = std::array{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const dmm::grid::PasteProblem<T, C> p{static_cast<const T*>(masks), static_cast<const C*>(boxes), M,
+                                        static_cast<int>(S),          static_cast<int>(rows),       static_cast<int>(columns),
+                                        static_cast<int>(samples)};
+  dmm::grid::paste_masks("paste_masks", p, static_cast<T*>(cover), nullptr);
+}
+
+template <typename T, typename C>
+void labels_of(const void* logits, const int64_t* rank, const int64_t* sizes, uint8_t* labels) {
+  const auto [N, h, w, H, W] = std::array{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const dmm::grid::LabelProblem<T, C> p{static_cast<const T*>(logits),
+                                        rank,
+                                        static_cast<int>(N),
+                                        static_cast<int>(h),
+                                        static_cast<int>(w),
+                                        static_cast<int>(H),
+                                        static_cast<int>(W)};
+  dmm::grid::upsample_argmax("upsample_argmax", p, labels, nullptr);
+}
+
 }  // namespace
 
 extern "C" {
@@ -54,5 +79,29 @@ void paste_combine(const void* assignment, const void* masks, const void* boxes,
                    : element == 2 ? paste<c10::Half, float>
                                   : paste<c10::BFloat16, float>;
   run(assignment, masks, boxes, sizes, grad, out, grad_assignment, grad_masks);
+}
+
+// sizes: M, S, rows, columns, samples.
+void paste_masks(const void* masks, const void* boxes, const int64_t* sizes, int element, void* cover) {
+  const auto run = element == 0   ? cover_of<float, float>
+                   : element == 1 ? cover_of<double, double>
+                   : element == 2 ? cover_of<c10::Half, float>
+                                  : cover_of<c10::BFloat16, float>;
+  run(masks, boxes, sizes, cover);
+}
+
+// sizes: M, R, height, width, rows, columns.
+void decode_runs(const int32_t* runs, const int64_t* sizes, float* share) {
+  const dmm::grid::RunsProblem p{runs, sizes[0], static_cast<int>(sizes[1]), {sizes[2], sizes[4]}, {sizes[3], sizes[5]}};
+  dmm::grid::decode_runs("decode_runs", p, share, nullptr);
+}
+
+// sizes: N, h, w, H, W.
+void upsample_argmax(const void* logits, const int64_t* rank, const int64_t* sizes, int element, uint8_t* labels) {
+  const auto run = element == 0   ? labels_of<float, float>
+                   : element == 1 ? labels_of<double, double>
+                   : element == 2 ? labels_of<c10::Half, float>
+                                  : labels_of<c10::BFloat16, float>;
+  run(logits, rank, sizes, labels);
 }
 }

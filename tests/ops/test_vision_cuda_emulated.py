@@ -1,4 +1,4 @@
-"""The CUDA kernels of mask_iou and paste_combine without a GPU: compiled for the host, threads as fibers.
+"""The CUDA kernels of the vision ops without a GPU: compiled for the host, threads as fibers.
 
 What this can show: arithmetic, indexing, reads of memory that nothing wrote (scratch, shared memory and results start
 as NaN). What it cannot: timing, and races between a barrier and the next.
@@ -11,7 +11,8 @@ import math
 
 import pytest
 import torch
-from helpers.emulated import ELEMENT, address, build
+from helpers import grids
+from helpers.emulated import ELEMENT, Result, address, build
 from torch import Tensor
 
 from dmm_fast.ops import reference
@@ -86,3 +87,48 @@ def test_paste_combine(device, N, M, S, size, dtype):
     for value, want in zip(actual, expected):
         scale = max(1.0, float(want.detach().abs().max()) if want.numel() else 1.0)
         torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in grids.PASTES if not name.startswith("no ")] + ["no cells of a mask"])
+def test_paste_masks(device, name, dtype):
+    masks, boxes, rows, columns, samples = grids.paste_inputs(name, dtype)
+    M, S = masks.shape[:2]
+    cover = Result((M, rows, columns), dtype)
+    sizes = sizes_of(M, S, rows, columns, samples)
+    device.paste_masks(address(masks), address(boxes), sizes, ELEMENT[dtype], address(cover.tensor))
+    grids.check_cover(cover.take(), masks, boxes, rows, columns, samples)
+
+
+def decode_runs(device, runs: Tensor, *sizes: int) -> Tensor:
+    share = Result((len(runs), *sizes[2:]), torch.float32)
+    device.decode_runs(address(runs), sizes_of(*runs.shape, *sizes), address(share.tensor))
+    return share.take()
+
+
+@pytest.mark.parametrize("name", [name for name in grids.RUNS if not name.startswith("no ")] + ["no places"])
+def test_decode_runs(device, name):
+    runs, *sizes = grids.run_inputs(name)
+    grids.check_decoded(decode_runs(device, runs, *sizes), runs, *sizes)
+
+
+def test_bad_runs_stay_in_memory(device):
+    """Negative, descending, extreme places, and no more than there are: what lies beside them is not read."""
+    generator = torch.Generator().manual_seed(0)
+    bad = torch.randint(-(2**31), 2**31 - 1, (8, 31), generator=generator).int()
+    near = torch.randint(-40, 2100, (8, 31), generator=generator).int()
+    for runs in (bad, near, near.sort(1, descending=True).values):
+        beside = [torch.cat([runs, torch.full((1, 31), fill).int()])[:-1] for fill in (-1, 500, 2**31 - 1)]
+        shares = [decode_runs(device, x, 40, 50, 10, 12) for x in beside]
+        assert torch.equal(shares[0], shares[1]) and torch.equal(shares[0], shares[2])
+
+
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in grids.LABELS if name != "no pixels"])
+def test_upsample_argmax(device, name, dtype):
+    logits, rank, height, width = grids.label_inputs(name, dtype)
+    labels = torch.full((height * width + 128,), 254, dtype=torch.uint8)
+    sizes = sizes_of(*logits.shape, height, width)
+    device.upsample_argmax(address(logits), address(rank), sizes, ELEMENT[dtype], address(labels[64:]))
+    assert bool((labels[:64] == 254).all() and (labels[-64:] == 254).all())
+    grids.check_labels(labels[64:-64].view(height, width), logits, rank, height, width)
