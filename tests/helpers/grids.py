@@ -61,17 +61,18 @@ def check_cover(cover: Tensor, masks: Tensor, boxes: Tensor, rows: int, columns:
     """Every cell has the points that are clearly above 0.5, and none that is clearly below."""
     assert cover.shape == (len(masks), rows, columns) and cover.dtype == masks.dtype
     slack = 1e-9 if masks.dtype == torch.float64 else 1e-4
+    rounding = 0.0 if masks.dtype == compute(masks.dtype) else torch.finfo(masks.dtype).eps  # Triton's interpreter cuts off
     pasted = reference.paste(masks.double(), boxes.double() * samples, (rows * samples, columns * samples))
 
     def share(above: Tensor) -> Tensor:
         return above.view(len(masks), rows, samples, columns, samples).double().mean((2, 4)).to(cover.dtype)
 
     least, most = share(pasted > 0.5 + slack), share(pasted > 0.5 - slack)
-    assert bool(((least <= cover) & (cover <= most)).all())
+    assert_all((least - rounding <= cover) & (cover <= most + rounding))
     if cover.numel() > 0:
         assert float((least != most).double().mean()) < 1e-2  # nearly every cell is certain
         expected = reference.paste_masks(masks.double(), boxes.double(), rows, columns, samples).to(cover.dtype)
-        assert float((cover != expected).double().mean()) < 1e-2
+        assert float(((cover - expected).abs() > rounding).double().mean()) < 1e-2
 
 
 # ---- decode_runs ----

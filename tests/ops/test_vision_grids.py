@@ -294,7 +294,7 @@ def test_cuda_graph():
 @pytest.mark.parametrize("backend", library.BACKENDS)
 def test_backends_agree(backend):
     if backend == "triton" and not torch.cuda.is_available():
-        pytest.skip("no GPU: tests/ops/test_vision_grids_triton.py runs the kernels in Triton's interpreter")
+        pytest.skip("no GPU: tests/ops/test_vision_triton.py runs the kernels in Triton's interpreter")
     device = torch.device("cuda" if backend == "triton" else "cpu")
     inputs = moved(grids.paste_inputs("video"), device)
     grids.check_cover(dmm_fast.paste_masks(*inputs, backend=backend), *inputs)

@@ -1,4 +1,4 @@
-"""The Triton kernels of mask_iou and paste_combine: on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels of the vision ops: on the GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 pytest.importorskip("triton")
 
+from dmm_fast.kernels.decode_runs import decode_runs  # noqa: E402
 from dmm_fast.kernels.mask_iou import mask_iou  # noqa: E402
 from dmm_fast.kernels.paste_combine import paste_combine  # noqa: E402
+from dmm_fast.kernels.paste_masks import paste_masks  # noqa: E402
+from dmm_fast.kernels.upsample_argmax import upsample_argmax  # noqa: E402
+from helpers import grids  # noqa: E402
 
 from dmm_fast.ops import reference  # noqa: E402
 
@@ -88,3 +92,65 @@ def test_paste_combine(N, M, S, size, dtype):
 def test_paste_combine_refuses():
     with pytest.raises(RuntimeError, match="masks must have shape"):
         paste_combine(torch.ones(2, 3), torch.ones(4, 5, 5), torch.ones(3, 4), 6, 7)
+
+
+def on_device(inputs):
+    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", grids.PASTES)
+def test_paste_masks(name, dtype):
+    inputs = on_device(grids.paste_inputs(name, dtype))
+    grids.check_cover(paste_masks(*inputs), *inputs)
+
+
+def test_paste_masks_has_no_gradient():
+    inputs = on_device(grids.paste_inputs("one row"))
+    inputs[0].requires_grad_()
+    assert not paste_masks(*inputs).requires_grad
+
+
+@pytest.mark.parametrize("name", grids.RUNS)
+def test_decode_runs(name):
+    runs, *sizes = on_device(grids.run_inputs(name))
+    grids.check_decoded(decode_runs(runs, *sizes), runs, *sizes)
+
+
+def test_decode_runs_of_any_strides():
+    runs, *sizes = on_device(grids.run_inputs("one row"))
+    grids.check_decoded(decode_runs(runs.T.contiguous().T, *sizes), runs, *sizes)
+    grids.check_decoded(decode_runs(runs[:, ::2], *sizes), runs[:, ::2].contiguous(), *sizes)
+
+
+def test_bad_runs_stay_in_memory():
+    generator = torch.Generator().manual_seed(0)
+    bad = torch.randint(-(2**31), 2**31 - 1, (3, 31), generator=generator).int()
+    near = torch.randint(-40, 2100, (3, 31), generator=generator).int()
+    for runs in (bad, near, near.sort(1, descending=True).values):
+        assert decode_runs(runs.to(DEVICE), 40, 50, 10, 12).shape == (3, 10, 12)
+
+
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", grids.LABELS)
+def test_upsample_argmax(name, dtype):
+    inputs = on_device(grids.label_inputs(name, dtype))
+    grids.check_labels(upsample_argmax(*inputs), *inputs)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: paste_masks(torch.ones(2, 3, 4), torch.ones(2, 4), 5, 5, 2), "masks must have shape [M, S, S], got [2, 3, 4]"),
+        (lambda: paste_masks(torch.ones(2, 3, 3), torch.ones(3, 4), 5, 5, 2), "boxes must have shape [M, 4] with M = 2"),
+        (lambda: paste_masks(torch.ones(2, 3, 3), torch.ones(2, 4), 5, 5, 0), "samples must be in [1, 64], got 0"),
+        (lambda: decode_runs(torch.ones(2, 3), 5, 5, 5, 5), "dmm::decode_runs: runs must be torch.int32"),
+        (lambda: decode_runs(torch.ones(2, 3).int(), 0, 5, 5, 5), "height and width must be positive"),
+        (lambda: upsample_argmax(torch.ones(2, 3, 3), torch.ones(3).long(), 5, 5), "rank must have shape [N] with N = 2"),
+        (lambda: upsample_argmax(torch.ones(2, 3, 3), torch.ones(2), 5, 5), "rank must be torch.int64"),
+    ],
+)  # fmt: skip
+def test_grids_refuse(call, message):
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert message in str(error.value)
