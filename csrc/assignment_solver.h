@@ -63,7 +63,7 @@ struct TwoNearest {
 //   start_price(j)                      the price of a free column
 //   nearest(i, base)                    distance_j = min(distance_j, (C_ij - b_j) + base), and the nearest column
 //   two_nearest(i)                      the least and second least C_ij - b_j
-//   first(count, test)                  the first k < count with test(k)
+//   last(count, test)                   the last k < count with test(k); there is one
 //   greatest(count, value)              the greatest value(k), -infinity of none
 //   each(count, act)                    act(k) for all k < count, shared between threads
 //   owns(j), leads()                    is this the thread for column j, for everything else?
@@ -115,7 +115,6 @@ class AssignmentSolver {
 
  private:
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  static constexpr int32_t kBidsPerRow = 4;
 
   DMM_ON_DEVICE bool closed(int32_t j) const { return closed_ && at_.closed_price[j] < kInfinity; }
   DMM_ON_DEVICE bool stands_behind_limit(int32_t i) const { return at_.column_of[i] < 0 || closed(at_.column_of[i]); }
@@ -128,7 +127,7 @@ class AssignmentSolver {
   // Returns how many rows wait.
   DMM_ON_DEVICE int32_t bid() {
     int32_t waiting = 0;
-    int64_t bids = int64_t{kBidsPerRow} * team_.rows;
+    int32_t bids = team_.rows;  // that take a column from its row; more were slower where rows resemble each other
     for (int32_t first = 0; first < team_.rows; ++first)
       for (int32_t i = first; i >= 0;) {
         const TwoNearest at = team_.two_nearest(i);
@@ -216,11 +215,12 @@ class AssignmentSolver {
     ++count;
   }
 
-  // Gives column j, which lies at `distance` by its `price`, to the row that reached it, that row's column to the row that
-  // reached that, and so on. Only the first `count` entries come into question.
+  // Gives column j, which lies at `distance` by its `price`, to a row that reached it first, that row's column to a row that
+  // reached that, and so on. Only the first `count` entries come into question. Looking for them from the last one on, as any
+  // will do, takes `count` looks for the whole path.
   DMM_ON_DEVICE void lead(int32_t j, double distance, double price, int32_t count) {
     while (count > 0) {
-      const int32_t k = team_.first(count, [&](int32_t k) {  // as nearest() computes it, to the bit
+      const int32_t k = team_.last(count, [&](int32_t k) {  // as nearest() computes it, to the bit
         return (team_.cost(at_.tree_row[k], j) - price) + at_.tree_base[k] == distance;
       });
       match(at_.tree_row[k], j);

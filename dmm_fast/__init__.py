@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         feasibility,
         greedy,
         hungarian,
+        linear_assignment,
         mask_confident,
         mask_iou,
         match,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _OPS = (
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
+    "assign", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
     "sinkhorn",
 )  # fmt: skip
 # Loaded when first asked for: their dependencies (torchvision, timm, Pillow ...) are not those of the layer.
@@ -46,7 +47,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "Segmenter", "assign", "build_info", "evaluate", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match",
+    "Segmenter", "assign", "build_info", "evaluate", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match",
     "match_prices", "paste_combine", "reference", "sinkhorn",
 ]  # fmt: skip
 

@@ -95,9 +95,9 @@ class OneThread {
   }
 
   template <typename Test>
-  int32_t first(int32_t count, const Test& test) const {
-    int32_t k = 0;
-    while (k + 1 < count && !test(k)) ++k;
+  int32_t last(int32_t count, const Test& test) const {
+    int32_t k = count - 1;
+    while (k > 0 && !test(k)) --k;
     return k;
   }
   template <typename Value>

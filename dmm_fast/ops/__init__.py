@@ -1,10 +1,11 @@
 """The ops: `torch.ops.dmm.*` and the functions over them. Importing this registers all of them."""
 
+from dmm_fast.ops.assignment import linear_assignment
 from dmm_fast.ops.match import match, match_prices
 from dmm_fast.ops.reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
 from dmm_fast.ops.vision import mask_iou, paste_combine
 
 __all__ = [
-    "assign", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
+    "assign", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match", "match_prices", "paste_combine",
     "sinkhorn",
 ]  # fmt: skip

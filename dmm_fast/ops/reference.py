@@ -304,6 +304,38 @@ def _solve_on_host(
     return choice, value, broken
 
 
+def linear_assignment(
+    cost: Tensor,
+    *,
+    unmatched_cost: float | Tensor | None = None,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """The choice ``[..., N]`` of ``dmm_fast.linear_assignment`` by scipy, one problem after the other, on the host. Staying alone
+    is a column of each template's own: at its cost plus a trifle, so that matches win ties of costs which are coarser than that,
+    or at a cost that outweighs everything where matches come first."""
+    from scipy.optimize import linear_sum_assignment
+
+    batched = _batched("linear_assignment", cost)
+    B, N, M = batched.shape
+    rows = [N] * B if num_templates is None else num_templates.tolist()
+    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    choice = np.full((B, N), -1)
+    for b, c in enumerate(batched.detach().double().cpu().numpy()):
+        c = c[: rows[b], : columns[b]]
+        allowed = np.isfinite(c)
+        span = 1 + 2 * np.abs(c, where=allowed, out=np.zeros_like(c)).sum()
+        if unmatched_cost is None:
+            own = np.full(rows[b], span)
+        else:
+            own = torch.as_tensor(unmatched_cost, dtype=torch.float64).cpu().expand(B, N)[b, : rows[b]].numpy() + 1e-12 * span
+        alone = np.full((rows[b], rows[b]), np.inf)
+        np.fill_diagonal(alone, own)
+        row, column = linear_sum_assignment(np.concatenate([np.where(allowed, c, np.inf), alone], 1))
+        choice[b, row] = np.where(column < columns[b], column, -1)
+    return torch.from_numpy(choice).to(cost.device).reshape(cost.shape[:-1])
+
+
 def sinkhorn(
     cost: Tensor,
     *,
