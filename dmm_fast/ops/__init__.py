@@ -1,8 +1,8 @@
 """The ops: `torch.ops.dmm.*` and the functions over them. Importing this registers all of them."""
 
-from dmm_fast.ops.assignment import linear_assignment
+from dmm_fast.ops.assignment import assign, hungarian, linear_assignment
 from dmm_fast.ops.match import match, match_prices
-from dmm_fast.ops.reference import assign, feasibility, greedy, hungarian, mask_confident, sinkhorn
+from dmm_fast.ops.reference import feasibility, greedy, mask_confident, sinkhorn
 from dmm_fast.ops.vision import mask_iou, paste_combine
 
 __all__ = [

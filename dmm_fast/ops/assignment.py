@@ -1,4 +1,5 @@
-"""``dmm_fast.linear_assignment``: exact decisions in batches, ``torch.ops.dmm.linear_assignment`` below it (docs/assignment.md)."""
+"""``dmm_fast.linear_assignment``: exact decisions in batches, ``torch.ops.dmm.linear_assignment`` below it (docs/assignment.md);
+and what decides by it: ``hungarian``, ``assign``."""
 
 from __future__ import annotations
 
@@ -60,6 +61,40 @@ def linear_assignment(
     op = torch.ops.dmm.linear_assignment_duals if return_duals else torch.ops.dmm.linear_assignment
     unmatched_cost = None if unmatched_cost is None else unmatched_cost.detach()
     return op(cost.detach(), unmatched_cost, num_templates, num_proposals)  # the prices have no gradient either
+
+
+def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Optimal one-to-one assignment: ``linear_assignment`` as a matrix like ``cost``. 0/1, no gradient; a problem with a non-finite
+    cost is NaN throughout."""
+    batched = reference._batched("hungarian", cost).detach()
+    choice, broken, valid = _decide(batched, num_templates, num_proposals)
+    x = (choice[..., None] == torch.arange(cost.shape[-1], device=cost.device)).to(cost.dtype)  # [B, N, M]
+    return x.masked_fill(broken & valid, torch.nan).reshape(cost.shape)
+
+
+def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Round X to a decision: for each template the proposal that ``linear_assignment`` picks on -X; -1 where X is 0 there, where
+    none is left, beyond ``num_templates``, and throughout a problem that is not finite.
+
+    ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
+    """
+    batched = reference._batched("assign", assignment).detach()
+    choice, broken, _ = _decide(-batched, num_templates, num_proposals)
+    if assignment.shape[-1]:
+        value = batched.gather(2, choice.clamp(min=0)[..., None])[..., 0]  # [B, N]
+        choice = choice.masked_fill(broken[..., 0] | ~(value > 0), -1)
+    return choice.reshape(assignment.shape[:-1])
+
+
+def _decide(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The choice [B, N] for costs [B, N, M], which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
+    library the CPU decides for a GPU."""
+    given = (cost, None, num_templates, num_proposals)
+    if cost.is_cuda and library.CUDA_MISSING is not None:
+        given = tuple(None if tensor is None else tensor.cpu() for tensor in given)
+    choice = torch.ops.dmm.linear_assignment(*given).to(cost.device)
+    valid = reference._valid(cost, num_templates, num_proposals)
+    return choice, (valid & ~cost.isfinite()).any(2, keepdim=True).any(1, keepdim=True), valid
 
 
 # ---- what torch needs to know ----
