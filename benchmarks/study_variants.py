@@ -336,7 +336,7 @@ def value(cost: Tensor, choice: Tensor) -> Tensor:
 
 
 def hungarian(cost: Tensor) -> Tensor:
-    return reference.hungarian(cost).argmax(-1)  # [B, N]
+    return dmm_fast.hungarian(cost).argmax(-1)  # [B, N]
 
 
 def agreement(cost: Tensor, choice: Tensor, best: Tensor) -> float:

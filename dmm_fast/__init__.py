@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         feasibility,
         greedy,
         hungarian,
+        linear_assignment,
         mask_confident,
         mask_iou,
         match,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _OPS = (
-    "assign", "decode_runs", "feasibility", "greedy", "hungarian", "mask_confident", "mask_iou", "match", "match_prices",
-    "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
+    "assign", "decode_runs", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match",
+    "match_prices", "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
 )  # fmt: skip
 # Loaded when first asked for: their dependencies (torchvision, timm, Pillow ...) are not those of the layer.
 _LAZY = {
@@ -49,8 +50,9 @@ _LAZY = {
 }
 
 __all__ = [
-    "Segmenter", "assign", "build_info", "decode_runs", "evaluate", "feasibility", "greedy", "hungarian", "mask_confident",
-    "mask_iou", "match", "match_prices", "paste_combine", "paste_masks", "reference", "sinkhorn", "upsample_argmax",
+    "Segmenter", "assign", "build_info", "decode_runs", "evaluate", "feasibility", "greedy", "hungarian", "linear_assignment",
+    "mask_confident", "mask_iou", "match", "match_prices", "paste_combine", "paste_masks", "reference", "sinkhorn",
+    "upsample_argmax",
 ]  # fmt: skip
 
 

@@ -46,6 +46,10 @@ def exercise() -> None:
                     options = (n_grad, n_proj, 0.1, carry, last)
                     torch.ops.dmm.match(cost, init, *counts, lr, *options)
                     torch.ops.dmm.match_backward(torch.rand_like(cost), cost, init, *counts, lr, *options)
+                own = torch.rand(B, N, dtype=lr.dtype)
+                for given in (cost, cost.masked_fill(torch.rand_like(cost) < 0.7, torch.inf)):
+                    torch.ops.dmm.linear_assignment_duals(given, None, *counts)
+                    torch.ops.dmm.linear_assignment_duals(given, own, *counts)
                 for n_grad, n_proj, last in ((3, 2, False), (40, 1, True)):
                     options = (n_grad, n_proj, 10.0, last)
                     torch.ops.dmm.match_prices(cost, *counts, lr, *options)

@@ -48,6 +48,12 @@ inline Bits positive(VecD a) { return _mm512_cmp_pd_mask(a, _mm512_setzero_pd(),
 inline VecF keep(Bits bits, VecF a) { return _mm512_maskz_mov_ps(bits, a); }
 inline VecD keep(Bits bits, VecD a) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), a); }
 
+inline VecD least(VecD a, VecD b) { return _mm512_min_pd(a, b); }
+inline VecD greatest(VecD a, VecD b) { return _mm512_max_pd(a, b); }
+inline Bits equal(VecD a, VecD b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+inline VecD select(Bits bits, VecD a, VecD b) { return _mm512_mask_mov_pd(b, static_cast<__mmask8>(bits), a); }
+inline VecD load_wide(const float* at) { return _mm512_cvtps_pd(_mm256_loadu_ps(at)); }
+
 #elif defined(__AVX2__)
 
 inline VecF relu(VecF a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }
@@ -62,6 +68,16 @@ inline VecD keep(Bits bits, VecD a) {
   const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
   return _mm256_and_pd(a, _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane)));
 }
+
+inline VecD least(VecD a, VecD b) { return _mm256_min_pd(a, b); }
+inline VecD greatest(VecD a, VecD b) { return _mm256_max_pd(a, b); }
+inline Bits equal(VecD a, VecD b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ)); }
+inline VecD select(Bits bits, VecD a, VecD b) {
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  return _mm256_blendv_pd(b, a,
+                          _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane)));
+}
+inline VecD load_wide(const float* at) { return _mm256_cvtps_pd(_mm_loadu_ps(at)); }
 
 #else
 
@@ -80,6 +96,12 @@ inline V keep(Bits bits, V a) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) a[i] = bits >> i & 1 ? a[i] : 0;
   return a;
 }
+
+inline VecD least(VecD a, VecD b) { return a < b ? a : b; }
+inline VecD greatest(VecD a, VecD b) { return a > b ? a : b; }
+inline Bits equal(VecD a, VecD b) { return static_cast<Bits>((a[0] == b[0]) | (a[1] == b[1]) << 1); }
+inline VecD select(Bits bits, VecD a, VecD b) { return VecD{bits & 1 ? a[0] : b[0], bits & 2 ? a[1] : b[1]}; }
+inline VecD load_wide(const float* at) { return VecD{at[0], at[1]}; }
 
 #endif
 
@@ -104,6 +126,21 @@ inline Vec<T> lane_sum(Vec<T> a) {
     return a;
   else
     return lane_sum<T, distance / 2>(a + swap_lanes<distance>(a, std::make_index_sequence<kLanes<T>>{}));
+}
+
+// The least of the lanes.
+template <int distance = kLanes<double> / 2>
+inline double lane_least(VecD a) {
+  if constexpr (distance == 0)
+    return a[0];
+  else
+    return lane_least<distance / 2>(least(a, swap_lanes<distance>(a, std::make_index_sequence<kLanes<double>>{})));
+}
+
+inline VecD load_wide(const double* at) {
+  VecD value;
+  std::memcpy(&value, at, sizeof(VecD));
+  return value;
 }
 
 }  // namespace dmm::DMM_ISA

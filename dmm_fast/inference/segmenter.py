@@ -32,7 +32,7 @@ from dmm_fast.model import (
 )
 from dmm_fast.model.state import grow
 from dmm_fast.model.weights import write_tensors
-from dmm_fast.ops import reference
+from dmm_fast.ops import assign, greedy, hungarian
 from dmm_fast.ops.device import open_device
 
 MATCHERS = ("dmm", "greedy", "hungarian")
@@ -315,9 +315,9 @@ class Segmenter:
             x = self.net.match(cost, scores, valid)
         else:
             x = torch.zeros_like(cost)
-            x[valid] = getattr(reference, self.matcher)(cost[valid])
+            x[valid] = (greedy if self.matcher == "greedy" else hungarian)(cost[valid])
         if self.decision == "assign":
-            x = x * _one_hot(reference.assign(x), x.size(1))
+            x = x * _one_hot(assign(x), x.size(1))
         return x
 
 

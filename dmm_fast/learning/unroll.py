@@ -13,7 +13,7 @@ from torch import Tensor
 from dmm_fast.data.augment import Clip, size_of
 from dmm_fast.learning.losses import TERMS, Loss, step_losses
 from dmm_fast.model import DMMNet, Proposals
-from dmm_fast.ops import reference
+from dmm_fast.ops import hungarian
 
 
 class How(Protocol):
@@ -81,7 +81,7 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: How) -> Tensor:
         if how.assignment == "layer":
             assignment = net.match(cost, candidates.scores, valid)
         else:
-            assignment = reference.hungarian(cost.detach())
+            assignment = hungarian(cost.detach())
         with mixed_precision(cost.device, how):
             output, state = net.decide(features, candidates, affinity, assignment, state)
         losses = step_losses(output, affinity, candidates, clip.masks[t], match_iou=how.loss.match_iou)

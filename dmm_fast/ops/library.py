@@ -86,5 +86,20 @@ def let_triton_serve(*ops: str) -> None:
         torch.library.impl(f"dmm::{op}", "cuda", serve)
 
 
+def refuse_without_cuda(*ops: str) -> None:
+    """Where the CUDA library is absent, ``torch.ops.dmm.<op>``, which has no Triton twin, says so for CUDA tensors."""
+    if CUDA_MISSING is None or torch.version.cuda is None:
+        return
+    for op in ops:
+
+        def refuse(*args, op=op):
+            raise RuntimeError(
+                f"dmm::{op}: the tensors are on a GPU, but the CUDA library is {CUDA_MISSING}. Move them to the CPU, or build "
+                f"it: FORCE_CUDA=1 {REBUILD}"
+            )
+
+        torch.library.impl(f"dmm::{op}", "cuda", refuse)
+
+
 load_cpu()
 CUDA_MISSING = load_cuda()

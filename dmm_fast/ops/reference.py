@@ -1,7 +1,7 @@
 """The matching layer in plain PyTorch: the yardstick that the fused kernels are tested and timed against.
 
 Everything here favours being obviously right over being fast. ``match`` is Algorithm 1 of the paper and its two published
-relatives; ``listing1`` is the paper's Listing 1 to the letter; ``greedy``, ``hungarian`` and ``sinkhorn`` are the peers
+relatives; ``listing1`` is the paper's Listing 1 to the letter; ``greedy``, ``linear_assignment`` and ``sinkhorn`` are the peers
 people compare with. All take a cost ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals) and return an assignment of the
 same shape.
 """
@@ -256,52 +256,36 @@ def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: 
     return x.reshape(cost.shape)
 
 
-def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
-    """Optimal one-to-one assignment by scipy's ``linear_sum_assignment``. 0/1, no gradient; a problem with a non-finite cost is
-    NaN throughout. The batch is copied to the host once."""
-    choice, _, broken = _solve_on_host(_batched("hungarian", cost), num_templates, num_proposals)
-    B, N = choice.shape
-    x = np.zeros((B, N, cost.shape[-1]), np.float32)
-    if x.size:
-        x[np.arange(B)[:, None], np.arange(N), choice] = choice >= 0
-    result = torch.from_numpy(x).to(cost)
-    if broken.any():
-        poisoned = torch.from_numpy(broken).to(cost.device)[:, None, None] & _valid(result, num_templates, num_proposals)
-        result = result.masked_fill(poisoned, torch.nan)
-    return result.reshape(cost.shape)
-
-
-def _solve_on_host(
-    cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For costs [B, N, M] the optimal choice: the column of each row [B, N] (-1: none), its cost [B, N] (0: none), and which
-    problems hold a non-finite cost [B]; nothing is chosen there."""
+def linear_assignment(
+    cost: Tensor,
+    *,
+    unmatched_cost: float | Tensor | None = None,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+) -> Tensor:
+    """The choice ``[..., N]`` of ``dmm_fast.linear_assignment`` by scipy, one problem after the other, on the host. Staying alone
+    is a column of each template's own: at its cost plus a trifle, so that matches win ties of costs which are coarser than that,
+    or at a cost that outweighs everything where matches come first."""
     from scipy.optimize import linear_sum_assignment
 
-    B, N, M = cost.shape
-    ragged = num_templates is not None or num_proposals is not None
-    if ragged:  # one copy for everything: a read of each part would make the host wait three times for a GPU
-        sizes = [
-            cost.new_full((B, 1), n) if part is None else part[:, None] for part, n in ((num_templates, N), (num_proposals, M))
-        ]
-        host = torch.cat([part.double() for part in (cost.detach().reshape(B, N * M), *sizes)], 1).cpu().numpy()
-        costs = host[:, : N * M].reshape(B, N, M)
-        problems = [c[:n, :m] for c, (n, m) in zip(costs, host[:, N * M :].astype(int).tolist())]
-    else:
-        costs = cost.detach().double().cpu().numpy()
-        problems = list(costs)
-    broken = np.zeros(B, bool)
-    if not np.isfinite(costs).all():  # padding may hold anything
-        broken = np.array([not np.isfinite(c).all() for c in problems], bool)
-    if not ragged and 0 < N <= M and B and not broken.any():
-        choice = np.array([linear_sum_assignment(c)[1] for c in problems])
-        return choice, costs[np.arange(B)[:, None], np.arange(N), choice], broken
-    choice, value = np.full((B, N), -1), np.zeros((B, N))
-    for b, c in enumerate(problems):
-        if c.size and not broken[b]:
-            row, column = linear_sum_assignment(c)
-            choice[b, row], value[b, row] = column, c[row, column]
-    return choice, value, broken
+    batched = _batched("linear_assignment", cost)
+    B, N, M = batched.shape
+    rows = [N] * B if num_templates is None else num_templates.tolist()
+    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    choice = np.full((B, N), -1)
+    for b, c in enumerate(batched.detach().double().cpu().numpy()):
+        c = c[: rows[b], : columns[b]]
+        allowed = np.isfinite(c)
+        span = 1 + 2 * np.abs(c, where=allowed, out=np.zeros_like(c)).sum()
+        if unmatched_cost is None:
+            own = np.full(rows[b], span)
+        else:
+            own = torch.as_tensor(unmatched_cost, dtype=torch.float64).cpu().expand(B, N)[b, : rows[b]].numpy() + 1e-12 * span
+        alone = np.full((rows[b], rows[b]), np.inf)
+        np.fill_diagonal(alone, own)
+        row, column = linear_sum_assignment(np.concatenate([np.where(allowed, c, np.inf), alone], 1))
+        choice[b, row] = np.where(column < columns[b], column, -1)
+    return torch.from_numpy(choice).to(cost.device).reshape(cost.shape[:-1])
 
 
 def sinkhorn(
@@ -333,16 +317,6 @@ def mask_confident(assignment: Tensor) -> Tensor:
     if assignment.shape[-1] == 0:
         return assignment
     return assignment * (assignment == assignment.amax(-1, keepdim=True))
-
-
-def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
-    """Round X to a decision: for each template the proposal that the Hungarian method picks on -X; -1 where X is 0 there, where
-    none is left, beyond ``num_templates``, and throughout a problem that is not finite.
-
-    ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
-    """
-    choice, value, _ = _solve_on_host(-_batched("assign", assignment), num_templates, num_proposals)
-    return torch.from_numpy(np.where(value < 0, choice, -1)).to(assignment.device).reshape(assignment.shape[:-1])
 
 
 def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:

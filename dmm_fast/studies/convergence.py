@@ -16,7 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from dmm_fast.ops.reference import _PAPER_ORDER, _dykstra, hungarian
+from dmm_fast.ops.assignment import hungarian
+from dmm_fast.ops.reference import _PAPER_ORDER, _dykstra
 
 from .figures import COLOURS, INK, QUIET, figure, label_ends
 

@@ -34,7 +34,7 @@ from dmm_fast.learning.losses import greedy_target
 from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.network import absent
-from dmm_fast.ops import reference
+from dmm_fast.ops import greedy, hungarian
 from dmm_fast.training.imagenet import imagenet_weights
 
 from .figures import COLOURS, QUIET, figure
@@ -314,9 +314,9 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
         if matcher == "layer":
             x = net.match(cost, proposals.scores, state.valid)
         elif matcher == "truth":
-            x = F.pad(reference.hungarian(-masks.counts(k).iou), [0, n])
+            x = F.pad(hungarian(-masks.counts(k).iou), [0, n])
         else:  # as in the layer, nothing is an option, at cost 0
-            x = getattr(reference, matcher)(F.pad(cost.detach(), [0, n]))
+            x = (greedy if matcher == "greedy" else hungarian)(F.pad(cost.detach(), [0, n]))
         output, _ = net.decide([], candidates, affinity, x, state)
         found = output.proposal.tolist()
         sources = [(k, j) if j >= 0 else last for j, last in zip(found, sources)]

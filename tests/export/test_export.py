@@ -509,7 +509,10 @@ def compiled(tmp_path_factory) -> Path:
 
 def test_pt2_on_real_clips(clip, compiled):
     loaded = load(compiled)
-    assert loaded.manifest.ops == ("dmm::decode_runs", "dmm::match_prices", "dmm::upsample_argmax") and loaded.manifest.device == "cpu"
+    assert (
+        loaded.manifest.ops == ("dmm::decode_runs", "dmm::match_prices", "dmm::upsample_argmax")
+        and loaded.manifest.device == "cpu"
+    )
     assert loaded.manifest.dynamic.keys() == set("NMRHWhw") and loaded.manifest.proposal_masks == ("runs",)
     agree(follow(loaded, clip, 3), follow(make("iou"), clip, 3))
 

@@ -1,0 +1,64 @@
+"""The exact assignment against a loop over scipy: ``pytest benchmarks/bench_assignment.py``, one thread.
+
+Scipy gets its problems in float64, as it wants them. Every case first compares the total cost of each problem.
+"""
+
+from __future__ import annotations
+
+import core
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+import dmm_fast
+
+SHAPES = {(5, 50): 1024, (20, 50): 512, (50, 100): 128, (100, 300): 32, (300, 900): 4, (300, 300): 4}  # and the batch
+
+
+def costs(kind: str, batch: int, n: int, m: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    if kind == "uniform":
+        return torch.rand(batch, n, m, generator=generator)
+    if kind == "integers":  # 0 to 9: ties everywhere
+        return torch.randint(0, 10, (batch, n, m), generator=generator).float()
+    if kind == "clustered":  # about ten of each side resemble each other
+        sides = []
+        for size in (n, m):
+            centre = torch.rand(batch, max(2, size // 10), 8, generator=generator)
+            near = centre.repeat_interleave(-(-size // centre.shape[1]), 1)[:, :size]
+            sides.append(near + 0.02 * torch.randn(batch, size, 8, generator=generator))
+        return torch.cdist(*sides)
+    product = torch.arange(1.0, n + 1)[:, None] * torch.arange(1.0, m + 1)  # Machol and Wien: the longest paths
+    return product.repeat(batch, 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("kind", ["uniform", "integers", "clustered", "product"])
+def bench_linear_assignment(benchmark, kind, shape):
+    cost = costs(kind, SHAPES[shape], *shape)
+    host = cost.double().numpy()
+
+    def scipy():
+        return [linear_sum_assignment(problem)[1] for problem in host]
+
+    choice = dmm_fast.linear_assignment(cost)
+    expected = torch.stack([torch.from_numpy(columns) for columns in scipy()])
+    reached, best = (cost.double().gather(2, c[..., None]).sum((1, 2)) for c in (choice, expected))
+    assert choice.sort(1).values.diff(dim=1).gt(0).all()
+    torch.testing.assert_close(reached, best, rtol=1e-12, atol=0)
+    with core.one_thread():
+        functions = {"ours": lambda: dmm_fast.linear_assignment(cost), "scipy": scipy}
+        times = core.compare(functions, core.cpu_time, rounds=5)
+    median = core.medians(times)
+    row = {
+        "case": f"linear_assignment {shape[0]}x{shape[1]} {kind} B={SHAPES[shape]}",
+        "machine": core.machine("cpu"),
+        "us per problem": median["ours"] / SHAPES[shape] * 1e6,
+        "peer": "scipy",
+        "peer us per problem": median["scipy"] / SHAPES[shape] * 1e6,
+        "ratio": median["scipy"] / median["ours"],
+        "limit us per problem": None,
+        "share of limit": None,
+    }
+    core.record(benchmark, times["ours"], row)

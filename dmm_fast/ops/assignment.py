@@ -1,0 +1,131 @@
+"""``dmm_fast.linear_assignment``: exact decisions in batches, ``torch.ops.dmm.linear_assignment`` below it (docs/assignment.md);
+and what decides by it: ``hungarian``, ``assign``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dmm_fast.ops import library, reference
+from dmm_fast.ops.layer import _merge_batch
+
+library.refuse_without_cuda("linear_assignment", "linear_assignment_duals")
+
+
+def linear_assignment(
+    cost: Tensor,
+    *,
+    unmatched_cost: float | Tensor | None = None,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+    return_duals: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The least-cost assignment of templates to proposals, exactly: minimise sum_ij C_ij X_ij over X in {0, 1}, rows <= 1,
+    columns <= 1, with as many matches as there can be.
+
+    Args:
+        cost: C, ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals), float32, float64, float16 or bfloat16, either side
+            the longer one. Any strides. A pair whose cost is infinite or NaN is forbidden.
+        unmatched_cost: c, a finite number, ``[N]`` or ``[B, N]``, float32 (float64 for a float64 cost). Then any template may stay
+            alone at this cost: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij). Of equally good decisions one
+            with the most matches is taken. None: most matches first, then the least cost.
+        num_templates, num_proposals: int64 ``[B]``: problem b is ``cost[b, :num_templates[b], :num_proposals[b]]``. Padding
+            may hold anything.
+        return_duals: also return prices, which prove the optimum.
+
+    Returns:
+        The proposal of each template, ``[N]`` or ``[B, N]`` int64; -1: unmatched, and in padding. No gradient: to learn through
+        an assignment, take ``match``.
+        With return_duals a tuple of that, a (prices of templates, ``[N]`` or ``[B, N]``) and b (prices of proposals, ``[M]`` or
+        ``[B, M]``), float32 (float64 for a float64 cost), 0 in padding. Up to rounding, C_ij >= a_i + b_j, equal where i has j.
+        Templates without a proposal all have the price that is the highest of a, proposals without a template that which is
+        the highest of b. With unmatched_cost: a_i <= c_i, equal where i stays alone; b_j <= 0, equal where j is left.
+
+    Sums of costs are formed in float64, whatever the dtype. The same input gives the same result; which of several equally
+    good ones is not specified otherwise, and CPU and CUDA agree unless rounding decides. On CUDA the op does not wait for the
+    device: counts out of range, or an unmatched_cost that is not finite, give -1 and prices NaN throughout the problem there.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that don't fit; on the CPU also counts out of range and an unmatched_cost that
+            is not finite. ValueError: a number as unmatched_cost that is not finite. TypeError: no tensor.
+    """
+    reference.check_tensor("linear_assignment", cost)
+    if unmatched_cost is not None and not isinstance(unmatched_cost, Tensor):
+        if not math.isfinite(unmatched_cost):
+            raise ValueError(f"linear_assignment: unmatched_cost must be finite, got {unmatched_cost:g}")
+        size = cost.shape[-2:-1]  # [N]; a cost of the wrong shape is refused by the op
+        dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+        unmatched_cost = torch.full(size, unmatched_cost, dtype=dtype, device=cost.device)
+    op = torch.ops.dmm.linear_assignment_duals if return_duals else torch.ops.dmm.linear_assignment
+    unmatched_cost = None if unmatched_cost is None else unmatched_cost.detach()
+    return op(cost.detach(), unmatched_cost, num_templates, num_proposals)  # the prices have no gradient either
+
+
+def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Optimal one-to-one assignment: ``linear_assignment`` as a matrix like ``cost``. 0/1, no gradient; a problem with a non-finite
+    cost is NaN throughout."""
+    batched = reference._batched("hungarian", cost).detach()
+    choice, broken, valid = _decide(batched, num_templates, num_proposals)
+    x = (choice[..., None] == torch.arange(cost.shape[-1], device=cost.device)).to(cost.dtype)  # [B, N, M]
+    return x.masked_fill(broken & valid, torch.nan).reshape(cost.shape)
+
+
+def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+    """Round X to a decision: for each template the proposal that ``linear_assignment`` picks on -X; -1 where X is 0 there, where
+    none is left, beyond ``num_templates``, and throughout a problem that is not finite.
+
+    ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
+    """
+    batched = reference._batched("assign", assignment).detach()
+    choice, broken, _ = _decide(-batched, num_templates, num_proposals)
+    if assignment.shape[-1]:
+        value = batched.gather(2, choice.clamp(min=0)[..., None])[..., 0]  # [B, N]
+        choice = choice.masked_fill(broken[..., 0] | ~(value > 0), -1)
+    return choice.reshape(assignment.shape[:-1])
+
+
+def _decide(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The choice [B, N] for costs [B, N, M], which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
+    library the CPU decides for a GPU."""
+    given = (cost, None, num_templates, num_proposals)
+    if cost.is_cuda and library.CUDA_MISSING is not None:
+        given = tuple(None if tensor is None else tensor.cpu() for tensor in given)
+    choice = torch.ops.dmm.linear_assignment(*given).to(cost.device)
+    valid = reference._valid(cost, num_templates, num_proposals)
+    return choice, (valid & ~cost.isfinite()).any(2, keepdim=True).any(1, keepdim=True), valid
+
+
+# ---- what torch needs to know ----
+
+
+@torch.library.register_fake("dmm::linear_assignment")
+def _choice(cost, unmatched_cost=None, num_templates=None, num_proposals=None):
+    torch._check(
+        cost.dim() in (2, 3), lambda: f"dmm::linear_assignment: cost must have shape [B, N, M] or [N, M], got {cost.shape}"
+    )
+    return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
+
+
+@torch.library.register_fake("dmm::linear_assignment_duals")
+def _choice_and_prices(cost, unmatched_cost=None, num_templates=None, num_proposals=None):
+    choice = _choice(cost)
+    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    return choice, cost.new_empty(choice.shape, dtype=dtype), cost.new_empty((*cost.shape[:-2], cost.shape[-1]), dtype=dtype)
+
+
+def _vmap(op):
+    def rule(info, in_dims, *args):
+        tensors = (*args, *[None] * (4 - len(args)))
+        merged, batch = _merge_batch(info, (*in_dims, *[None] * (4 - len(in_dims))), tensors, (2, 1, 0, 0))
+        results = op(*merged)
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, batch)) if batch else results, 0
+        return tuple(r.unflatten(0, (info.batch_size, batch)) if batch else r for r in results), (0, 0, 0)
+
+    return rule
+
+
+for _name in ("linear_assignment", "linear_assignment_duals"):
+    torch.library.register_vmap(f"dmm::{_name}", _vmap(getattr(torch.ops.dmm, _name).default))
