@@ -70,7 +70,7 @@ class ProposalFile:
     def runs(self, stem: str, size: tuple[int, int] | None = None) -> Proposals:
         """As `frame`, with the masks as run-length codes int32 [M, R], which a network decodes where and as far as it needs."""
         entries, codes = self._read(stem, size)
-        longest = max((len(lengths) for lengths, _ in codes), default=0)
+        longest = max((len(lengths) for lengths, _ in codes), default=1)
         places = np.full((len(codes), longest), NO_RUN, np.int32)
         for row, (lengths, _) in zip(places, codes):
             row[: len(lengths)] = lengths.cumsum()

@@ -24,7 +24,6 @@ from dmm_fast.export.flat import POOLING, Match, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
 from dmm_fast.export.onnx import _resize
-from dmm_fast.proposals.base import full_masks
 
 SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
 CONFIGS = {
@@ -211,7 +210,7 @@ def all_files(**changes):
 
 
 EDITS = {
-    "another format": (lambda v: v.update(format=2), "reads format 1, got 2"),
+    "another format": (lambda v: v.update(format=3), "reads format 2, got 3"),
     "no format": (lambda v: v.pop("format"), "'format' must be an int, got None"),
     "a kind unknown": (lambda v: v.update(kind="pickle"), "'kind' must be one of"),
     "parent folder": (all_files(file="../model.pt"), "'file' must be a plain name .* got '../model.pt'"),
