@@ -283,7 +283,8 @@ class DMMNet(nn.Module):
         if masks.dtype == torch.int32:
             picked = torch.ops.dmm.decode_runs(picked, height, width, height, width) > 0.5
         found = found & (picked.flatten(1).to(torch.uint8).amax(1) > 0)  # [N]
-        full = torch.where(found[:, None, None], picked, last)
+        row = torch.arange(found.size(0), device=found.device)
+        full = torch.cat([picked, last]).index_select(0, torch.where(found, row, row + row.size(0)))  # ONNX Runtime has no Where of bool
         return full.to(scale.dtype) * torch.where(found, scale[:, 0], 1.0)[:, None, None], full, found
 
     @torch.jit.export

@@ -35,12 +35,12 @@ class Reader {
   }
 
   std::vector<TensorSpec> specs(const Json& holder, const char* name) const {
-    static constexpr std::string_view kDtypes[] = {"bool", "uint8", "int64", "float32"};
+    static constexpr std::string_view kDtypes[] = {"bool", "uint8", "int32", "int64", "float32"};
     std::vector<TensorSpec> result;
     for (const Json& item : list(holder, name)) {
       TensorSpec spec{text(item, "name"), text(item, "dtype"), {}};
       if (std::find(std::begin(kDtypes), std::end(kDtypes), spec.dtype) == std::end(kDtypes)) {
-        wrong("dtype of " + excerpt(spec.name) + " must be bool, uint8, int64 or float32", item.find("dtype"));
+        wrong("dtype of " + excerpt(spec.name) + " must be bool, uint8, int32, int64 or float32", item.find("dtype"));
       }
       for (const Json& extent : list(item, "shape")) {
         const auto* size = extent.get<int64_t>();

@@ -263,9 +263,9 @@ def test_a_clip_is_learnt(pond, tmp_path, refine):
     result = train(config, progress=False)
     losses = [line["refined"] for line in result.curve if "loss" in line]
     assert np.mean(losses[-8:]) < 0.7 * np.mean(losses[:8])
-    scores = [line["J"] for line in result.curve if "J" in line]
+    scores = [line["G"] for line in result.curve if "G" in line]
     assert len(scores) == config.epochs
-    assert result.best["J"] == max(scores) and result.weights.name == "best.safetensors"
+    assert result.best["G"] == max(scores) and result.weights.name == "best.safetensors"
 
 
 def test_frozen_means_frozen(pond, tmp_path):
