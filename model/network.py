@@ -88,16 +88,13 @@ class DMMNet(nn.Module):
         """Features of frames [B, 3, H, W], conv2-5 (heavy: the stem too), each [B, C_l, h_l, w_l]; or no backbone, none."""
         levels: list[Tensor] = []
         if self.backbone is not None:
-            image = frames
-            if not frames.is_cpu:  # resizing bytes is several times as fast, and possible on a CPU only
-                image = image.to(self.mean.dtype)
+            image = frames.to(self.mean.dtype)
+            if not frames.is_floating_point():
+                image = image / 255.0
             size = self.resized(frames.size(2), frames.size(3))
             # Not asked: whether the frame has that size already. Export would then fix the answer.
             if self.input_size[0] > 0 or self.short_side > 0:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-            image = image.to(self.mean.dtype)
-            if not frames.is_floating_point():
-                image = image / 255.0
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 

@@ -37,7 +37,8 @@ __device__ __forceinline__ int next_place(const int32_t* runs, int k, int R, int
   return k;
 }
 
-__global__ void __launch_bounds__(kRunThreads) decode_runs_kernel(const RunsProblem p, float* __restrict__ share) {
+__global__ void __launch_bounds__(kRunThreads)
+    decode_runs_kernel(const RunsProblem p, double per_unit, float* __restrict__ share) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   const int64_t r = static_cast<int64_t>(blockIdx.y) * kRunRows + threadIdx.x / 32;
   if (c >= p.x.cells || r >= p.y.cells) return;
@@ -58,7 +59,6 @@ __global__ void __launch_bounds__(kRunThreads) decode_runs_kernel(const RunsProb
     }
     units += inside * p.x.shared(x, x + 1, c);
   }
-  const double per_unit = 1.0 / static_cast<double>(height * p.x.pixels);
   share[(blockIdx.z * p.y.cells + r) * p.x.cells + c] = static_cast<float>(static_cast<double>(units) * per_unit);
 }
 
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kRunThreads) decode_runs_kernel(const RunsProb
 inline void decode_runs(const char* op, const RunsProblem& p, float* share, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.x.cells, 32)), static_cast<unsigned>(ceil_div(p.y.cells, kRunRows)),
                   static_cast<unsigned>(p.M));
-  launch_kernel(op, decode_runs_kernel, grid, kRunThreads, 0, stream, p, share);
+  const double per_unit = 1.0 / static_cast<double>(p.y.pixels * p.x.pixels);  // not in the kernel: a division takes registers
+  launch_kernel(op, decode_runs_kernel, grid, kRunThreads, 0, stream, p, per_unit, share);
 }
 
 }  // namespace dmm::grid

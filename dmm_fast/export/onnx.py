@@ -159,19 +159,16 @@ def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool
 
 
 def _resize(x: Tensor, size: list[int], align_corners: bool, *scales: Any) -> Tensor:
-    """`F.interpolate(mode="bilinear", antialias=True)` as one matrix product per axis: runtimes resample a little differently.
-    Of bytes it gives whole numbers, as that does."""
+    """`F.interpolate(mode="bilinear", antialias=True)` as one matrix product per axis: runtimes resample a little differently."""
 
     def weights(cells: int, pixels: int) -> Tensor:
-        scale = image.new_ones(pixels).sum() / cells  # pixels per cell
-        centre = (torch.arange(cells, dtype=image.dtype, device=x.device) + 0.5) * scale
-        pixel = torch.arange(pixels, dtype=image.dtype, device=x.device) + 0.5
+        scale = x.new_ones(pixels).sum() / cells  # pixels per cell
+        centre = (torch.arange(cells, dtype=x.dtype, device=x.device) + 0.5) * scale
+        pixel = torch.arange(pixels, dtype=x.dtype, device=x.device) + 0.5
         tent = (1.0 - (pixel - centre[:, None]).abs() / scale.clamp(min=1.0)).clamp(min=0.0)  # [cells, pixels]
         return tent / tent.sum(1, keepdim=True)
 
-    image = x if x.is_floating_point() else x.float()
-    resized = weights(size[0], x.shape[-2]) @ image @ weights(size[1], x.shape[-1]).t()
-    return resized if x.is_floating_point() else resized.round().to(x.dtype)
+    return weights(size[0], x.shape[-2]) @ x @ weights(size[1], x.shape[-1]).t()
 
 
 def _embedding_bag(table: Tensor, index: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
