@@ -18,13 +18,16 @@ DMM_HOST_DEVICE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 DMM_HOST_DEVICE int64_t greater(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // One axis of a frame, `pixels` long and cut into `cells`: pixels * cells units, of which pixel p has
-// [p * cells, (p + 1) * cells) and cell c has [c * pixels, (c + 1) * pixels).
+// [p * cells, (p + 1) * cells) and cell c has [c * pixels, (c + 1) * pixels). Both are below 2^16, so units fit 32 bits.
 struct CellAxis {
   int64_t pixels, cells;
 
-  DMM_HOST_DEVICE int64_t cell_at(int64_t pixel) const { return quotient(pixel * cells, pixels); }  // where a pixel begins
-  DMM_HOST_DEVICE int64_t first_pixel(int64_t cell) const { return quotient(cell * pixels, cells); }
-  DMM_HOST_DEVICE int64_t end_pixel(int64_t cell) const { return quotient((cell + 1) * pixels + cells - 1, cells); }
+  DMM_HOST_DEVICE static int64_t divided(int64_t units, int64_t by) {
+    return static_cast<uint32_t>(units) / static_cast<uint32_t>(by);
+  }
+  DMM_HOST_DEVICE int64_t cell_at(int64_t pixel) const { return divided(pixel * cells, pixels); }  // where a pixel begins
+  DMM_HOST_DEVICE int64_t first_pixel(int64_t cell) const { return divided(cell * pixels, cells); }
+  DMM_HOST_DEVICE int64_t end_pixel(int64_t cell) const { return divided((cell + 1) * pixels + cells - 1, cells); }
 
   // How many units of a cell the pixels [begin, end) have.
   DMM_HOST_DEVICE int64_t shared(int64_t begin, int64_t end, int64_t cell) const {

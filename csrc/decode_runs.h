@@ -25,11 +25,11 @@ inline DecodeRunsInputs check_decode_runs(const Tensor& runs, int64_t height, in
   constexpr const char* op = "dmm::decode_runs";
   DMM_CHECK(runs.dim() == 2, op, ": runs must have shape [M, R], got ", shape_of(runs));
   check_dtype(op, "runs", runs, ScalarType::Int);
-  constexpr int64_t limit = int64_t{1} << 31;  // a position is an int32
-  DMM_CHECK(height > 0 && width > 0 && height < limit && width < limit && height * width < limit, op,
-            ": height and width must be positive and height * width below 2^31, got ", height, " and ", width);
-  DMM_CHECK(0 <= rows && rows < 1 << 24 && 0 <= columns && columns < 1 << 24, op,
-            ": rows and columns must be in [0, 2^24), got ", rows, " and ", columns);
+  constexpr int64_t limit = int64_t{1} << 16;
+  DMM_CHECK(0 < height && height < limit && 0 < width && width < limit && height * width < int64_t(1) << 31, op,
+            ": height and width must be in [1, 2^16), their product below 2^31, got ", height, " and ", width);
+  DMM_CHECK(0 <= rows && rows < limit && 0 <= columns && columns < limit, op, ": rows and columns must be in [0, 2^16), got ",
+            rows, " and ", columns);
   return {torch::stable::contiguous(runs), runs.size(0), runs.size(1), {height, rows}, {width, columns}};
 }
 

@@ -90,10 +90,10 @@ def decode_runs(runs: Tensor, height: int, width: int, rows: int, columns: int) 
         raise RuntimeError(f"{op}: runs must have shape [M, R], got {list(runs.shape)}")
     if runs.dtype != torch.int32:
         raise RuntimeError(f"{op}: runs must be torch.int32, got {runs.dtype}")
-    if not (height > 0 and width > 0 and height * width < 2**31):
-        raise RuntimeError(f"{op}: height and width must be positive and height * width below 2^31, got {height} and {width}")
-    if not (0 <= rows < 2**24 and 0 <= columns < 2**24):
-        raise RuntimeError(f"{op}: rows and columns must be in [0, 2^24), got {rows} and {columns}")
+    if not (0 < height < 2**16 and 0 < width < 2**16 and height * width < 2**31):
+        raise RuntimeError(f"{op}: height and width must be in [1, 2^16), their product below 2^31, got {height} and {width}")
+    if not (0 <= rows < 2**16 and 0 <= columns < 2**16):
+        raise RuntimeError(f"{op}: rows and columns must be in [0, 2^16), got {rows} and {columns}")
     share = runs.new_empty(runs.shape[0], rows, columns, dtype=torch.float32)
     if share.numel() == 0:
         return share

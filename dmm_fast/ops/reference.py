@@ -379,7 +379,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: 
     """How much of each cell a pasted mask covers, ``[M, S, S], [M, 4] -> [M, rows, columns]``: the share of ``samples`` x
     ``samples`` points of the cell, evenly spaced, at which it is above 0.5."""
     above = paste(masks, boxes * samples, (rows * samples, columns * samples)) > 0.5
-    return above.view(len(masks), rows, samples, columns, samples).to(masks.dtype).mean((2, 4))
+    return above.view(masks.shape[0], rows, samples, columns, samples).to(masks.dtype).mean((2, 4))
 
 
 def decode_runs(runs: Tensor, height: int, width: int, rows: int, columns: int) -> Tensor:

@@ -624,7 +624,7 @@ def test_layer_alone(kind, name, tmp_path):
 def test_onnx_of_the_heavy_refinement(tmp_path):
     """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
     manifest = export("onnx", make("heavy"), tmp_path)
-    assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == 8
+    assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == 9
 
 
 LAYERS = {

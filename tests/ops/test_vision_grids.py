@@ -141,11 +141,11 @@ def test_bad_runs_stay_in_memory(device):
     [
         (torch.ones(3).int(), (5, 6, 2, 3), "dmm::decode_runs: runs must have shape [M, R], got [3]"),
         (torch.ones(3, 2).long(), (5, 6, 2, 3), "dmm::decode_runs: runs must be Int, got Long"),
-        (torch.ones(3, 2).int(), (0, 6, 2, 3), "height and width must be positive and height * width below 2^31, got 0 and 6"),
-        (torch.ones(3, 2).int(), (2**16, 2**15, 2, 3), "height * width below 2^31, got 65536 and 32768"),
-        (torch.ones(3, 2).int(), (2**62, 2**62, 2, 3), "height and width must be positive"),
-        (torch.ones(3, 2).int(), (5, 6, -1, 3), "rows and columns must be in [0, 2^24), got -1 and 3"),
-        (torch.ones(3, 2).int(), (5, 6, 2, 2**24), "rows and columns must be in [0, 2^24), got 2 and 16777216"),
+        (torch.ones(3, 2).int(), (0, 6, 2, 3), "height and width must be in [1, 2^16), their product below 2^31, got 0 and 6"),
+        (torch.ones(3, 2).int(), (2**16 - 1, 2**15 + 1, 2, 3), "product below 2^31, got 65535 and 32769"),
+        (torch.ones(3, 2).int(), (2**62, 2**62, 2, 3), "height and width must be in"),
+        (torch.ones(3, 2).int(), (5, 6, -1, 3), "rows and columns must be in [0, 2^16), got -1 and 3"),
+        (torch.ones(3, 2).int(), (5, 6, 2, 2**16), "rows and columns must be in [0, 2^16), got 2 and 65536"),
     ],
 )  # fmt: skip
 def test_decode_runs_refuses(runs, sizes, message):
