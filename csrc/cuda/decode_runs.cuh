@@ -19,7 +19,7 @@ struct RunsProblem {
 };
 
 // The first of the places k..R that lies beyond `position`, or R. Steps double until they are beyond it, then halve.
-__device__ __forceinline__ int next_place(const int32_t* runs, int k, int R, int64_t position) {
+__device__ __forceinline__ int next_place(const int32_t* runs, int k, int R, int position) {
   int step = 1, low = k;  // places before `low` are not beyond it
   while (low < R && __ldg(runs + low) <= position) {
     k = low + 1;
@@ -43,21 +43,23 @@ __global__ void __launch_bounds__(kRunThreads)
   const int64_t r = static_cast<int64_t>(blockIdx.y) * kRunRows + threadIdx.x / 32;
   if (c >= p.x.cells || r >= p.y.cells) return;
   const int32_t* runs = p.runs + blockIdx.z * static_cast<int64_t>(p.R);
-  const int64_t height = p.y.pixels, top = p.y.first_pixel(r), bottom = p.y.end_pixel(r), end = p.x.end_pixel(c);
-  int64_t units = 0;
-  int k = 0;
-  for (int64_t x = p.x.first_pixel(c); x < end; ++x) {
-    const int64_t column = x * height;
+  // Positions and units are below 2^31.
+  const int height = static_cast<int>(p.y.pixels), top = static_cast<int>(p.y.first_pixel(r));
+  const int bottom = static_cast<int>(p.y.end_pixel(r)), end = static_cast<int>(p.x.end_pixel(c));
+  int units = 0, k = 0;
+  for (int x = static_cast<int>(p.x.first_pixel(c)); x < end; ++x) {
+    const int column = x * height;
     k = next_place(runs, k, p.R, column + top);
-    int64_t inside = 0, from = top;
+    int inside = 0, from = top;
     for (int next = k;; ++next) {
-      int64_t place = next < p.R ? __ldg(runs + next) - column : bottom;
-      place = place < bottom ? greater(place, from) : bottom;
-      if (next % 2 == 1) inside += p.y.shared(from, place, r);
+      int place = next < p.R ? __ldg(runs + next) : column + bottom;
+      place = place < column ? from : place - column;
+      place = place < bottom ? (place > from ? place : from) : bottom;
+      if (next % 2 == 1) inside += static_cast<int>(p.y.shared(from, place, r));
       if (next >= p.R || place == bottom) break;
       from = place;
     }
-    units += inside * p.x.shared(x, x + 1, c);
+    units += inside * static_cast<int>(p.x.shared(x, x + 1, c));
   }
   share[(blockIdx.z * p.y.cells + r) * p.x.cells + c] = static_cast<float>(static_cast<double>(units) * per_unit);
 }
