@@ -281,7 +281,8 @@ class DMMNet(nn.Module):
             picked = torch.ops.dmm.decode_runs(picked, height, width, height, width) > 0.5
         found = found & (picked.flatten(1).to(torch.uint8).amax(1) > 0)  # [N]
         row = torch.arange(found.size(0), device=found.device)
-        full = torch.cat([picked, last]).index_select(0, torch.where(found, row, row + row.size(0)))  # ONNX Runtime has no Where of bool
+        # Not where(found, picked, last): ONNX Runtime has none for bool.
+        full = torch.cat([picked, last]).index_select(0, torch.where(found, row, row + row.size(0)))
         return full.to(scale.dtype) * torch.where(found, scale[:, 0], 1.0)[:, None, None], full, found
 
     @torch.jit.export

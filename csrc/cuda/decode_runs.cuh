@@ -52,9 +52,10 @@ __global__ void __launch_bounds__(kRunThreads)
     k = next_place(runs, k, p.R, column + top);
     int inside = 0, from = top;
     for (int next = k;; ++next) {
-      int place = next < p.R ? __ldg(runs + next) : column + bottom;
-      place = place < column ? from : place - column;
-      place = place < bottom ? (place > from ? place : from) : bottom;
+      const int at = next < p.R ? __ldg(runs + next) : INT32_MAX;
+      // Without a sign, as a place that is none may be any number.
+      int place = at < column + bottom ? static_cast<int>(static_cast<unsigned>(at) - column) : bottom;
+      place = place > from ? place : from;
       if (next % 2 == 1) inside += static_cast<int>(p.y.shared(from, place, r));
       if (next >= p.R || place == bottom) break;
       from = place;

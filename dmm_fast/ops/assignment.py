@@ -89,7 +89,7 @@ def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_propo
 def _decide(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The choice [B, N] for costs [B, N, M], which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
     library the CPU decides for a GPU."""
-    given = (cost, None, num_templates, num_proposals)
+    given: tuple[Tensor | None, ...] = (cost, None, num_templates, num_proposals)
     if cost.is_cuda and library.CUDA_MISSING is not None:
         given = tuple(None if tensor is None else tensor.cpu() for tensor in given)
     choice = torch.ops.dmm.linear_assignment(*given).to(cost.device)
