@@ -288,8 +288,13 @@ class DMMNet(nn.Module):
     @torch.jit.export
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         """One frame. With M = 0 proposals every object is lost."""
-        features = self.encode(frame[None])
-        candidates = self.prepare(proposals, state, frame.size(1), frame.size(2))
+        return self.follow(self.encode(frame[None]), proposals, state, frame.size(1), frame.size(2))
+
+    def follow(
+        self, features: list[Tensor], proposals: Proposals, state: State, height: int, width: int
+    ) -> tuple[Output, State]:
+        """`step` from the features of a frame of `height` x `width` pixels."""
+        candidates = self.prepare(proposals, state, height, width)
         affinity = self.compare(features, candidates, state)
         assignment = self.match(self.cost(affinity), candidates.scores, state.valid)
         return self.decide(features, candidates, affinity, assignment, state)

@@ -247,10 +247,12 @@ int run(const std::map<std::string, std::string>& options) {
     const auto frame = timed(times, decode, [&] { return dmm::to_tensor(image); });
     dmm::FrameResult result{at::zeros({image.height, image.width}, at::kByte), {}};
     if (segmenter.started()) {
-      const auto found = timed(times, proposals, [&, &stem = stem] {
-        return file ? dmm::to_tensors(file->frame(stem, image.height, image.width)) : segmenter.propose(frame);
-      });
-      result = timed(times, step, [&] { return segmenter.step(frame, found); });
+      std::optional<dmm::Proposals> found;  // the export's own are part of the step
+      if (file) {
+        found = timed(times, proposals,
+                      [&, &stem = stem] { return dmm::to_tensors(file->frame(stem, image.height, image.width)); });
+      }
+      result = timed(times, step, [&] { return found ? segmenter.step(frame, *found) : segmenter.step(frame); });
     }
     if (const auto given = masks ? masks->of(stem, image, segmenter.object_ids()) : std::nullopt) {
       const auto joined =

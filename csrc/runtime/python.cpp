@@ -87,11 +87,10 @@ PYBIND11_MODULE(_runtime, module) {
           "step",
           [](dmm::Segmenter& s, const py::array& image, const std::optional<Arrays>& given) {
             const at::Tensor next = frame(image);
-            const auto proposals =
-                !given ? s.propose(next)
-                       : dmm::Proposals{tensor(std::get<0>(*given)), tensor(std::get<1>(*given)), tensor(std::get<2>(*given))};
+            std::optional<dmm::Proposals> proposals;
+            if (given) proposals = {tensor(std::get<0>(*given)), tensor(std::get<1>(*given)), tensor(std::get<2>(*given))};
             const py::gil_scoped_release release;
-            return s.step(next, proposals);
+            return proposals ? s.step(next, *proposals) : s.step(next);
           },
           py::arg("frame"), py::arg("proposals") = py::none())
       .def(

@@ -208,10 +208,45 @@ struct Segmenter::Session {
     for (size_t k = 0; k < objects.ids.size(); ++k) map.masked_fill_(objects.masks.select(0, int64_t(k)), objects.ids[k]);
   }
 
+  at::Tensor following(const at::Tensor& given) const;
+  FrameResult take(at::Tensor frame, const Tensors& results, const std::vector<int64_t>& kept);
   std::pair<Proposals, std::vector<int64_t>> chosen(const Proposals& given) const;
   at::Tensor fitting(const at::Tensor& masks) const;
   Proposals padded(Proposals proposals) const;
 };
+
+/// The next frame, checked, and its own copy.
+at::Tensor Segmenter::Session::following(const at::Tensor& given) const {
+  at::Tensor next = checked_frame(given).clone();
+  if (next.sizes() != frame.sizes()) {
+    fail("Segmenter: frames must have the first one's size ", frame.sizes(), ", got ", next.sizes());
+  }
+  return next;
+}
+
+/// Go on to a frame with what a step has given for it; `kept`: which of the caller's proposals those of the step are.
+FrameResult Segmenter::Session::take(at::Tensor next, const Tensors& results, const std::vector<int64_t>& kept) {
+  const at::Tensor plain = results[labels].cpu().contiguous();
+  at::Tensor map = at::empty_like(plain);
+  std::array<uint8_t, 256> table{};
+  for (size_t slot = 0; slot < slot_ids.size(); ++slot) table[slot + 1] = uint8_t(slot_ids[slot]);
+  const auto* label = plain.const_data_ptr<uint8_t>();
+  std::transform(label, label + plain.numel(), map.mutable_data_ptr<uint8_t>(), [&table](uint8_t l) { return table[l]; });
+
+  FrameResult result{map.clone(), {}};
+  const at::Tensor choice = results[proposal].cpu(), scores = results[score].cpu(), rivals = results[runner_up].cpu();
+  const at::Tensor missed = results[lost].cpu();
+  for (int64_t slot = 0; slot < int64_t(slot_ids.size()); ++slot) {
+    if (slot_ids[slot] == 0) continue;
+    const bool gone = missed[slot].item<bool>();
+    result.objects.push_back({slot_ids[slot], gone ? -1 : kept.at(choice[slot].item<int64_t>()), scores[slot].item<double>(),
+                              rivals[slot].item<double>(), gone});
+  }
+  std::sort(result.objects.begin(), result.objects.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
+  state.assign(results.begin() + int64_t(first_state), results.end());
+  frame = std::move(next), ids = std::move(map);
+  return result;
+}
 
 /// Checked proposals, the best by score where there are more than the network takes; and their indices among those given.
 std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Proposals& given) const {
@@ -310,36 +345,26 @@ FrameResult Segmenter::step(const at::Tensor& given_frame, const Proposals& prop
   const c10::InferenceMode guard;
   Session& s = *session_;
   s.require_start("step");
-  at::Tensor frame = checked_frame(given_frame).clone();
-  if (frame.sizes() != s.frame.sizes()) {
-    fail("Segmenter: frames must have the first one's size ", s.frame.sizes(), ", got ", frame.sizes());
-  }
+  at::Tensor frame = s.following(given_frame);
   const auto [best, kept] = s.chosen(proposals);
   const Proposals whole = s.padded(best);
   Tensors inputs = {frame, whole.boxes, whole.scores, whole.masks};
   inputs.insert(inputs.end(), s.state.begin(), s.state.end());
-  Tensors results = s.model.call("step", std::move(inputs));
+  return s.take(frame, s.model.call("step", std::move(inputs)), kept);
+}
 
-  const at::Tensor labels = results[s.labels].cpu().contiguous();
-  at::Tensor ids = at::empty_like(labels);
-  std::array<uint8_t, 256> table{};
-  for (size_t slot = 0; slot < s.slot_ids.size(); ++slot) table[slot + 1] = uint8_t(s.slot_ids[slot]);
-  const auto* label = labels.const_data_ptr<uint8_t>();
-  std::transform(label, label + labels.numel(), ids.mutable_data_ptr<uint8_t>(), [&table](uint8_t l) { return table[l]; });
-
-  FrameResult result{ids.clone(), {}};
-  const at::Tensor proposal = results[s.proposal].cpu(), score = results[s.score].cpu(), runner_up = results[s.runner_up].cpu();
-  const at::Tensor lost = results[s.lost].cpu();
-  for (int64_t slot = 0; slot < int64_t(s.slot_ids.size()); ++slot) {
-    if (s.slot_ids[slot] == 0) continue;
-    const bool gone = lost[slot].item<bool>();
-    result.objects.push_back({s.slot_ids[slot], gone ? -1 : kept.at(proposal[slot].item<int64_t>()), score[slot].item<double>(),
-                              runner_up[slot].item<double>(), gone});
-  }
-  std::sort(result.objects.begin(), result.objects.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
-  s.state.assign(results.begin() + int64_t(s.first_state), results.end());
-  s.frame = std::move(frame), s.ids = std::move(ids);
-  return result;
+FrameResult Segmenter::step(const at::Tensor& given_frame) {
+  const c10::InferenceMode guard;
+  Session& s = *session_;
+  if (!s.model.manifest().files.count("live")) return step(given_frame, propose(given_frame));
+  s.require_start("step");
+  at::Tensor frame = s.following(given_frame);
+  Tensors inputs = {frame};
+  inputs.insert(inputs.end(), s.state.begin(), s.state.end());
+  const Tensors results = s.model.call("live", std::move(inputs));  // the proposals, then what a step gives
+  std::vector<int64_t> kept(results.at(1).size(0));
+  for (size_t k = 0; k < kept.size(); ++k) kept[k] = int64_t(k);
+  return s.take(frame, Tensors(results.begin() + 3, results.end()), kept);
 }
 
 FrameResult Segmenter::add(const at::Tensor& given_ids) {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -158,6 +159,34 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, iterator, end)
             yield item
+
+
+class Behind:
+    """Calls that run in a thread, one after the other, behind the caller's back; at most `waiting` of them are due at a time.
+
+    What one raises comes out of the next call, of `wait`, or at the end of the `with` block.
+    """
+
+    def __init__(self, waiting: int = 4):
+        self._pool, self._due, self._waiting = ThreadPoolExecutor(1), deque[Future](), waiting
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> None:
+        while self._due and (self._due[0].done() or len(self._due) >= self._waiting):
+            self._due.popleft().result()
+        self._due.append(self._pool.submit(function, *args))
+
+    def wait(self) -> None:
+        """Until nothing is due."""
+        while self._due:
+            self._due.popleft().result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self.wait()
 
 
 def check_video_name(path: str | os.PathLike, coming: Path | None = None) -> None:

@@ -31,7 +31,7 @@ def export(
 ) -> Manifest:  # fmt: skip
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.
 
-    detector: a `dmm_fast.proposals.network.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
+    detector: a `dmm_fast.proposals.detector.Detector`, which then proposes in the export, too. only: "match" writes the matching layer
     alone. progress: called with a line for each step, as pt2 takes minutes. options, for pt2 and onnx: sizes (a `Sizes`, None
     where a size may vary), masks (how proposals' masks come: "full", "runs" or "soft", see `dmm_fast.model.Proposals`; by default
     "soft" with a detector, else "runs" for pt2 and "full" for onnx). What these compute is compared with the
@@ -46,9 +46,10 @@ def export(
     if only is not None and (detector is not None or options):
         raise ExportError(f"export: the layer alone takes no detector, sizes or masks, got {sorted(options) or 'a detector'}")
     if detector is not None:
-        from .detector import ProposalNetwork  # torchvision is slow to import
+        from dmm_fast.proposals.live import Live, shares_backbone  # torchvision is slow to import
+        from dmm_fast.proposals.traceable import ProposalNetwork
 
-        options["detector"] = copy.deepcopy(ProposalNetwork(detector)).eval().to(net.mean.device)
+        network = copy.deepcopy(ProposalNetwork(detector)).eval().to(net.mean.device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / NAME).exists():
@@ -61,19 +62,20 @@ def export(
             manifest = _format(kind).export_layer(net.eval(), folder, progress=progress)
         else:
             frozen = inference(copy.deepcopy(net.eval()))
+            if detector is not None:
+                options["live"] = Live(frozen, network, shares_backbone(net, detector)).eval()
             if kind != "torchscript":
                 default = "soft" if detector is not None else "runs" if kind == "pt2" else "full"
                 options["masks"] = options.get("masks") or default
                 if detector is not None and options["masks"] != "soft":
                     raise ExportError(f"export: a detector's masks are soft, got masks {options['masks']!r}")
                 # AOTInductor computes nonsense from weights that lie channels-last
-                for module in (frozen, *filter(None, [options.get("detector")])):
-                    module.to(memory_format=torch.contiguous_format)
+                options.get("live", frozen).to(memory_format=torch.contiguous_format)
             manifest = _format(kind).export(frozen, folder, progress=progress, **options)
             if kind != "torchscript":  # a script is the network itself
                 progress("comparing with the network")
                 exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
-                verify(exported, net, options.get("sizes", OPEN), options["masks"], options.get("detector"))
+                verify(exported, net, options.get("sizes", OPEN), options["masks"], options.get("live"))
     finally:
         net.train(training)
     return replace(manifest, weights=digest(net)).write(folder)

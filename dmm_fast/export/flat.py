@@ -14,7 +14,7 @@ from dmm_fast.model import DMMNet, Proposals
 from .manifest import LAYER_LIMITS, Entry, Example, ExportError, Sizes, Spec, flat, unflat
 
 if TYPE_CHECKING:
-    from .detector import ProposalNetwork
+    from dmm_fast.proposals.live import Live
 
 
 Progress = Callable[[str], None]
@@ -46,14 +46,32 @@ class Step(nn.Module):
 class Propose(nn.Module):
     """frame -> boxes, scores and soft masks of as many proposals as the detector keeps, padding among them."""
 
-    def __init__(self, detector: ProposalNetwork) -> None:
+    def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, masks = self.detector(frame)
-        real = scores > float("-inf")
-        return boxes * real[:, None], scores, masks * real[:, None, None]
+        boxes, scores, masks = without_padding(Proposals(*self.detector(frame)))
+        return boxes, scores, masks
+
+
+class LiveStep(nn.Module):
+    """(frame, the state's tensors) -> the tensors of the proposals, as `Propose` gives them, of the output and of the next state."""
+
+    def __init__(self, live: Live) -> None:
+        super().__init__()
+        self.live = live
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        proposals, output, state = self.live(tensors[0], unflat(tensors[1:]))
+        return tuple(tensor.clone() for tensor in (*without_padding(proposals), *output, *flat(state)))
+
+
+def without_padding(proposals: Proposals) -> Proposals:
+    """The same with zeros in the boxes and masks that stand for none."""
+    boxes, scores, masks = proposals
+    real = scores > float("-inf")
+    return Proposals(boxes * real[:, None], scores, masks * real[:, None, None])
 
 
 class Match(nn.Module):
@@ -98,13 +116,13 @@ class Traced:
 
 def traced(
     net: DMMNet, example: Example, sizes: Sizes, ending: str, decompositions: dict[torch._ops.OpOverload, Callable],
-    detector: ProposalNetwork | None = None,
+    live: Live | None = None,
 ) -> Traced:  # fmt: skip
-    """start, step and, given a detector, proposals by torch.export, with the sizes open that may vary.
+    """start, step and, with a detector, proposals and live by torch.export, with the sizes open that may vary.
 
     Files will be called after them, with `ending`; `decompositions` says what becomes other ops.
     """
-    if sizes.H is None and detector is not None:
+    if sizes.H is None and live is not None:
         raise ExportError("export: give height and width, or no detector: what it computes follows from the frame's size")
     if sizes.H is None and net.config.backbone != "none" and net.config.input_size is None:
         raise ExportError(
@@ -112,9 +130,9 @@ def traced(
             "program cannot repeat for other sizes; a config with input_size can leave them open"
         )
     functions: dict[str, nn.Module] = {"start": Start(net), "step": Step(net)}
-    if detector is not None:
-        functions["proposals"] = Propose(detector).eval()
-        example.add_proposals(functions["proposals"], detector.top)
+    if live is not None:
+        functions |= {"proposals": Propose(live.detector), "live": LiveStep(live)}
+        example.add_live(live, live.detector.top)
     return _traced(functions, example, example.dynamic, ending, decompositions)
 
 

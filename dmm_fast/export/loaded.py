@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from dmm_fast.proposals.base import encode_runs, full_masks
 from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, kind_of, unflat
 
 if TYPE_CHECKING:
-    from .detector import ProposalNetwork
+    from dmm_fast.proposals.live import Live
 
 # Runs one of the manifest's functions on its inputs, flat and in its order; returns its outputs likewise.
 Run = Callable[[str, list[Tensor]], list[Tensor]]
@@ -62,9 +62,18 @@ class Exported:
         """Proposals of a frame [3, H, W] uint8 by the export's own detector; ExportError where it has none."""
         if "proposals" not in self.manifest.files:
             raise ExportError("this export holds no proposal network")
-        boxes, scores, masks = self._call("proposals", [frame])
-        count = int(torch.isfinite(scores).sum())  # behind them is padding
-        return Proposals(boxes[:count], scores[:count], masks[:count])
+        return _real(*self._call("proposals", [frame]))
+
+    def live(self, frame: Tensor, state: State) -> tuple[Proposals, Output, State]:
+        """`propose` and `step` with what it gives, in one: faster where the two have one backbone."""
+        if "live" not in self.manifest.files:
+            raise ExportError("this export holds no proposal network")
+        results = self._call("live", [frame, *flat(state)])
+        proposals, rest = _real(*results[:3]), results[3:]
+        count = len(Output._fields)
+        output = Output(*rest[:count])
+        output = output._replace(parts=output.parts[:, : proposals.scores.numel()])
+        return proposals, output, unflat(rest[count:])
 
     def match(self, cost: Tensor, num_templates: Tensor, num_proposals: Tensor) -> Tensor:
         """cost [B, N, M] float32, how much of it is real, both [B] int64 -> assignment [B, N, M]; of an export of the layer."""
@@ -99,9 +108,15 @@ class Exported:
         )
 
 
+def _real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
+    """Proposals without the padding behind them."""
+    count = int(torch.isfinite(scores).sum())
+    return Proposals(boxes[:count], scores[:count], masks[:count])
+
+
 @torch.no_grad()
-def verify(exported: Exported, net: DMMNet, sizes: Sizes, masks: str, detector: ProposalNetwork | None = None) -> None:
-    """Refuse an export that does not compute what `net` and `detector` do, at sizes other than those it was traced with.
+def verify(exported: Exported, net: DMMNet, sizes: Sizes, masks: str, live: Live | None = None) -> None:
+    """Refuse an export that does not compute what `net` and `live` do, at sizes other than those it was traced with.
 
     Compilers fix a size here and there without a word, and then compute something else for every other one. And they compile
     loops twice, for vectors and for what is left, so few objects and many are two cases.
@@ -110,14 +125,23 @@ def verify(exported: Exported, net: DMMNet, sizes: Sizes, masks: str, detector: 
         other = Sizes(*(given or size for given, size in zip(astuple(sizes), usual)))
         example = Example(net, other, masks)
         _verify_step(exported, net, other, example)
-    if detector is not None:
-        found, (boxes, scores, _) = exported.propose(example.frame), detector(example.frame)
-        same = len(found.scores) == len(scores)
-        if same and len(scores):  # not by their order: where two scores are next to equal, either may come first
-            near = (found.boxes[:, None] - boxes).abs().amax(2).amin(1) < 1  # pixel
-            same = bool(near.float().mean() > 0.9 and (found.scores - scores).abs().max() < 0.01)
-        if not same:
-            raise ExportError("export: the exported proposal network finds other proposals than the detector; report it")
+    if live is not None:
+        _verify_proposals(exported.propose(example.frame), live.detector(example.frame))
+        found, output, _ = exported.live(example.frame, example.state)
+        proposals, expected, _ = live(example.frame, example.state)
+        _verify_proposals(found, proposals)
+        if (output.labels != expected.labels).float().mean() > 0.001:
+            raise ExportError("export: the exported live step differs from the network's; report it")
+
+
+def _verify_proposals(found: Proposals, expected: Iterable[Tensor]) -> None:
+    boxes, scores, _ = expected
+    same = len(found.scores) == len(scores)
+    if same and len(scores):  # not by their order: where two scores are next to equal, either may come first
+        near = (found.boxes[:, None] - boxes).abs().amax(2).amin(1) < 1  # pixel
+        same = bool(near.float().mean() > 0.9 and (found.scores - scores).abs().max() < 0.01)
+    if not same:
+        raise ExportError("export: the exported proposal network finds other proposals than the detector; report it")
 
 
 def _verify_step(exported: Exported, net: DMMNet, other: Sizes, example: Example) -> None:

@@ -340,17 +340,23 @@ class Example:
             "match": [torch.rand((2, n, m), device=device), *torch.tensor([[n, 1], [m, 2]], device=device)],
         }
 
-    def add_proposals(self, propose: Callable[[Tensor], Iterable[Tensor]], m: int | str) -> None:
-        """List `propose`, the proposal network, as "proposals" too. It gives `m` of them."""
+    def add_live(self, live: Callable[[Tensor, State], tuple[Proposals, Output, State]], m: int | str) -> None:
+        """List a network with a detector as "live" too, and the detector alone as "proposals". It gives `m` of them."""
         with torch.no_grad():
-            boxes, scores, masks = propose(self.frame)
-        outputs = (
+            (boxes, scores, masks), _, _ = live(self.frame, self.state)
+        found = (
             Spec.of("proposals.boxes", boxes, (m, 4)),
             Spec.of("proposals.scores", scores, (m,)),
             Spec.of("proposals.masks", masks, (m, *masks.shape[1:])),
         )
-        self.inputs["proposals"] = [self.frame]
-        self.specs["proposals"] = (self.specs["start"][0][:1], outputs)
+        frame = self.specs["start"][0][:1]
+        self.inputs |= {"proposals": [self.frame], "live": [self.frame, *flat(self.state)]}
+        # Parts are by proposal: all others of a step's outputs do not depend on the number of proposals.
+        outputs = tuple(
+            replace(spec, shape=(spec.shape[0], m)) if spec.name == "output.parts" and spec.shape[1] else spec
+            for spec in self.specs["step"][1]
+        )
+        self.specs |= {"proposals": (frame, found), "live": (frame + self.state_specs, found + outputs)}
 
     def _specs(
         self, sizes: Sizes, fixed_features: bool, fixed_grid: bool

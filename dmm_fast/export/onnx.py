@@ -21,21 +21,21 @@ from .loaded import Run
 from .manifest import LAYER_LIMITS, OPEN, Entry, Example, ExportError, Manifest, Sizes, Spec
 
 if TYPE_CHECKING:
-    from .detector import ProposalNetwork
+    from dmm_fast.proposals.live import Live
 
 OPSET = 18
 DOMAIN = "dmm"
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", detector: ProposalNetwork | None = None, *,
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", live: Live | None = None, *,
     progress: Progress,
 ) -> Manifest:  # fmt: skip
-    """Write `net`, and `detector`, as ONNX into `folder`; returns the manifest, not written yet."""
+    """Write `net`, and `live` with its detector, as ONNX into `folder`; returns the manifest, not written yet."""
     if masks == "runs":
         raise ExportError("export: ONNX takes soft or full masks, not runs: it has no op to decode them")
     example = Example(net, sizes, masks)
-    result = traced(net, example, sizes, ".onnx", _decompositions(), detector)
+    result = traced(net, example, sizes, ".onnx", _decompositions(), live)
     return Manifest(
         kind="onnx",
         config=net.config.to_dict(),
@@ -172,7 +172,7 @@ def _resize(x: Tensor, size: list[int], align_corners: bool, *scales: Any) -> Te
 
 
 def _embedding_bag(table: Tensor, index: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weighted sums of rows of `table` by which the proposal network pools (`detector.pool_regions`)."""
+    """The weighted sums of rows of `table` by which the proposal network pools (`traceable.pool_regions`)."""
     bags = offsets.shape[0]  # all of one size
     return (rest[3].view(bags, 1, -1) @ table[index.view(bags, -1)])[:, 0], offsets, offsets, offsets
 

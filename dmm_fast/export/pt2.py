@@ -18,20 +18,20 @@ from .loaded import Run
 from .manifest import LAYER_LIMITS, OPEN, Example, Manifest, Sizes
 
 if TYPE_CHECKING:
-    from .detector import ProposalNetwork
+    from dmm_fast.proposals.live import Live
 
 
 def export(
-    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", detector: ProposalNetwork | None = None, *,
+    net: DMMNet, folder: Path, sizes: Sizes = OPEN, masks: str = "full", live: Live | None = None, *,
     progress: Progress,
 ) -> Manifest:  # fmt: skip
-    """Compile `net`, and `detector`, for the device `net` is on into `folder`; returns the manifest, not written yet.
+    """Compile `net`, and `live` with its detector, for the device `net` is on into `folder`; returns the manifest, not written yet.
 
     Takes minutes.
     """
     example = Example(net, sizes, masks)
     # Inductor compiles its own pooling for one size only, and says nothing.
-    result = traced(net, example, sizes, ".pt2", POOLING if sizes.H is None else {}, detector)
+    result = traced(net, example, sizes, ".pt2", POOLING if sizes.H is None else {}, live)
     _compile(result, folder, progress)
     return Manifest(
         kind="pt2",

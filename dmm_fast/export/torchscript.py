@@ -1,5 +1,5 @@
-"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector is a second one,
-the layer alone a third.
+"""TorchScript: one file, model.pt, with the methods start, step, add and drop; every size is open. A detector and a live step
+with it are two more; so is the layer alone.
 
 Deprecated upstream since torch 2.13, so all that uses it is here. It stays because it is the one format in which Python-free
 programs get every size open, and CPU and CUDA, from one file.
@@ -22,9 +22,9 @@ from .loaded import Run
 from .manifest import LAYER_LIMITS, LIMITS, MASKS, OPEN, Example, Manifest, flat, unflat
 
 if TYPE_CHECKING:
-    from .detector import ProposalNetwork
+    from dmm_fast.proposals.live import Live
 
-FILE, DETECTOR, LAYER = "model.pt", "proposals.pt", "match.pt"
+FILE, DETECTOR, LIVE, LAYER = "model.pt", "proposals.pt", "live.pt", "match.pt"
 FUNCTIONS = ("start", "step", "add", "drop")
 # A script keeps both layers and all kinds of proposal masks: which of them runs is decided when it runs.
 OPS = ("dmm::decode_runs", "dmm::match", "dmm::match_prices", "dmm::paste_combine", "dmm::paste_masks", "dmm::upsample_argmax")
@@ -37,19 +37,20 @@ def _without_warnings():
         yield
 
 
-def export(net: DMMNet, folder: Path, detector: ProposalNetwork | None = None, *, progress: Progress) -> Manifest:
-    """Script `net` (in eval mode), and `detector` where given, into `folder`; returns the manifest, not written yet."""
+def export(net: DMMNet, folder: Path, live: Live | None = None, *, progress: Progress) -> Manifest:
+    """Script `net` (in eval mode), and `live` with its detector where given, into `folder`; returns the manifest, not written yet."""
     example = Example(net, OPEN)
     files = dict.fromkeys(FUNCTIONS, FILE)
     with _without_warnings():
         progress("scripting start, step, add and drop")
         torch.jit.script(net).save(folder / FILE)
-        if detector is not None:
-            progress("scripting proposals")
-            files["proposals"] = DETECTOR
-            script = torch.jit.script(detector)
-            script.save(folder / DETECTOR)
-            example.add_proposals(script, "M")
+        if live is not None:
+            progress("scripting proposals and live")
+            files |= {"proposals": DETECTOR, "live": LIVE}
+            script = torch.jit.script(live)
+            script.save(folder / LIVE)
+            torch.jit.script(live.detector).save(folder / DETECTOR)
+            example.add_live(script, "M")
     return Manifest(
         kind="torchscript",
         config=net.config.to_dict(),
@@ -87,6 +88,9 @@ def load(folder: Path, manifest: Manifest, device: str) -> Run:
 
     @torch.no_grad()
     def run(name: str, tensors: list[Tensor]) -> list[Tensor]:
+        if name == "live":
+            proposals, output, state = scripts[name](tensors[0], unflat(tensors[1:]))
+            return [*proposals, *output, *flat(state)]
         if name in scripts:
             results = scripts[name](*tensors)
             return [results] if isinstance(results, Tensor) else list(results)

@@ -26,13 +26,14 @@ from PIL import Image
 from dmm_fast import __version__
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.data.synthetic import Scene
-from dmm_fast.model import DMMNet, Proposals, State, inference
+from dmm_fast.model import DMMNet, Proposals, inference
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.proposals.coco import CocoWriter, read_coco
+from dmm_fast.proposals.live import Live, shares_backbone
 from dmm_fast.proposals.sources import open_proposer
 
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
-STAGES = ("decode", "proposals", "features", "matching", "refinement", "step", "write")
+STAGES = ("decode", "features", "proposals", "matching", "refinement", "step", "write")
 WARM = 5  # frames that do not count
 ROUNDS = 3  # runtimes take turns, as the machine's speed may drift
 
@@ -52,10 +53,11 @@ def bench(
 ) -> dict[str, Any]:
     """Measure; returns {"machine", "settings", "rows"}, one row per runtime, number of objects and stage.
 
-    detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network.
+    detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network, and
+    part of the step: a backbone that both have runs once, in "features".
     """
-    net = inference(net)
     device = net.mean.device
+    stages_of_net = _stages_of(net, detector)
     source = (
         "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
     )
@@ -67,7 +69,11 @@ def bench(
             _make_clip(clip, count, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
             turns: dict[str, Times] = {name: defaultdict(list) for name in runtimes}
             for name in runtimes * ROUNDS:
-                for stage, times in _run(name, net, exports, clip, detector).items():
+                if name == "eager":
+                    found = _python(inference(net), stages_of_net, clip, device, detector is None)
+                else:
+                    found = _exported(name, exports, clip, device, detector is not None)
+                for stage, times in found.items():
                     turns[name][stage] += times[WARM:]
             for name, stages in turns.items():
                 for stage in (stage for stage in STAGES if stage in stages):
@@ -79,7 +85,7 @@ def bench(
     settings = {
         "config": net.config.to_dict(), "device": str(device), "size": list(size),
         "frames": ROUNDS * math.ceil(frames / ROUNDS),
-        "proposals a frame": proposals, "proposals": source,
+        "proposals a frame": proposals, "proposals": source, "detector": detector,
     }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
@@ -95,7 +101,6 @@ def bench_frame_sizes(
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """As `bench`, of the network in eager PyTorch alone, by the frames' size (height, width); the sizes take turns."""
-    net = inference(net)
     device = net.mean.device
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
@@ -104,9 +109,9 @@ def bench_frame_sizes(
             progress(f"making a clip of {size[1]}x{size[0]}")
             _make_clip(clip, objects, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
         turns: dict[tuple[int, int], Times] = {size: defaultdict(list) for size in sizes}
-        propose = None if detector is None else open_proposer(detector, device=device)
+        stages_of_net = _stages_of(net, detector)
         for size in sizes * ROUNDS:
-            for stage, times in _python(net, _stages_of(net), clips[size], device, propose).items():
+            for stage, times in _python(inference(net), stages_of_net, clips[size], device, detector is None).items():
                 turns[size][stage] += times[WARM:]
     for size, stages in turns.items():
         row = {"size": list(size), "objects": objects, **{stage: float(np.median(stages[stage])) for stage in STAGES}}
@@ -119,13 +124,17 @@ def frame_size_table(report: dict[str, Any]) -> str:
     """Medians of every stage in milliseconds, one line per size, and the step against that of the first size."""
     lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
     rows = report["rows"]
-    lines.append(f"{rows[0]['objects']} objects, medians in ms; step = features + matching + refinement")
+    lines.append(f"{rows[0]['objects']} objects, medians in ms; {_what_a_step_is(report['settings']['detector'])}")
     lines.append(f"{'frame':>10}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'step, ratio':>14}")
     for row in rows:
         height, width = row["size"]
         cells = "".join(f"{row[stage]:12.1f}" for stage in STAGES)
         lines.append(f"{f'{width}x{height}':>10}{cells}{row['step'] / rows[0]['step']:14.2f}")
     return "\n".join(lines)
+
+
+def _what_a_step_is(detector: str | None) -> str:
+    return "step = features + matching + refinement" if detector is None else "step = features to refinement"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -146,7 +155,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         cells[row["objects"], row["runtime"]][row["stage"]] = f"{row['p50']:.2f}/{row['p99']:.2f}"
     lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
-    lines.append(f"proposals: {report['settings']['proposals']}; p50/p99 in ms; step = features + matching + refinement")
+    settings = report["settings"]
+    lines.append(f"proposals: {settings['proposals']}; p50/p99 in ms; {_what_a_step_is(settings['detector'])}")
     lines.append(f"{'objects':>7}  {'runtime':16}" + "".join(f"{stage:>16}" for stage in STAGES))
     for (count, name), stages in cells.items():
         lines.append(f"{count:>7}  {name:16}" + "".join(f"{stages.get(stage, '-'):>16}" for stage in STAGES))
@@ -210,45 +220,53 @@ def _make_clip(folder: Path, objects: int, frames: int, size: tuple[int, int], p
             writer.add(f"{number:05d}", Proposals(mask_boxes(masks[best]), scores[best], masks[best]))
 
 
-def _run(name: str, net: DMMNet, exports: _Exports, clip: Path, detector: str | None) -> Times:
+def _exported(name: str, exports: _Exports, clip: Path, device: torch.device, live: bool) -> Times:
     if name.startswith("c++ "):
-        return _cpp(exports(name.removeprefix("c++ ")), clip, net.mean.device, detector is not None)
-    if name == "eager":
-        propose = None if detector is None else open_proposer(detector, device=net.mean.device)
-        return _python(net, _stages_of(net), clip, net.mean.device, propose)
+        return _cpp(exports(name.removeprefix("c++ ")), clip, device, live)
     from dmm_fast.export import load
 
-    exported = load(exports(name), device=str(net.mean.device))
-    step = ("step", lambda kept: kept.update(zip(("output", "state"), exported.step(*_given(kept)))))
-    return _python(exported, [step], clip, net.mean.device, None if detector is None else exported.propose)
+    exported = load(exports(name), device=str(device))
+
+    def step(kept: dict[str, Any]) -> None:
+        if live:
+            _, kept["output"], kept["state"] = exported.live(kept["frame"], kept["state"])
+        else:
+            kept["output"], kept["state"] = exported.step(kept["frame"], kept["proposals"], kept["state"])
+
+    return _python(exported, [("step", step)], clip, device, not live)
 
 
-def _given(kept: dict[str, Any]) -> tuple[torch.Tensor, Proposals, State]:
-    return kept["frame"], kept["proposals"], kept["state"]
-
-
-def _stages_of(net: DMMNet) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
-    """`DMMNet.step` in its three parts, each from and to `kept`."""
+def _stages_of(net: DMMNet, detector: str | None) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
+    """A step in its parts, each from and to `kept`; with a detector, proposals are one of them."""
+    fast = inference(net)
 
     def features(kept: dict[str, Any]) -> None:
-        kept["features"] = net.encode(kept["frame"][None])
+        kept["features"] = fast.encode(kept["frame"][None])
 
     def matching(kept: dict[str, Any]) -> None:
-        kept["candidates"] = net.prepare(kept["proposals"], kept["state"], *kept["frame"].shape[1:])
-        kept["affinity"] = net.compare(kept["features"], kept["candidates"], kept["state"])
-        kept["x"] = net.match(net.cost(kept["affinity"]), kept["candidates"].scores, kept["state"].valid)
+        kept["candidates"] = fast.prepare(kept["proposals"], kept["state"], *kept["frame"].shape[1:])
+        kept["affinity"] = fast.compare(kept["features"], kept["candidates"], kept["state"])
+        kept["x"] = fast.match(fast.cost(kept["affinity"]), kept["candidates"].scores, kept["state"].valid)
 
     def refinement(kept: dict[str, Any]) -> None:
         given = (kept[name] for name in ("features", "candidates", "affinity", "x", "state"))
-        kept["output"], kept["state"] = net.decide(*given)
+        kept["output"], kept["state"] = fast.decide(*given)
 
-    return [("features", features), ("matching", matching), ("refinement", refinement)]
+    rest = [("matching", matching), ("refinement", refinement)]
+    if detector is None:
+        return [("features", features), *rest]
+    proposer: Any = open_proposer(detector, device=net.mean.device)
+    network = getattr(proposer, "network", None)
+    live = None if network is None else Live(fast, network, shares_backbone(net, proposer)).eval()
+
+    def proposals(kept: dict[str, Any]) -> None:
+        kept["proposals"] = live.propose(kept["frame"], kept["features"]) if live else proposer(kept["frame"])
+
+    return [("features", features), ("proposals", proposals), *rest]
 
 
 @torch.no_grad()
-def _python(
-    step: Any, stages: list, clip: Path, device: torch.device, propose: Callable[[torch.Tensor], Proposals] | None
-) -> Times:
+def _python(step: Any, stages: list, clip: Path, device: torch.device, from_file: bool) -> Times:
     """Follow the clip in Python. `step` has `start`; `stages` are its step, in parts that work on a dict."""
     times: Times = defaultdict(list)
     file = read_coco(clip / "proposals.json")
@@ -273,9 +291,9 @@ def _python(
         with clock("decode"):
             image = np.array(Image.open(path))
             kept["frame"] = torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
-        with clock("proposals"):
-            found = file.runs(path.stem, image.shape[:2]) if propose is None else propose(kept["frame"])
-            kept["proposals"] = Proposals(*(part.to(device) for part in found))
+        if from_file:
+            with clock("proposals"):
+                kept["proposals"] = Proposals(*(part.to(device) for part in file.runs(path.stem, image.shape[:2])))
         for stage, work in stages:
             with clock(stage):
                 work(kept)

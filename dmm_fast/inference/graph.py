@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,25 +14,23 @@ from dmm_fast.model import DMMNet, Output, Proposals, State
 from dmm_fast.ops.vision import NO_RUN
 
 
-class GraphStep:
-    """`net.step` on a GPU for one frame size, number of object slots and kind of proposal masks, with up to `top` proposals.
+class Graph:
+    """`function(*inputs, state) -> (*results, following state)` as a CUDA graph, for the shapes of one frame size and number of slots.
 
-    Capturing needs shapes that stay: see `pad`, and `Segmenter`, which keeps the number of slots. The first call for a shape runs the step a few times and captures it, which takes seconds; later ones copy their inputs
+    The first call for a shape runs the function a few times and captures it, which takes seconds; later ones copy their inputs
     in and replay it. The state that a call returns lies in the graph's own memory and is overwritten by the next one: pass it
     back as it is, or copy it. What the network is trained to do must not change in between.
     """
 
-    def __init__(self, net: DMMNet, top: int):
+    def __init__(self, function: Callable[..., tuple], net: DMMNet):
         if net.mean.device.type != "cuda":
-            raise ValueError("GraphStep: CUDA graphs need a network on a GPU")
-        self.net, self.top = net, top
+            raise ValueError("Graph: CUDA graphs need a network on a GPU")
+        self.function = function
         self._key: Any = None
         self.captures = 0
 
     @torch.no_grad()
-    def __call__(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
-        """As `net.step`; the masks of absent proposals are padding, so `Output.parts` has `top` columns."""
-        inputs = (frame, pad(proposals, self.top), state)
+    def __call__(self, *inputs: Any) -> tuple:
         key = [(leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs)]
         if key != self._key:
             self._capture(inputs)
@@ -41,24 +40,37 @@ class GraphStep:
             if own is not given:
                 own.copy_(given)
         self._replay()
-        return tree_map(torch.clone, self._output), self._inputs[2]
+        return (*tree_map(torch.clone, self._results), self._inputs[-1])
 
     def _replay(self) -> None:
         self._graph.replay()
 
-    def _capture(self, inputs: tuple[Tensor, Proposals, State]) -> None:
+    def _capture(self, inputs: tuple) -> None:
         self._inputs = tree_map(torch.clone, inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # libraries choose their algorithms and allocate now, not while capturing
-                self.net.step(*self._inputs)
+                self.function(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._output, following = self.net.step(*self._inputs)
-            for own, new in zip(tree_leaves(self._inputs[2]), tree_leaves(following)):
+            *self._results, following = self.function(*self._inputs)
+            for own, new in zip(tree_leaves(self._inputs[-1]), tree_leaves(following)):
                 own.copy_(new)
+
+
+class GraphStep(Graph):
+    """`net.step` as a graph, with up to `top` proposals, which are padded to that number: see `pad`, and `Segmenter`, which
+    keeps the number of slots."""
+
+    def __init__(self, net: DMMNet, top: int):
+        super().__init__(net.step, net)
+        self.top = top
+
+    def __call__(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """As `net.step`; the masks of absent proposals are padding, so `Output.parts` has `top` columns."""
+        return super().__call__(frame, pad(proposals, self.top), state)
 
 
 def pad(proposals: Proposals, top: int) -> Proposals:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from dmm_fast.data.masks import read_mask, write_mask
-from dmm_fast.data.video import ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
+from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
 from dmm_fast.inference.folder import SHEET, RunError, RunFolder
 from dmm_fast.inference.given import GivenMasks
 from dmm_fast.inference.overlay import ContactSheet, overlay
@@ -94,14 +94,18 @@ def segment(
         return _finished(source, folder, video)
     checkpoint = folder.find(source.stems, resume, overwrite)
     propose = _proposal_source(proposals, detector_weights, source, device)
+    detector = propose.proposer if isinstance(propose, Live) else None
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
         if folder.tuned_proposer.exists() and isinstance(propose, Live):
             propose.load(folder.tuned_proposer)
-        segmenter = Segmenter.load(folder.state(checkpoint["next"]), weights=kept, device=device, graph=graph)
+        path = folder.state(checkpoint["next"])
+        segmenter = Segmenter.load(path, weights=kept, device=device, graph=graph, proposer=detector)
     else:
         config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
-        how: dict[str, Any] = {"refine": refine, "matcher": matcher, "decision": decision, "graph": graph}
+        how: dict[str, Any] = {
+            "refine": refine, "matcher": matcher, "decision": decision, "graph": graph, "proposer": detector,
+        }  # fmt: skip
         segmenter = Segmenter(config, weights=weights, device=device, **how)
     if budget is not None and segmenter.config.backbone == "none":
         raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
@@ -157,7 +161,7 @@ class _Run:
         bar = tqdm(total=len(self.frames), initial=self.next, unit=" frames", disable=None if progress else True)
         source = iter(prefetch(self.frames.read(self.next)))
         saved = time.monotonic()
-        with bar, _stop_requested() as stop:
+        with bar, Behind() as self.behind, _stop_requested() as stop:
             self.stop = stop
             while True:
                 with self._clock("decode"):
@@ -172,25 +176,30 @@ class _Run:
                     saved = time.monotonic()
                 if stop():
                     raise Interrupted(f"stopped after {self.next} of {len(self.frames)} frames; --resume continues from there")
-        if not self.started:
-            raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
-        self._save()
+            if not self.started:
+                raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
+            self._save()
 
     def _one(self, stem: str, frame: np.ndarray) -> None:
         """One frame: match and refine, take in the masks given for it, write."""
         ids, objects = np.zeros(frame.shape[:2], np.uint8), []
         if self.started:
-            with self._clock("proposals"):
-                proposals = self.propose(stem, frame)
+            proposals = None  # a detector's are part of the step
+            if not isinstance(self.propose, Live):
+                with self._clock("proposals"):
+                    proposals = self.propose(stem, frame)
             with self._clock("step"):
                 result = self.segmenter.step(frame, proposals)
             ids = np.array(result.ids)
             objects = [_row(entry) for entry in result.objects]
         if stem in self.given:
             self._take_in(stem, frame, ids, objects)
-        with self._clock("write"):
-            write_mask(self.folder.mask(stem), ids)
-            self.folder.append({"frame": stem, "objects": objects})
+        with self._clock("write"):  # what of it holds up the next frame
+            self.behind(self._write, stem, ids, objects)
+
+    def _write(self, stem: str, ids: np.ndarray, objects: list[dict]) -> None:
+        write_mask(self.folder.mask(stem), ids)
+        self.folder.append({"frame": stem, "objects": objects})
 
     def _take_in(self, stem: str, frame: np.ndarray, ids: np.ndarray, objects: list[dict]) -> None:
         """Start with the masks given for this frame, or add those of them that are new."""
@@ -232,6 +241,8 @@ class _Run:
         self.notes.append(f"{stem}: the network was fitted to this frame, {steps} steps in {self.seconds['online']:.0f} s")
 
     def _save(self) -> None:
+        with self._clock("write"):
+            self.behind.wait()
         with self._clock("save"):
             state = {"next": self.next, "seconds": dict(self.seconds), "notes": self.notes, "started": self.started}
             self.folder.save(state, self.segmenter if self.started else None)

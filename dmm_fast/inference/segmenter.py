@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dmm_fast.inference.graph import GraphStep, pad
+from dmm_fast.inference.graph import Graph, GraphStep, pad
 from dmm_fast.model import (
     Config,
     DMMNet,
@@ -78,7 +78,8 @@ class Segmenter:
     graph: run the step as a CUDA graph (`dmm_fast.inference.graph`), several times as fast: None where that is possible (on a GPU, with
     the matcher "dmm" and the decision "confident"), True to insist, False never. Proposals are padded to the config's `top`
     and slots to a power of two; only more slots, another frame size or another kind of proposal masks capture again.
-    proposer: called with the frame when `step` gets no proposals.
+    proposer: called with the frame when `step` gets no proposals. A `dmm_fast.proposals.detector.Detector` on the same device joins
+    the step: a backbone that both have runs once, and a graph holds both.
 
     A call that raises leaves the session as it was.
     """
@@ -109,6 +110,7 @@ class Segmenter:
         self.net = _build(resolved, weights).to(self.device).eval()
         self._inference = inference(self.net)
         self._graph_step = GraphStep(self._inference, resolved.top) if self.graph else None
+        self._live = self._joined(proposer)
         self.note = _note(resolved, weights)
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
@@ -174,13 +176,18 @@ class Segmenter:
         state = self._started("step")
         size = self._size
         tensor = _frame(frame, size)
-        if proposals is None:
-            if self.proposer is None:
-                raise ValueError("Segmenter.step: give proposals, or a proposer when making the Segmenter")
-            proposals = self.proposer(frame)
-        proposals, kept = _proposals(proposals, size, self.config.top, self.device)
-        tensor = tensor.to(self.device)
-        output, state = self._advance(tensor, proposals, state)
+        if proposals is None and self._live is not None:
+            tensor = tensor.to(self.device)
+            found, output, state = self._live(tensor, state)
+            kept = list(range(found.scores.numel()))
+        else:
+            if proposals is None:
+                if self.proposer is None:
+                    raise ValueError("Segmenter.step: give proposals, or a proposer when making the Segmenter")
+                proposals = self.proposer(frame)
+            proposals, kept = _proposals(proposals, size, self.config.top, self.device)
+            tensor = tensor.to(self.device)
+            output, state = self._advance(tensor, proposals, state)
 
         table = np.array([0, *self._slot_ids], np.uint8)
         ids = table[output.labels.cpu().numpy()]
@@ -206,6 +213,17 @@ class Segmenter:
         affinity = net.compare(features, candidates, state)
         assignment = self._assignment(net.cost(affinity), candidates.scores, state.valid)
         return net.decide(features, candidates, affinity, assignment, state)
+
+    def _joined(self, proposer: Proposer | None) -> Callable[[Tensor, State], tuple[Proposals, Output, State]] | None:
+        """Proposals and step in one, where `proposer` is a detector that can join."""
+        network = getattr(proposer, "network", None)
+        plain = (self.matcher, self.decision) == ("dmm", "confident")
+        if network is None or not plain or network.top > self.config.top or network.mean.device != self.net.mean.device:
+            return None
+        from dmm_fast.proposals.live import Live, shares_backbone  # torchvision is slow to import
+
+        live = Live(self._inference, network, shares_backbone(self.net, proposer)).eval()
+        return Graph(live, self._inference) if self.graph else live
 
     def _room(self, objects: int) -> int:
         """Slots for so many objects: with a graph a power of two, so that it is seldom captured again."""

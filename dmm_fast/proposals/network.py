@@ -2,7 +2,7 @@
 
 ``build(DetectorConfig.preset("small"))`` is the shipped one: a frozen ImageNet backbone with slim pyramid and heads, for
 a few frames per second on a CPU. "resnet50" and "resnext101" have torchvision's own sizes (Section 4.1 of the paper).
-`Detector` runs trained weights on frames and is called as every other proposer is.
+`dmm_fast.proposals.detector` runs trained weights on frames.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from dmm_fast.model.inference import folded
 from dmm_fast.model.network import make_backbone
-from dmm_fast.model.weights import load_weights, packaged, read_weights, save_weights
+from dmm_fast.model.weights import load_weights, read_weights, save_weights
 from dmm_fast.proposals.base import TOP, ProposalError
-from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
 
 FORMAT = 1
 RATIOS = (0.5, 1.0, 2.0)
+STRIDES = (8, 16, 32, 64)  # of the pyramid's levels that have anchors
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def build(config: DetectorConfig, pretrained: bool = False) -> MaskRCNN:
     # Two anchor sizes a level, half an octave apart, on all levels but the finest, where they would cost the most.
     sizes = [tuple(round(config.smallest * 2 ** (level + half)) for half in (0, 0.5)) for level in range(4)]
     net.rpn.__class__ = _CoarseRegions
-    net.rpn.anchor_generator = AnchorGenerator(sizes, [RATIOS] * len(sizes))
+    net.rpn.anchor_generator = _Anchors(sizes, [RATIOS] * len(sizes))
     return net
 
 
@@ -171,6 +170,17 @@ class _CoarseRegions(RegionProposalNetwork):
         return super().forward(images, {name: level for name, level in features.items() if name != "0"}, targets)
 
 
+class _Anchors(AnchorGenerator):
+    """Anchors at the pyramid's strides; torchvision divides the image's size by the level's, which is off where that rounds."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        sizes = [list(level.shape[-2:]) for level in feature_maps]
+        device = feature_maps[0].device
+        self.set_cell_anchors(feature_maps[0].dtype, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in STRIDES]
+        return [torch.cat(self.grid_anchors(sizes, strides)) for _ in image_list.image_sizes]
+
+
 # -------------------------------------------------------------------------------------------------- weights and frames
 
 
@@ -205,38 +215,3 @@ def _header(path: Path) -> dict[str, Any]:
     if header.get("kind") != "detector" or header.get("format") != FORMAT:
         raise ProposalError(f"{path}: not detector weights of format {FORMAT} (dmm-fast train-proposals makes them)")
     return header
-
-
-class Detector(MaskRCNNProposer):
-    """A trained proposal network: frame, uint8 [H, W, 3] or [3, H, W] -> Proposals, best first, soft 28 x 28 masks.
-
-    short_side: frames are resized to it, by default to the trained one. body: see `load_detector`.
-    """
-
-    class_agnostic = True
-
-    def __init__(
-        self,
-        weights: str | os.PathLike,
-        top: int = TOP,
-        threshold: float = 0.0,
-        short_side: int | None = None,
-        device: str | torch.device = "cpu",
-        body: dict[str, Tensor] | None = None,
-    ):
-        net, self.config = load_detector(weights, body)
-        if short_side is not None:
-            net.transform.min_size = (short_side,)
-        if isinstance(net.backbone, TimmPyramid):
-            net.backbone.body = folded(net.backbone.body)
-        super().__init__(net.to(memory_format=torch.channels_last), top, threshold, device)
-
-
-def packaged_detector(**options: Any) -> Detector:
-    """The small detector in the package, whose backbone is that of the packaged network (both frozen, stored once)."""
-    shared = {
-        name.removeprefix("backbone."): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in read_weights(packaged("small")).items()
-        if name.startswith("backbone.")
-    }
-    return Detector(packaged("small-proposals"), body=shared, **options)

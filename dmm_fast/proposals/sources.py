@@ -41,7 +41,7 @@ def open_proposer(
         _, config, *given = name.split(":", 2)
         return Detectron2Proposer(config, given[0] if given else None, top=top, short_side=short_side, device=device)
     if is_detector(name):
-        from dmm_fast.proposals.network import Detector, packaged_detector
+        from dmm_fast.proposals.detector import Detector, packaged_detector
 
         if name == "small":
             return packaged_detector(top=top, short_side=short_side, device=device)

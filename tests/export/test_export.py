@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmm_fast.commands import main as cli
 from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load, read
-from dmm_fast.export.detector import ProposalNetwork, pool_regions, suppress
+from dmm_fast.proposals.traceable import ProposalNetwork, pool_regions, suppress
 from dmm_fast.export.flat import POOLING, Match, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
@@ -349,7 +349,7 @@ def own(tmp_path_factory) -> Path:
 def test_the_packages_own_networks(clip, own):
     """The shipped network and detector, by the command, over real frames: the same ops, so all but the same figures."""
     from dmm_fast import Segmenter
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
 
     loaded, detector = load(own), packaged_detector()
     short = Clip(clip.frames[:13], clip.masks, clip.proposals[:13])
@@ -371,7 +371,7 @@ def test_without_python(own, data, tmp_path):
     from dmm_fast import Segmenter
     from dmm_fast.data.masks import read_ids
     from dmm_fast.data.video import open_frames
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
     from dmm_fast.runtime import PROGRAM
 
     (tmp_path / "frames").mkdir()
@@ -394,7 +394,7 @@ def proposing(request, tmp_path_factory) -> Path:
     """The detector in the package beside the smallest network, for frames of 240 x 360."""
     from torch._inductor import config
 
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
 
     folder = tmp_path_factory.mktemp("proposing")
     with config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
@@ -404,7 +404,7 @@ def proposing(request, tmp_path_factory) -> Path:
 
 def test_proposals_of_traced_detectors(proposing, data):
     """On real frames, and where there are none: a frame of one colour."""
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
 
     frames = read_clip(data, "puma-chair", 2, shrink=2).frames
     loaded, detector = load(proposing), packaged_detector()
@@ -421,7 +421,7 @@ def test_a_package_without_python(proposing, data, tmp_path):
     """The C++ program proposes and matches with a .pt2; an ONNX it names as what it does not run."""
     from dmm_fast import Segmenter
     from dmm_fast.data.masks import read_ids, write_mask
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
     from dmm_fast.runtime import PROGRAM
 
     (tmp_path / "frames").mkdir()

@@ -52,14 +52,14 @@ class Recorded(GraphStep):
     """The graph's bookkeeping without a GPU: what it would capture runs as it is."""
 
     def __init__(self, net: DMMNet, top: int):
-        self.net, self.top, self._key, self.captures = net, top, None, 0
+        self.function, self.top, self._key, self.captures = net.step, top, None, 0
 
     def _capture(self, inputs):
         self._inputs = tree_map(torch.clone, inputs)
 
     def _replay(self):
-        self._output, following = self.net.step(*self._inputs)
-        for own, new in zip(tree_leaves(self._inputs[2]), tree_leaves(following)):
+        *self._results, following = self.function(*self._inputs)
+        for own, new in zip(tree_leaves(self._inputs[-1]), tree_leaves(following)):
             own.copy_(new)
 
 

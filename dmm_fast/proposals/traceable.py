@@ -14,7 +14,7 @@ from torchvision.ops.boxes import box_area, clip_boxes_to_image
 
 from dmm_fast.proposals.base import ProposalError
 from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
-from dmm_fast.proposals.network import TimmPyramid
+from dmm_fast.proposals.network import STRIDES, TimmPyramid
 
 ROUNDS = 24  # of suppression where their number must be fixed
 
@@ -44,19 +44,25 @@ class ProposalNetwork(nn.Module):
         self.candidates, self.regions = int(rpn.pre_nms_top_n()), int(rpn.post_nms_top_n())
         self.rpn_nms, self.nms = float(rpn.nms_thresh), float(heads.nms_thresh)
         self.top, self.threshold = min(int(detector.top), self.regions), float(detector.threshold)
+        self.strides = list(STRIDES)
         self.register_buffer("anchors", torch.stack(rpn.anchor_generator.cell_anchors))  # [levels, A, 4]
         self.register_buffer("mean", torch.tensor(size.image_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(size.image_std)[:, None, None])
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image, (height, width) = self.resized((frame.float() / 255 - self.mean) / self.std)
-        levels = self.body(image)
+        image, size = self.resized((frame.float() / 255 - self.mean) / self.std)
+        return self.find(self.body(image), size, (frame.size(1), frame.size(2)))
+
+    @torch.jit.export
+    def find(self, levels: list[Tensor], size: tuple[int, int], frame: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` gives, from the body's four levels. size: height and width at which the body saw the frame (without
+        padding); frame: those of the frame."""
         pyramid = self.fpn({"0": levels[0], "1": levels[1], "2": levels[2], "3": levels[3]})
         features = [pyramid["0"], pyramid["1"], pyramid["2"], pyramid["3"]]  # [1, C, h, w] of stride 4, 8, 16, 32
-        regions, likely = self.propose(image, features[1:] + [pyramid["pool"]], (height, width))
-        boxes, scores = self.detect(features, regions, likely, (height, width))
+        regions, likely = self.propose(features[1:] + [pyramid["pool"]], size)
+        boxes, scores = self.detect(features, regions, likely, size)
         masks = self.mask_predictor(self.mask_head(pool_regions(features, boxes, self.mask_cells)))
-        wide, tall = frame.shape[2] / width, frame.shape[1] / height
+        wide, tall = frame[1] / size[1], frame[0] / size[0]
         boxes = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
         return boxes, scores, masks[:, 1].sigmoid()
 
@@ -68,15 +74,15 @@ class ProposalNetwork(nn.Module):
         image = F.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)
         return F.pad(image, [0, -width % self.multiple, 0, -height % self.multiple]), (height, width)
 
-    def propose(self, image: Tensor, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def propose(self, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The region proposals [R, 4] and their logits [R], best first: the best anchors of each level, without those much
         like a better one."""
         scores, boxes = torch.jit.annotate(list[Tensor], []), torch.jit.annotate(list[Tensor], [])
         of_level = self.rpn_head(features)
-        for feature, logits, offsets, anchors in zip(features, of_level[0], of_level[1], self.anchors):
+        for feature, stride, logits, offsets, anchors in zip(features, self.strides, of_level[0], of_level[1], self.anchors):
             h, w = feature.shape[2], feature.shape[3]
-            y = torch.arange(h, device=image.device) * (image.shape[2] // h)
-            x = torch.arange(w, device=image.device) * (image.shape[3] // w)
+            y = torch.arange(h, device=feature.device) * stride
+            x = torch.arange(w, device=feature.device) * stride
             corner = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], 2)  # [h, w, 2]
             anchors = (torch.cat([corner, corner], 2)[:, :, None] + anchors).flatten(0, 2)  # [h * w * A, 4]
             level = logits.permute(0, 2, 3, 1).flatten()  # [h * w * A]
