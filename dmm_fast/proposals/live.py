@@ -33,7 +33,8 @@ class Live(nn.Module):
         """Proposals of a frame, given its features too."""
         height, width = frame.size(1), frame.size(2)
         if self.shared and min(height, width) >= self.net.short_side:
-            found = self.detector.find(features[-4:], self.net.resized(height, width), (height, width))
+            size = self.net.resized(height, width)
+            found = self.detector.find(features[-4:], size, size, (height, width))
         else:
             found = self.detector(frame)
         return Proposals(found[0], found[1], found[2])

@@ -35,6 +35,7 @@ class ProposalNetwork(nn.Module):
             raise ProposalError("export: the proposal network must be one of dmm-fast train-proposals on a timm backbone")
         rpn, heads, size = model.rpn, model.roi_heads, model.transform
         self.body, self.fpn = model.backbone.body, model.backbone.fpn
+        self.lags = any(type(module).__name__ == "Conv2dSame" for module in self.body.modules())  # see `lags`
         self.rpn_head, self.rpn_weights = rpn.head, list(map(float, rpn.box_coder.weights))
         self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
         self.box_weights = list(map(float, heads.box_coder.weights))
@@ -51,20 +52,39 @@ class ProposalNetwork(nn.Module):
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image, size = self.resized((frame.float() / 255 - self.mean) / self.std)
-        return self.find(self.body(image), size, (frame.size(1), frame.size(2)))
+        return self.find(self.body(image), (image.size(2), image.size(3)), size, (frame.size(1), frame.size(2)))
 
     @torch.jit.export
-    def find(self, levels: list[Tensor], size: tuple[int, int], frame: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` gives, from the body's four levels. size: height and width at which the body saw the frame (without
-        padding); frame: those of the frame."""
-        pyramid = self.fpn({"0": levels[0], "1": levels[1], "2": levels[2], "3": levels[3]})
-        features = [pyramid["0"], pyramid["1"], pyramid["2"], pyramid["3"]]  # [1, C, h, w] of stride 4, 8, 16, 32
-        regions, likely = self.propose(features[1:] + [pyramid["pool"]], size)
-        boxes, scores = self.detect(features, regions, likely, size)
-        masks = self.mask_predictor(self.mask_head(pool_regions(features, boxes, self.mask_cells)))
+    def find(
+        self, levels: list[Tensor], image: tuple[int, int], size: tuple[int, int], frame: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` gives, from the body's four levels. Heights and widths: of the image that the body saw, of the frame in it
+        (the rest is padding), and of the frame itself."""
+        down, right = lags(image[0], self.lags), lags(image[1], self.lags)
+        features = self.pyramid(levels, down, right)  # [1, C, h, w] of stride 4, 8, 16, 32
+        coarsest = F.max_pool2d(features[3], 1, 2)
+        regions, likely = self.propose(features[1:] + [coarsest], down[1:] + down[3:], right[1:] + right[3:], size)
+        boxes, scores = self.detect(features, regions, likely, down, right, size)
+        pooled = pool_regions(features, boxes, self.mask_cells, down, right)
+        masks = self.mask_predictor(self.mask_head(pooled))
         wide, tall = frame[1] / size[1], frame[0] / size[0]
         boxes = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
         return boxes, scores, masks[:, 1].sigmoid()
+
+    def pyramid(self, levels: list[Tensor], down: list[int], right: list[int]) -> list[Tensor]:
+        """torchvision's FeaturePyramidNetwork, each cell with the coarser one that it lies in."""
+        merged: list[Tensor] = []
+        for index, block in enumerate(self.fpn.inner_blocks):
+            merged.append(block(levels[index]))
+        for index in range(2, -1, -1):
+            fine, stride = merged[index], 4 << index
+            y, x = (down[index + 1] - down[index]) // stride, (right[index + 1] - right[index]) // stride  # 0 or 1
+            coarse = F.interpolate(merged[index + 1], scale_factor=2.0, mode="nearest")
+            merged[index] = fine + coarse[:, :, y : y + fine.size(2), x : x + fine.size(3)]
+        features: list[Tensor] = []
+        for index, block in enumerate(self.fpn.layer_blocks):
+            features.append(block(merged[index]))
+        return features
 
     def resized(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """-> the image [1, 3, h, w] with zeros to its right and below, and its own height and width in there."""
@@ -74,15 +94,19 @@ class ProposalNetwork(nn.Module):
         image = F.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)
         return F.pad(image, [0, -width % self.multiple, 0, -height % self.multiple]), (height, width)
 
-    def propose(self, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def propose(
+        self, features: list[Tensor], down: list[int], right: list[int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """The region proposals [R, 4] and their logits [R], best first: the best anchors of each level, without those much
         like a better one."""
         scores, boxes = torch.jit.annotate(list[Tensor], []), torch.jit.annotate(list[Tensor], [])
         of_level = self.rpn_head(features)
-        for feature, stride, logits, offsets, anchors in zip(features, self.strides, of_level[0], of_level[1], self.anchors):
+        for feature, stride, below, beside, logits, offsets, anchors in zip(
+            features, self.strides, down, right, of_level[0], of_level[1], self.anchors
+        ):
             h, w = feature.shape[2], feature.shape[3]
-            y = torch.arange(h, device=feature.device) * stride
-            x = torch.arange(w, device=feature.device) * stride
+            y = torch.arange(h, device=feature.device) * stride - below
+            x = torch.arange(w, device=feature.device) * stride - beside
             corner = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], 2)  # [h, w, 2]
             anchors = (torch.cat([corner, corner], 2)[:, :, None] + anchors).flatten(0, 2)  # [h * w * A, 4]
             level = logits.permute(0, 2, 3, 1).flatten()  # [h * w * A]
@@ -99,9 +123,12 @@ class ProposalNetwork(nn.Module):
         likely, order = likely.topk(self.regions)
         return cut(torch.cat(boxes)[order], likely, self.rounds > 0)
 
-    def detect(self, features: list[Tensor], regions: Tensor, likely: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def detect(
+        self, features: list[Tensor], regions: Tensor, likely: Tensor, down: list[int], right: list[int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """Boxes [M, 4] in the resized image and their scores [M], best first."""
-        logits, offsets = self.box_predictor(self.box_head(pool_regions(features, regions, self.box_cells)))
+        pooled = pool_regions(features, regions, self.box_cells, down, right)
+        logits, offsets = self.box_predictor(self.box_head(pooled))
         scores = logits.softmax(-1)[:, 1]
         scores = torch.where((likely > float("-inf")) & (scores > self.threshold), scores, float("-inf"))
         scores, order = scores.sort(descending=True, stable=True)
@@ -109,6 +136,23 @@ class ProposalNetwork(nn.Module):
         scores = suppress(boxes[None], scores[None], 1e-2, self.nms, self.rounds)[0]
         scores, order = scores.topk(min(self.top, scores.shape[0]))
         return cut(boxes[order], scores, self.rounds > 0)
+
+
+def lags(side: int, same: bool) -> list[int]:
+    """How many pixels before their place the cells of stride 4, 8, 16 and 32 lie along a side of an image.
+
+    Their place is where they are in images that 32 divides. Convolutions that pad as TensorFlow does ("same") and halve an odd side
+    put every cell half a step earlier than those that halve an even one.
+    """
+    found: list[int] = []
+    lag, stride = 0, 1
+    for halving in range(5):
+        if same and side % 2 == 1:
+            lag += stride
+        side, stride = (side + 1) // 2, 2 * stride
+        if halving > 0:
+            found.append(lag)
+    return found
 
 
 def decode(deltas: Tensor, boxes: Tensor, weights: list[float]) -> Tensor:
@@ -179,22 +223,25 @@ def _settle(real: Tensor, covers: Tensor) -> Tensor:
     return while_loop(differ, again, (real.clone(), torch.zeros_like(real)))[0]
 
 
-def pool_regions(features: list[Tensor], boxes: Tensor, cells: int) -> Tensor:
-    """The features [1, C, h, w], stride 4 doubling, in each of the boxes [R, 4], pixels: [R, C, cells, cells].
+def pool_regions(features: list[Tensor], boxes: Tensor, cells: int, down: list[int], right: list[int]) -> Tensor:
+    """The features [1, C, h, w], stride 4 doubling, in each of the boxes [R, 4], pixels: [R, C, cells, cells]. down, right: the
+    levels' `lags`.
 
     As torchvision's MultiScaleRoIAlign: a box's level follows from its area; four samples to a cell, each from four neighbours.
     With the levels one behind the other that is a weighted sum of 16 rows of one table, whichever level a box is on.
     """
     level = (4 + torch.log2(box_area(boxes).sqrt() / 224) + 1e-6).floor().clamp(2, 1 + len(features)) - 2  # [R]
     height, width, first = torch.zeros_like(level), torch.zeros_like(level), torch.zeros_like(level)
+    below, beside = torch.zeros_like(level), torch.zeros_like(level)
     done = 0
     for i, feature in enumerate(features):
         h, w = feature.shape[2], feature.shape[3]
         mine = level == i
         height, width = torch.where(mine, h, height), torch.where(mine, w, width)
         first = torch.where(mine, done, first)
+        below, beside = torch.where(mine, down[i], below), torch.where(mine, right[i], beside)
         done += h * w
-    scaled = boxes / (4 * 2**level)[:, None]
+    scaled = (boxes + torch.stack([beside, below, beside, below], 1)) / (4 * 2**level)[:, None]
     y, of_y = neighbours(scaled[:, 1], scaled[:, 3], height, cells)  # [R, cells, 4]
     x, of_x = neighbours(scaled[:, 0], scaled[:, 2], width, cells)
     rows = (first[:, None, None] + y * width[:, None, None]).long()

@@ -489,7 +489,7 @@ def test_pooling_of_regions_is_torchvisions(count):
     boxes = random_boxes(count) * torch.tensor([0.9, 1.2, 0.9, 1.2])
     pooling = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
     expected = pooling({str(level): feature for level, feature in enumerate(features)}, [boxes], [(512, 384)])
-    torch.testing.assert_close(pool_regions(features, boxes, 7), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pool_regions(features, boxes, 7, [0] * 4, [0] * 4), expected, atol=1e-4, rtol=1e-4)
 
 
 # ---- pt2 ----
