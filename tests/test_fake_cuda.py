@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +223,14 @@ def test_live_frame():
         output, state = net.step(frame(), Proposals(*detector(frame())), state)
         on_device((output, state))
         assert output.labels.shape == (H, W)
+
+
+def test_parts_of_a_live_frame(monkeypatch):
+    """What benchmarks/gpu_report.py captures as graphs."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    from gpu_stages import live_parts
+
+    detector, net = ProposalNetwork(packaged_detector(), fixed=True).eval(), dmm_fast.Segmenter("small")._inference
+    with fake(detector, net), torch.no_grad():
+        parts = live_parts(net, detector, frame(), masks(3), proposals(50, "soft"), proposals(50, "runs"))
+        on_device([run() for run in parts.values()])
