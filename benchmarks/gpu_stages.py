@@ -98,16 +98,11 @@ def sanitize(run: Run) -> None:
     for runs in (places, padded, places.flip(1), torch.randint(-(2**31), NO_RUN, (7, 31))):
         for grid in ((37, 53), (9, 13), (1, 1), (50, 70)):
             dmm_fast.decode_runs(runs.int().to(run.device), 37, 53, *grid)
-    for shape, dtype in (
-        ((3, 5, 50), torch.float32),
-        ((3, 50, 33), torch.float64),
-        ((300, 7, 9), torch.bfloat16),
-        ((2, 90, 300), torch.float32),
-    ):
-        cost, alone = (
-            random(*shape, dtype=dtype),
-            random(*shape[:2], dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-        )
+    problems = [((3, 5, 50), torch.float32), ((3, 50, 33), torch.float64), ((300, 7, 9), torch.bfloat16)]
+    problems += [((2, 90, 300), torch.float32), ((1, 2, 9000), torch.float32)]  # the last too wide for shared memory
+    for shape, dtype in problems:
+        cost = random(*shape, dtype=dtype)
+        alone = random(*shape[:2], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for given in (cost, cost.masked_fill(cost > 0.4, torch.inf)):
             dmm_fast.linear_assignment(given, return_duals=True)
             dmm_fast.linear_assignment(given, unmatched_cost=alone)
