@@ -63,6 +63,7 @@ def sanitize(run: Run) -> None:
     import torch
 
     import dmm_fast
+    from dmm_fast.ops.vision import NO_RUN
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(*shape, dtype=torch.float64).to(dtype).to(run.device)
@@ -87,6 +88,25 @@ def sanitize(run: Run) -> None:
     assignment, small = random(2, 3).requires_grad_(), random(3, 28, 28).requires_grad_()
     pasted = dmm_fast.paste_combine(assignment, small, boxes, (37, 53))
     torch.autograd.grad(pasted, (assignment, small), random(*pasted.shape))
+    for rows, columns, samples in ((37, 53, 2), (1, 1, 64), (5, 300, 3)):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            given = boxes.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            dmm_fast.paste_masks(random(3, 28, 28, dtype=dtype), given, rows, columns, samples)
+            dmm_fast.upsample_argmax(random(5, 9, 17, dtype=dtype) - 0.5, torch.arange(5).to(run.device), rows, columns)
+    places = torch.randint(0, 37 * 53 + 1, (7, 31)).sort(1).values
+    padded = torch.where(torch.arange(31) < torch.randint(0, 32, (7, 1)), places, NO_RUN)
+    for runs in (places, padded, places.flip(1), torch.randint(-(2**31), NO_RUN, (7, 31))):
+        for grid in ((37, 53), (9, 13), (1, 1), (50, 70)):
+            dmm_fast.decode_runs(runs.int().to(run.device), 37, 53, *grid)
+    problems = [((3, 5, 50), torch.float32), ((3, 50, 33), torch.float64), ((300, 7, 9), torch.bfloat16)]
+    problems += [((2, 90, 300), torch.float32), ((1, 2, 9000), torch.float32)]  # the last too wide for shared memory
+    for shape, dtype in problems:
+        cost = random(*shape, dtype=dtype)
+        alone = random(*shape[:2], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for given in (cost, cost.masked_fill(cost > 0.4, torch.inf)):
+            dmm_fast.linear_assignment(given, return_duals=True)
+            dmm_fast.linear_assignment(given, unmatched_cost=alone)
+    dmm_fast.linear_assignment(random(3, 5, 50), **ragged)
     if run.device == "cuda":
         torch.cuda.synchronize()
     print("done")
@@ -103,7 +123,8 @@ def step_cases(run: Run) -> list[dict[str, Any]]:
     cases = []
     for kind in ("eager",) if run.dry_run else ("graph", "eager"):
         for size, objects in sizes:
-            given = ("soft", "masks", "live") if objects == 3 else ("soft", "masks")
+            given = ("soft", "live", "runs", "masks") if objects == 3 else ("soft", "masks")
+            given = given[:2] if kind == "eager" and not run.dry_run else given  # all of one speed there: the host's
             cases += [(size, objects, proposals, kind, "float32") for proposals in given]
     if not (run.quick or run.dry_run):
         cases.append(("4K", 3, "soft", "graph", "bfloat16"))  # the one size where it might pay
@@ -146,7 +167,7 @@ def steps(run: Run) -> None:
 def follow(segmenter: Any, size: list[int], objects: int, proposals: str, run: Run) -> dict[str, Any]:
     """200 frames, fewer where they would take more than 3 s. Random frames and 50 boxes: the work is the same for all."""
     warm, most, seconds = (1, 2, 1) if run.dry_run else (5, 200, 3)
-    frame, masks, given = scene(size, soft=proposals == "soft", device=run.device)
+    frame, masks, given = scene(size, proposals, device=run.device)
     segmenter.start(frame, masks[:: 50 // objects][:objects])
     times: list[float] = []
     before, end = 0, math.inf
@@ -162,10 +183,12 @@ def follow(segmenter: Any, size: list[int], objects: int, proposals: str, run: R
     return {"ms": counted[frames // 2], "p99": counted[int(0.99 * (frames - 1))], "frames": frames, "grown": grown}
 
 
-def scene(size: list[int], soft: bool, device: str) -> tuple[Any, Any, Any]:
-    """A random frame; 50 rectangles as masks; the same as proposals, with soft masks or as they are."""
+def scene(size: list[int], kind: str, device: str) -> tuple[Any, Any, Any]:
+    """A random frame; 50 rectangles as masks; the same as proposals: "soft" masks, "runs" or the "masks" themselves."""
     import torch
     from dmm_fast.model import Proposals
+
+    from dmm_fast.proposals.base import encode_runs
 
     height, width = size
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +199,8 @@ def scene(size: list[int], soft: bool, device: str) -> tuple[Any, Any, Any]:
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist()):
         mask[y0:y1, x0:x1] = True
     scores = torch.rand(50, generator=generator).to(device)
-    shapes = torch.rand(50, 28, 28, generator=generator).to(device) if soft else masks
+    soft = torch.rand(50, 28, 28, generator=generator).to(device)
+    shapes = encode_runs(masks) if kind == "runs" else soft if kind == "soft" else masks
     return frame, masks, Proposals(boxes.float().to(device), scores, shapes)
 
 
@@ -192,6 +216,82 @@ def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006
     if device not in kept:
         kept[device] = open_proposer("small", device=device)
     return kept[device]
+
+
+def live_parts(net: Any, detector: Callable, frame: Any, masks: Any, soft: Any, runs: Any) -> dict[str, Callable]:
+    """What a live frame is made of, and all of it, for the objects `masks`; `soft` and `runs` are the same 50 proposals."""
+    import torch
+    from dmm_fast.model import Proposals
+
+    height, width = frame.shape[1:]
+    state = net.start(frame, masks, torch.ones(len(masks), dtype=torch.bool, device=frame.device))
+    features, candidates = net.encode(frame[None]), net.prepare(soft, state, height, width)
+    affinity = net.compare(features, candidates, state)
+    assignment = net.match(net.cost(affinity), soft.scores, state.valid)
+    logits = net.decide(features, candidates, affinity, assignment, state)[0].logits
+    rank = torch.arange(len(masks), device=frame.device)
+    return {
+        "step": lambda: net.step(frame, soft, state)[0].labels,
+        "encode": lambda: net.encode(frame[None]),
+        "prepare (paste_masks)": lambda: net.prepare(soft, state, height, width).cover,
+        "prepare (decode_runs)": lambda: net.prepare(runs, state, height, width).cover,
+        "compare": lambda: net.compare(features, candidates, state).iou,
+        "match": lambda: net.match(net.cost(affinity), soft.scores, state.valid),
+        "decide": lambda: net.decide(features, candidates, affinity, assignment, state)[0].labels,
+        "of it upsample_argmax": lambda: torch.ops.dmm.upsample_argmax(logits, rank, height, width),
+        "detector": lambda: detector(frame),
+        "detector and step": lambda: net.step(frame, Proposals(*detector(frame)), state)[0].labels,
+    }  # fmt: skip
+
+
+def parts(run: Run) -> None:
+    """A live frame part by part: kernels alone, as a graph's replay, and as an eager call."""
+    names = ("240p",) if run.quick else ("4K",) if run.dry_run else ("240p", "1080p", "4K")
+    sizes = [[side // (10 if run.dry_run else 1) for side in SIZES[name]] for name in names]
+    missing = [size for size in sizes if not run.has(table="parts", size=size)]
+    if not missing:
+        return
+    import core
+    import torch
+
+    import dmm_fast
+    from dmm_fast.export.detector import ProposalNetwork
+    from dmm_fast.proposals.network import packaged_detector
+
+    on_the_cpu(run, core)
+    run.machine()
+    net = dmm_fast.Segmenter(device=run.device, graph=False)._inference
+    detector = ProposalNetwork(packaged_detector(), fixed=True).eval().to(run.device)  # its buffers too
+    budget = {"rounds": 1, "sample": 0.001} if run.dry_run else {"rounds": 3, "sample": 0.02}
+    for size in missing:
+        frame, masks, soft = scene(size, "soft", run.device)
+        runs = scene(size, "runs", run.device)[2]
+        times: dict[str, dict[str, float]] = {}
+        with torch.no_grad():
+            for name, function in live_parts(net, detector, frame, masks[::16][:3], soft, runs).items():
+                if run.late:
+                    break
+                try:
+                    calls = {"call": function, "kernel": core.captured(function)}
+                    times[name] = core.medians(core.compare(calls, core.device_time, **budget))
+                except RuntimeError as error:  # out of memory, or a capture that failed: the others go on
+                    run.write(table="failed", case=f"{name} {size}", error=str(error)[:300])
+        if run.late:
+            run.write(table="cut", name="parts", case=f"parts {size}")
+            break
+        run.write(table="parts", size=size, case=f"parts {size}", seconds=times)
+
+
+def on_the_cpu(run: Run, core: Any) -> None:
+    """For a dry run: the same path with the CPU's clock on one thread, and nothing to capture."""
+    import torch
+
+    if not run.dry_run:
+        return
+    core.device_time = core.cold_device_time = core.cpu_time
+    core.captured = lambda function, calls=1: lambda: [function() for _ in range(calls)][-1]
+    core.peak_memory = lambda function: function().nbytes
+    torch.set_num_threads(1)
 
 
 def pt2(run: Run) -> None:
@@ -211,7 +311,7 @@ def pt2(run: Run) -> None:
         export(kind, net, Path(folder) / "export", progress=print, **options)
         seconds = time.monotonic() - begin
         exported = load(Path(folder) / "export", device=run.device)
-        frame, masks, given = scene(size, soft=True, device=run.device)
+        frame, masks, given = scene(size, "soft", device=run.device)
         state = exported.start(frame, masks[::16][:3], torch.ones(3, dtype=torch.bool, device=run.device))
         times = []
         for _ in range(frames + 5):
@@ -301,11 +401,7 @@ def layer(run: Run) -> None:
     import torch
     from bench_match import Case, batched, measure_gpu, measure_memory, ours
 
-    if run.dry_run:  # the same path with the CPU's clock, and nothing to capture
-        core.device_time = core.cold_device_time = core.cpu_time
-        core.captured = lambda function, calls=1: lambda: [function() for _ in range(calls)][-1]
-        core.peak_memory = lambda function: function().nbytes
-        torch.set_num_threads(1)
+    on_the_cpu(run, core)
     run.machine()
     for name, cases, peers in plan(run.quick):
         for case in cases:
@@ -331,7 +427,7 @@ def layer(run: Run) -> None:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "sanitize": sanitize, "steps": steps, "pt2": pt2, "decisions": decisions, "layer": layer,
+    "sanitize": sanitize, "steps": steps, "parts": parts, "pt2": pt2, "decisions": decisions, "layer": layer,
 }  # fmt: skip
 
 

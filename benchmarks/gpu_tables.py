@@ -48,13 +48,13 @@ def render(out: Path) -> str:
     """Everything measured so far; also written to performance_gpu.md."""
     rows = read_results(out)
     machines = [row for row in rows if row["table"] == "machine"]
-    parts = ["; ".join(f"{key} {value}" for key, value in row.items() if key != "table") + "." for row in machines]
-    for section in (steps, compiled, decisions, layer, peers, memory, vision, refused):
+    texts = ["; ".join(f"{key} {value}" for key, value in row.items() if key != "table") + "." for row in machines]
+    for section in (steps, parts, compiled, decisions, layer, peers, memory, vision, refused):
         try:
-            parts += section(rows)
+            texts += section(rows)
         except (KeyError, TypeError, ValueError) as error:  # rows of another version of this script: the other tables count
-            parts.append(f"{section.__name__}: no table, {type(error).__name__}: {error}")
-    text = "\n\n".join(parts) + "\n"
+            texts.append(f"{section.__name__}: no table, {type(error).__name__}: {error}")
+    text = "\n\n".join(texts) + "\n"
     (out / NAME).write_text(text)
     return text
 
@@ -72,6 +72,20 @@ def steps(rows: list[dict]) -> Iterator[str]:
         for row in found
     ]  # fmt: skip
     yield table(header, cells)
+
+
+def parts(rows: list[dict]) -> Iterator[str]:
+    """A live frame part by part, sizes side by side."""
+    found = [row for row in rows if row["table"] == "parts"]
+    if not found:
+        return
+    names = list(dict.fromkeys(name for row in found for name in row["seconds"]))
+    yield "A live frame part by part, 3 objects, 50 proposals, us: kernels alone (graph replay), then the whole eager call."
+    header = [text for row in found for text in (f"{row['size'][1]}x{row['size'][0]}", "call")]
+    cells = [
+        [name, *(us(row["seconds"].get(name, {}).get(way)) for row in found for way in ("kernel", "call"))] for name in names
+    ]
+    yield table(["", *header], cells)
 
 
 def decisions(rows: list[dict]) -> Iterator[str]:
@@ -141,7 +155,7 @@ def memory(rows: list[dict]) -> Iterator[str]:
 def vision(rows: list[dict]) -> Iterator[str]:
     found = [row for row in rows if row["table"] == "vision"]
     if found:
-        yield "Mask IoU and Eq. 8.\n\n" + found[-1]["text"]
+        yield "Mask IoU, Eq. 8, and to and from the grid.\n\n" + found[-1]["text"]
 
 
 def compiled(rows: list[dict]) -> Iterator[str]:
@@ -155,7 +169,7 @@ def compiled(rows: list[dict]) -> Iterator[str]:
 
 def refused(rows: list[dict]) -> Iterator[str]:
     """What failed, and what the time did not suffice for."""
-    done = {(row.get("name"), row["case"]) for row in rows if row["table"] in ("match", "step")}
+    done = {(row.get("name"), row["case"]) for row in rows if row["table"] in ("match", "step", "parts")}
     failed = {row["case"]: row["error"] for row in rows if row["table"] == "failed"}
     failed = {case: error for case, error in failed.items() if case not in {case for _, case in done}}
     if failed:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_report.py"
-STAGES = ("tests", "steps", "sanitizer", "decisions", "layer", "vision")
-TITLES = ("A frame of", "Decisions, 5x50", "Ours at 2x2", "Forward, us per call", "Peak memory", "Mask IoU")
+STAGES = ("tests", "steps", "parts", "sanitizer", "decisions", "layer", "vision")
+TITLES = ("A frame of", "A live frame", "Decisions, 5x50", "Ours at 2x2", "Forward, us per call", "Peak memory", "Mask IoU")
 
 
 def report(out: Path, *options: str) -> subprocess.CompletedProcess:

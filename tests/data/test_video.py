@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmm_fast.data.video import FramesError, VideoWriter, natural_key, open_frames, prefetch
+from dmm_fast.data.video import Behind, FramesError, VideoWriter, natural_key, open_frames, prefetch
 
 
 def save(path, value=0, size=(6, 8)):
@@ -186,3 +186,22 @@ def test_real_clip(data):
     assert (frames.size, len(frames)) == ((480, 720), 60)
     stem, frame = next(frames.read(start=59))
     assert stem == "frame_000059" and frame.shape == (480, 720, 3) and frame.dtype == np.uint8
+
+
+def test_what_runs_behind_keeps_its_order_and_tells_its_errors():
+    seen = []
+    with Behind(2) as behind:
+        for number in range(20):
+            behind(seen.append, number)
+        behind.wait()
+        assert seen == list(range(20))
+        behind(seen.append, 20)
+    assert seen[-1] == 20
+    with pytest.raises(ZeroDivisionError), Behind() as behind:
+        behind(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), Behind() as behind:
+        behind(lambda: 1 / 0)
+        behind.wait()
+    with pytest.raises(KeyError), Behind() as behind:  # what went wrong before is not hidden
+        behind(lambda: 1 / 0)
+        raise KeyError

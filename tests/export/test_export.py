@@ -339,6 +339,12 @@ def test_command(tmp_path, capsys):
 # ---- the networks in the package ----
 
 
+def packaged_net() -> DMMNet:
+    from dmm_fast import Segmenter
+
+    return Segmenter().net
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("own")
@@ -380,9 +386,9 @@ def test_without_python(own, data, tmp_path):
     first = data / "clips" / "Annotations" / "puma-chair" / "frame_000000.png"
     command = [PROGRAM, "--model", own, "--frames", tmp_path / "frames", "--masks", first, "--out", tmp_path / "out"]
     subprocess.run([*command, "--threads", "1"], check=True, env={})
-    segmenter, detector = Segmenter(), packaged_detector()
+    segmenter = Segmenter(proposer=packaged_detector())
     for stem, frame in open_frames(tmp_path / "frames").read():
-        result = segmenter.step(frame, detector(frame)) if stem != first.stem else segmenter.start(frame, read_ids(first))
+        result = segmenter.step(frame) if stem != first.stem else segmenter.start(frame, read_ids(first))
         ids = read_ids(tmp_path / "out" / f"{stem}.png")
         for k in range(1, int(result.ids.max()) + 1):
             a, b = ids == k, result.ids == k
@@ -415,6 +421,30 @@ def test_proposals_of_traced_detectors(proposing, data):
         torch.testing.assert_close(proposals.masks, expected.masks, atol=1e-3, rtol=0)
     spec = loaded.manifest.files["proposals"].outputs[2]
     assert spec.shape == (50, 28, 28) and spec.dtype == "float32"
+
+
+def test_live_steps_are_those_with_proposals(proposing, own, data):
+    """By one function or two, where the two networks have nothing in common; and where they share a backbone, as in Python."""
+    from dmm_fast.proposals.detector import packaged_detector
+    from dmm_fast.proposals.live import Live, shares_backbone
+
+    clip = read_clip(data, "puma-chair", 4, shrink=2)
+    net, detector = packaged_net(), packaged_detector()
+    live = Live(inference(net), detector.network, shares_backbone(net, detector))
+    assert live.shared
+    for loaded, expected in ((load(proposing), None), (load(own), live)):
+        state = ours = loaded.start(clip.frames[0], clip.masks, torch.ones(len(clip.masks), dtype=torch.bool))
+        for frame in clip.frames[1:]:
+            with torch.no_grad():
+                if expected is None:
+                    proposals = loaded.propose(frame)
+                    output, ours = loaded.step(frame, proposals, ours)
+                else:
+                    proposals, output, ours = expected(frame, ours)
+            found, result, state = loaded.live(frame, state)
+            assert len(found.scores) == len(proposals.scores) > 0
+            torch.testing.assert_close(found.scores, proposals.scores, atol=1e-4, rtol=0)
+            assert (result.labels != output.labels).float().mean() < 0.001 and not result.lost.any()
 
 
 def test_a_package_without_python(proposing, data, tmp_path):
@@ -450,8 +480,11 @@ def test_only_what_can_be_scripted_is(exported):
 
     with pytest.raises(ProposalError, match="on a timm backbone"):
         ProposalNetwork(MaskRCNNProposer(build(DetectorConfig(backbone="resnet18", frozen=False))))
+    frame = torch.zeros((3, 60, 80), dtype=torch.uint8)
     with pytest.raises(ExportError, match="holds no proposal network"):
-        load(exported).propose(torch.zeros((3, 60, 80), dtype=torch.uint8))
+        load(exported).propose(frame)
+    with pytest.raises(ExportError, match="holds no proposal network"):
+        load(exported).live(frame, Example(make("iou"), OPEN).state)
 
 
 def random_boxes(count: int) -> Tensor:

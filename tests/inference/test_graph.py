@@ -9,8 +9,11 @@ from dmm_fast.model import Config, DMMNet, Proposals
 from dmm_fast.model.masks import mask_boxes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dmm_fast.inference.graph import GraphStep, pad
+from dmm_fast.data.synthetic import Scene
+from dmm_fast.inference.graph import Graph, GraphStep, pad
 from dmm_fast.inference.segmenter import Segmenter, _proposals, graph_wanted
+from dmm_fast.proposals.detector import packaged_detector
+from dmm_fast.proposals.traceable import ROUNDS
 
 SIZE = (64, 96)
 gpu = pytest.mark.gpu
@@ -109,6 +112,36 @@ def test_objects_come_and_go_in_few_captures(refine, monkeypatch):
     assert captures == [1, 1, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_live_frame_is_one_graph(monkeypatch):
+    """Detector and step together, and captured again only for more slots."""
+
+    class RecordedLive(Recorded, Graph):
+        __call__ = Graph.__call__
+
+        def __init__(self, function, net):
+            self.function, self._key, self.captures = function, None, 0
+
+    eager = Segmenter(proposer=packaged_detector(top=9))
+    monkeypatch.setattr("dmm_fast.inference.segmenter.graph_wanted", lambda *_: True)
+    monkeypatch.setattr("dmm_fast.inference.segmenter.GraphStep", Recorded)
+    monkeypatch.setattr("dmm_fast.inference.segmenter.Graph", RecordedLive)
+    detector = packaged_detector(top=9)
+    detector.network.rounds = ROUNDS  # as on a GPU
+    graph = Segmenter(proposer=detector)
+    scene, captures = Scene(0, size=(96, 130), objects=3), []
+    masks = torch.from_numpy(scene.render(0)[1])
+    for segmenter in (eager, graph):
+        segmenter.start(scene.render(0)[0], {k: masks == k for k in (1, 2)})
+    for number in range(1, 5):
+        if number == 3:
+            eager.add({3: masks == 3})
+            graph.add({3: masks == 3})
+        expected, result = (segmenter.step(scene.render(number)[0]) for segmenter in (eager, graph))
+        assert np.array_equal(result.ids, expected.ids)
+        captures.append(graph._live.captures)
+    assert captures == [1, 1, 2, 2]
+
+
 def test_no_proposals_are_of_the_kind_of_others():
     """A frame without proposals must not capture again."""
     soft = Proposals(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 28, 28))
@@ -133,4 +166,4 @@ def test_graph_equals_eager(refine):
                 expected, state = net.step(frame, proposals(count, "cuda"), state)
                 found, following = step(frame, proposals(count, "cuda"), following)
                 assert torch.equal(found.labels, expected.labels) and torch.equal(found.proposal, expected.proposal)
-                torch.testing.assert_close(found.masks, expected.masks, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
