@@ -253,9 +253,9 @@ def parts(run: Run) -> None:
         return
     import core
     import torch
+    from dmm_fast.export.detector import ProposalNetwork
 
     import dmm_fast
-    from dmm_fast.export.detector import ProposalNetwork
     from dmm_fast.proposals.network import packaged_detector
 
     on_the_cpu(run, core)

@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 import dmm_fast
 from dmm_fast.data.augment import Clip
-from dmm_fast.proposals.traceable import ProposalNetwork
 from dmm_fast.inference.graph import pad
 from dmm_fast.learning.online import LOSS
 from dmm_fast.learning.unroll import unroll_all
 from dmm_fast.ops.library import CUDA_MISSING
 from dmm_fast.proposals.detector import packaged_detector
+from dmm_fast.proposals.traceable import ProposalNetwork
 from dmm_fast.training.config import TrainConfig
 
 H, W = 120, 216

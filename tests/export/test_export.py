@@ -19,11 +19,11 @@ from torch import Tensor
 
 from dmm_fast.commands import main as cli
 from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load, read
-from dmm_fast.proposals.traceable import ProposalNetwork, pool_regions, suppress
 from dmm_fast.export.flat import POOLING, Match, pool, traced
 from dmm_fast.export.loaded import verify
 from dmm_fast.export.manifest import LIMITS, NAME, OPEN, Example, flat
 from dmm_fast.export.onnx import _resize
+from dmm_fast.proposals.traceable import ProposalNetwork, pool_regions, suppress
 
 SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
 CONFIGS = {

@@ -23,8 +23,8 @@ from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.learning.losses import enlarged
 from dmm_fast.learning.online import tune, tune_proposer
 from dmm_fast.ops.vision import mask_iou, paste_combine
-from dmm_fast.proposals.mask_rcnn import TorchvisionProposer
 from dmm_fast.proposals.detector import packaged_detector
+from dmm_fast.proposals.mask_rcnn import TorchvisionProposer
 
 TINY = Config(backbone="test_resnet", input_size=(64, 96), iou_weight=0.5, refine="heavy", hidden=16, follow="refined")
 
