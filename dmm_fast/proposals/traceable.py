@@ -183,13 +183,15 @@ def suppress(boxes: Tensor, scores: Tensor, least: float, threshold: float, roun
     Whether a box stays follows from those before it, so repeating the rule for all at once settles on the one answer, in as
     many rounds as the longest chain of boxes that decide about each other, some ten; or in `rounds`, if given, without asking the device.
     """
-    shared = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    shared = (shared - torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])).clamp(min=0).prod(3)  # [L, R, R]
+    left, top, right, bottom = boxes.unbind(2)  # [L, R] each
+    wide = torch.minimum(right[:, :, None], right[:, None]) - torch.maximum(left[:, :, None], left[:, None])
+    tall = torch.minimum(bottom[:, :, None], bottom[:, None]) - torch.maximum(top[:, :, None], top[:, None])
+    shared = wide.clamp(min=0) * tall.clamp(min=0)  # [L, R, R]
     sides = boxes[:, :, 2:] - boxes[:, :, :2]
-    areas = sides.prod(2)
+    areas = sides[:, :, 0] * sides[:, :, 1]
     real = (scores > float("-inf")) & (sides >= least).all(2)  # [L, R]
-    better = torch.ones_like(shared).triu(1) * real[:, :, None]  # row before column
-    covers = torch.where(shared / (areas[:, :, None] + areas[:, None] - shared) > threshold, better, 0.0)
+    alike = shared / (areas[:, :, None] + areas[:, None] - shared) > threshold
+    covers = (alike & real[:, :, None]).to(boxes.dtype).triu(1)  # row before column
     stays = real.float()
     if rounds > 0:
         for _ in range(rounds):
@@ -248,6 +250,7 @@ def pool_regions(features: list[Tensor], boxes: Tensor, cells: int, down: list[i
     index = (rows[:, :, None, :, None] + x.long()[:, None, :, None]).flatten(3)  # [R, cells, cells, 16]
     weight = (of_y[:, :, None, :, None] * of_x[:, None, :, None]).flatten(3)
     table = torch.cat([feature[0].flatten(1) for feature in features], 1).t().contiguous()  # [all cells of all levels, C]
+    table = table.to(weight.dtype)  # under autocast features are shorter
     pooled = F.embedding_bag(index.flatten(0, 2), table, per_sample_weights=weight.flatten(0, 2), mode="sum")
     return pooled.view(-1, cells, cells, table.shape[1]).permute(0, 3, 1, 2)
 
