@@ -89,12 +89,12 @@ class DMMNet(nn.Module):
         levels: list[Tensor] = []
         if self.backbone is not None:
             image = frames.to(self.mean.dtype)
-            if not frames.is_floating_point():
-                image = image / 255.0
             size = self.resized(frames.size(2), frames.size(3))
             # Not asked: whether the frame has that size already. Export would then fix the answer.
             if self.input_size[0] > 0 or self.short_side > 0:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+            if not frames.is_floating_point():
+                image = image / 255.0
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 
