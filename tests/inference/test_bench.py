@@ -16,7 +16,7 @@ def test_bench_times_every_stage(tmp_path, capsys):
     report = json.loads((tmp_path / "bench.json").read_text())
     told = capsys.readouterr().out
     assert report["machine"]["CPU"] in told and "its own time is not included" in told
-    stages = {"eager": ["decode", "proposals", "features", "matching", "refinement", "step", "write"]}
+    stages = {"eager": ["decode", "features", "proposals", "matching", "refinement", "step", "write"]}
     for runtime in ("eager", "torchscript", "c++ torchscript"):
         for objects in (1, 3):
             rows = [row for row in report["rows"] if (row["runtime"], row["objects"]) == (runtime, objects)]
