@@ -177,7 +177,7 @@ class Segmenter:
         size = self._size
         tensor = _frame(frame, size)
         if proposals is None and self._live is not None:
-            tensor = tensor.to(self.device)
+            tensor = self._on_device(tensor)
             found, output, state = self._live(tensor, state)
             kept = list(range(found.scores.numel()))
         else:
@@ -186,7 +186,7 @@ class Segmenter:
                     raise ValueError("Segmenter.step: give proposals, or a proposer when making the Segmenter")
                 proposals = self.proposer(frame)
             proposals, kept = _proposals(proposals, size, self.config.top, self.device)
-            tensor = tensor.to(self.device)
+            tensor = self._on_device(tensor)
             output, state = self._advance(tensor, proposals, state)
 
         table = np.array([0, *self._slot_ids], np.uint8)
@@ -213,6 +213,12 @@ class Segmenter:
         affinity = net.compare(features, candidates, state)
         assignment = self._assignment(net.cost(affinity), candidates.scores, state.valid)
         return net.decide(features, candidates, affinity, assignment, state)
+
+    def _on_device(self, frame: Tensor) -> Tensor:
+        """The frame where the network is; to a GPU without waiting for the copy."""
+        if self.device.type == "cuda" and not frame.is_cuda:
+            return frame.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return frame.to(self.device)
 
     def _joined(self, proposer: Proposer | None) -> Callable[[Tensor, State], tuple[Proposals, Output, State]] | None:
         """Proposals and step in one, where `proposer` is a detector that can join."""

@@ -372,7 +372,8 @@ def test_the_packages_own_networks(clip, own):
         torch.testing.assert_close(proposals.masks, expected.masks, atol=1e-3, rtol=0)
 
 
-def test_without_python(own, data, tmp_path):
+@pytest.mark.parametrize("size", [(720, 480), (1920, 1080)])
+def test_without_python(own, data, tmp_path, size):
     """Frames and first masks are all that the C++ program is given: it proposes and follows as Python does."""
     from dmm_fast import Segmenter
     from dmm_fast.data.masks import read_ids
@@ -382,8 +383,9 @@ def test_without_python(own, data, tmp_path):
 
     (tmp_path / "frames").mkdir()
     for file in sorted((data / "clips" / "JPEGImages" / "puma-chair").iterdir())[:4]:
-        shutil.copy(file, tmp_path / "frames")
-    first = data / "clips" / "Annotations" / "puma-chair" / "frame_000000.png"
+        Image.open(file).resize(size).save(tmp_path / "frames" / f"{file.stem}.png")
+    first = tmp_path / "frame_000000.png"
+    Image.open(data / "clips" / "Annotations" / "puma-chair" / first.name).resize(size, Image.Resampling.NEAREST).save(first)
     command = [PROGRAM, "--model", own, "--frames", tmp_path / "frames", "--masks", first, "--out", tmp_path / "out"]
     subprocess.run([*command, "--threads", "1"], check=True, env={})
     segmenter = Segmenter(proposer=packaged_detector())

@@ -142,6 +142,18 @@ def test_a_live_frame_is_one_graph(monkeypatch):
     assert captures == [1, 1, 2, 2]
 
 
+@gpu
+def test_a_live_graph_equals_eager():
+    scene = Scene(0, size=(240, 432), objects=3)
+    segmenters = [Segmenter(device="cuda", proposer=packaged_detector(device="cuda"), graph=graph) for graph in (True, False)]
+    for segmenter in segmenters:
+        segmenter.start(*scene.render(0))
+    for number in range(1, 5):
+        found, expected = (segmenter.step(scene.render(number)[0]) for segmenter in segmenters)
+        assert (found.ids != expected.ids).mean() < 1e-3
+        assert [o.lost for o in found.objects] == [o.lost for o in expected.objects]
+
+
 def test_no_proposals_are_of_the_kind_of_others():
     """A frame without proposals must not capture again."""
     soft = Proposals(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 28, 28))
