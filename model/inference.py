@@ -7,19 +7,37 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .network import DMMNet
+from .refinement import HeavyRefinement
 
 
-def inference(net: DMMNet) -> DMMNet:
+def inference(net: DMMNet, dtype: torch.dtype = torch.float32) -> DMMNet:
     """`net`, which must be in eval mode, with a folded copy of its backbone. The rest is shared: what that learns counts here.
 
-    On a CPU convolutions run channels-last, and so do the shared ones from now on.
+    On a CPU convolutions run channels-last, and so do the shared ones from now on. dtype: of what costs the most, the backbone and
+    the heavy refinement's decoder, which are copies then; all else, the matching first of all, stays as it is.
     """
     twin = copy.copy(net)
     if net.backbone is not None:
-        twin._modules = {**net._modules, "backbone": folded(net.backbone)}
+        backbone = folded(net.backbone)
+        if dtype != torch.float32:
+            backbone = Within(backbone, dtype)
+        twin._modules = {**net._modules, "backbone": backbone}
+    if dtype != torch.float32 and isinstance(net.refinement, HeavyRefinement):
+        twin._modules["refinement"] = net.refinement.in_precision(dtype)
     if net.mean.device.type == "cpu":
         twin.to(memory_format=torch.channels_last)
     return twin
+
+
+class Within(nn.Module):
+    """A backbone that computes in another type than what comes in and goes out."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [level.to(x.dtype) for level in self.module(x.to(self.dtype))]
 
 
 def folded(backbone: nn.Module) -> nn.Module:

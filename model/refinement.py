@@ -1,5 +1,7 @@
 """Refinement of matched masks: `start(features, masks)` -> hidden state, `forward(..)` -> logits, parts, hidden state."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -310,9 +312,11 @@ class HeavyRefinement(nn.Module):
 
     def decode(self, features: list[Tensor], maps: Tensor, cues: Tensor) -> Tensor:
         """Coarse to fine; the logit of the mask at the stem's size, [N, 1, h1, w1]."""
-        x = features[4]
+        dtype = self.head.weight.dtype
+        maps, cues = maps.to(dtype), cues.to(dtype)
+        x = features[4].to(dtype)
         for k, (image, own, up, block) in enumerate(zip(self.images, self.owns, self.ups, self.blocks)):
-            level = features[3 - k]
+            level = features[3 - k].to(dtype)
             size = [level.size(2), level.size(3)]
             known = maps
             if k < 3:
@@ -320,7 +324,15 @@ class HeavyRefinement(nn.Module):
                 known = torch.cat([known, F.interpolate(cues, size=size, mode="bilinear", align_corners=False)], 1)
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
-        return self.head(x)
+        return self.head(x).to(features[4].dtype)
+
+    @torch.jit.unused
+    def in_precision(self, dtype: torch.dtype) -> nn.Module:
+        """The same with a copy of the decoder in `dtype`."""
+        twin = copy.copy(self)
+        decoder = {name: copy.deepcopy(self._modules[name]).to(dtype) for name in ("images", "owns", "ups", "blocks", "head")}
+        twin._modules = {**self._modules, **decoder}
+        return twin
 
 
 def doubled(logits: Tensor) -> Tensor:

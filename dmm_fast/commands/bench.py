@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import PRESETS, add_command, check_device, count
+from dmm_fast.commands.options import PRESETS, add_command, add_precision, check_device, count
 
 SIZES = [(240, 432), (480, 854), (720, 1280), (1080, 1920), (2160, 3840)]
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
         "--detector", metavar="NAME",
         help="a live detector instead of the file: small or FILE.safetensors; with eager also torchvision, ...",
     )  # fmt: skip
+    add_precision(parser)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
 
@@ -65,7 +66,7 @@ def run(a: argparse.Namespace) -> int:
     if a.frame_size:
         report = bench_frame_sizes(
             net, sizes=a.frame_size, objects=a.objects[0] if a.objects else 3, frames=a.frames, proposals=a.proposals,
-            detector=a.detector, progress=partial(print, flush=True),
+            detector=a.detector, precision=a.precision, progress=partial(print, flush=True),
         )  # fmt: skip
         print(frame_size_table(report))
         if a.out:
@@ -74,7 +75,7 @@ def run(a: argparse.Namespace) -> int:
         return 0
     report = bench(
         net, objects=a.objects or [1, 5, 10, 20], runtimes=a.runtimes, size=a.size, frames=a.frames, proposals=a.proposals, detector=a.detector,
-        progress=partial(print, flush=True),
+        precision=a.precision, progress=partial(print, flush=True),
     )  # fmt: skip
     print(table(report))
     if a.out:

@@ -49,15 +49,16 @@ def bench(
     frames: int = 40,
     proposals: int = 50,
     detector: str | None = None,
+    precision: str = "float32",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure; returns {"machine", "settings", "rows"}, one row per runtime, number of objects and stage.
 
     detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network, and
-    part of the step: a backbone that both have runs once, in "features".
+    part of the step: a backbone that both have runs once, in "features". precision: of the runtime "eager", see `Segmenter`.
     """
     device = net.mean.device
-    stages_of_net = _stages_of(net, detector)
+    stages_of_net = _stages_of(net, detector, precision)
     source = (
         "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
     )
@@ -85,7 +86,7 @@ def bench(
     settings = {
         "config": net.config.to_dict(), "device": str(device), "size": list(size),
         "frames": ROUNDS * math.ceil(frames / ROUNDS),
-        "proposals a frame": proposals, "proposals": source, "detector": detector,
+        "proposals a frame": proposals, "proposals": source, "detector": detector, "precision": precision,
     }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
@@ -98,6 +99,7 @@ def bench_frame_sizes(
     frames: int = 15,
     proposals: int = 50,
     detector: str | None = None,
+    precision: str = "float32",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """As `bench`, of the network in eager PyTorch alone, by the frames' size (height, width); the sizes take turns."""
@@ -109,14 +111,17 @@ def bench_frame_sizes(
             progress(f"making a clip of {size[1]}x{size[0]}")
             _make_clip(clip, objects, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
         turns: dict[tuple[int, int], Times] = {size: defaultdict(list) for size in sizes}
-        stages_of_net = _stages_of(net, detector)
+        stages_of_net = _stages_of(net, detector, precision)
         for size in sizes * ROUNDS:
             for stage, times in _python(inference(net), stages_of_net, clips[size], device, detector is None).items():
                 turns[size][stage] += times[WARM:]
     for size, stages in turns.items():
         row = {"size": list(size), "objects": objects, **{stage: float(np.median(stages[stage])) for stage in STAGES}}
         rows.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
-    settings = {"config": net.config.to_dict(), "device": str(device), "proposals a frame": proposals, "detector": detector}
+    settings = {
+        "config": net.config.to_dict(), "device": str(device), "proposals a frame": proposals, "detector": detector,
+        "precision": precision,
+    }  # fmt: skip
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
 
@@ -236,9 +241,10 @@ def _exported(name: str, exports: _Exports, clip: Path, device: torch.device, li
     return _python(exported, [("step", step)], clip, device, not live)
 
 
-def _stages_of(net: DMMNet, detector: str | None) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
+def _stages_of(net: DMMNet, detector: str | None, precision: str) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
     """A step in its parts, each from and to `kept`; with a detector, proposals are one of them."""
-    fast = inference(net)
+    dtype = getattr(torch, precision)
+    fast = inference(net, dtype)
 
     def features(kept: dict[str, Any]) -> None:
         kept["features"] = fast.encode(kept["frame"][None])
@@ -257,7 +263,9 @@ def _stages_of(net: DMMNet, detector: str | None) -> list[tuple[str, Callable[[d
         return [("features", features), *rest]
     proposer: Any = open_proposer(detector, device=net.mean.device)
     network = getattr(proposer, "network", None)
-    live = None if network is None else Live(fast, network, shares_backbone(net, proposer)).eval()
+    live = None
+    if network is not None:
+        live = Live(fast, network.in_precision(dtype), shares_backbone(net, proposer)).eval()
 
     def proposals(kept: dict[str, Any]) -> None:
         kept["proposals"] = live.propose(kept["frame"], kept["features"]) if live else proposer(kept["frame"])

@@ -59,6 +59,7 @@ def segment(
     online: str | None = None,
     device: str = "cpu",
     graph: bool | None = None,
+    precision: str = "float32",
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -70,7 +71,7 @@ def segment(
     frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay
     video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
-    graph: whether the step runs as a CUDA graph (see `Segmenter`); the report says whether it did.
+    graph: whether the step runs as a CUDA graph, precision: of the convolutions (see `Segmenter`); the report says what it was.
     save_every: seconds between saved states.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
@@ -86,6 +87,7 @@ def segment(
         "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
         "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
+        "precision": precision,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
     }  # fmt: skip
     _check_out(out, source, given)
@@ -100,11 +102,12 @@ def segment(
         if folder.tuned_proposer.exists() and isinstance(propose, Live):
             propose.load(folder.tuned_proposer)
         path = folder.state(checkpoint["next"])
-        segmenter = Segmenter.load(path, weights=kept, device=device, graph=graph, proposer=detector)
+        segmenter = Segmenter.load(path, weights=kept, device=device, graph=graph, proposer=detector, precision=precision)
     else:
         config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
         how: dict[str, Any] = {
             "refine": refine, "matcher": matcher, "decision": decision, "graph": graph, "proposer": detector,
+            "precision": precision,
         }  # fmt: skip
         segmenter = Segmenter(config, weights=weights, device=device, **how)
     if budget is not None and segmenter.config.backbone == "none":

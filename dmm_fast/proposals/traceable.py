@@ -5,6 +5,7 @@ torchvision's `nms` and `roi_align` live in a library that only Python loads, so
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -50,6 +51,15 @@ class ProposalNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(size.image_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(size.image_std)[:, None, None])
 
+    def in_precision(self, dtype: torch.dtype) -> ProposalNetwork:
+        """The same with a copy of the pyramid and of what convolves on it, regions and masks, in `dtype`."""
+        if dtype == torch.float32:
+            return self
+        twin = copy.copy(self)
+        heads = ("fpn", "rpn_head", "mask_head", "mask_predictor")
+        twin._modules = {**self._modules, **{name: copy.deepcopy(self._modules[name]).to(dtype) for name in heads}}
+        return twin
+
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image, size = self.resized((frame.float() / 255 - self.mean) / self.std)
         return self.find(self.body(image), (image.size(2), image.size(3)), size, (frame.size(1), frame.size(2)))
@@ -61,12 +71,13 @@ class ProposalNetwork(nn.Module):
         """What `forward` gives, from the body's four levels. Heights and widths: of the image that the body saw, of the frame in it
         (the rest is padding), and of the frame itself."""
         down, right = lags(image[0], self.lags), lags(image[1], self.lags)
-        features = self.pyramid(levels, down, right)  # [1, C, h, w] of stride 4, 8, 16, 32
+        dtype = self.mask_predictor.mask_fcn_logits.weight.dtype
+        features = self.pyramid([level.to(dtype) for level in levels], down, right)  # [1, C, h, w] of stride 4, 8, 16, 32
         coarsest = F.max_pool2d(features[3], 1, 2)
         regions, likely = self.propose(features[1:] + [coarsest], down[1:] + down[3:], right[1:] + right[3:], size)
         boxes, scores = self.detect(features, regions, likely, down, right, size)
         pooled = pool_regions(features, boxes, self.mask_cells, down, right)
-        masks = self.mask_predictor(self.mask_head(pooled))
+        masks = self.mask_predictor(self.mask_head(pooled.to(dtype))).to(boxes.dtype)
         wide, tall = frame[1] / size[1], frame[0] / size[0]
         boxes = torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
         return boxes, scores, masks[:, 1].sigmoid()
@@ -109,8 +120,8 @@ class ProposalNetwork(nn.Module):
             x = torch.arange(w, device=feature.device) * stride - beside
             corner = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], 2)  # [h, w, 2]
             anchors = (torch.cat([corner, corner], 2)[:, :, None] + anchors).flatten(0, 2)  # [h * w * A, 4]
-            level = logits.permute(0, 2, 3, 1).flatten()  # [h * w * A]
-            deltas = offsets.view(-1, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4)  # [h * w * A, 4]
+            level = logits.float().permute(0, 2, 3, 1).flatten()  # [h * w * A]
+            deltas = offsets.float().view(-1, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4)  # [h * w * A, 4]
             # As many candidates on every level, so that their number does not follow from the frame's size.
             best, index = F.pad(level, [0, self.candidates], value=float("-inf")).topk(self.candidates)
             index = index.clamp(max=level.shape[0] - 1)
@@ -250,7 +261,7 @@ def pool_regions(features: list[Tensor], boxes: Tensor, cells: int, down: list[i
     index = (rows[:, :, None, :, None] + x.long()[:, None, :, None]).flatten(3)  # [R, cells, cells, 16]
     weight = (of_y[:, :, None, :, None] * of_x[:, None, :, None]).flatten(3)
     table = torch.cat([feature[0].flatten(1) for feature in features], 1).t().contiguous()  # [all cells of all levels, C]
-    table = table.to(weight.dtype)  # under autocast features are shorter
+    table = table.to(weight.dtype)
     pooled = F.embedding_bag(index.flatten(0, 2), table, per_sample_weights=weight.flatten(0, 2), mode="sum")
     return pooled.view(-1, cells, cells, table.shape[1]).permute(0, 3, 1, 2)
 

@@ -321,3 +321,37 @@ def test_real_clip(data, matcher):
             ids = segmenter.step(image, detections.frame(path.stem, gt.shape)).ids == 1
             overlaps.append((ids & gt).sum() / (ids | gt).sum())
     assert np.mean(overlaps) > 0.85
+
+
+def test_bfloat16_convolutions_change_little(data):
+    """A real clip with the packaged networks: all but the same masks, matching in float32, the network itself untouched."""
+    from dmm_fast.proposals.detector import packaged_detector
+
+    folder = data / "clips" / "JPEGImages" / "horsejump-high"
+    frames = [np.asarray(Image.open(path).resize((427, 240))) for path in sorted(folder.iterdir())[:4]]
+    first = Image.open(data / "clips" / "Annotations_first" / "horsejump-high" / "00000.png")
+    ids = np.asarray(first.resize((427, 240), Image.Resampling.NEAREST))
+    full, short = (Segmenter(proposer=packaged_detector(), precision=name) for name in ("float32", "bfloat16"))
+    assert {p.dtype for p in short.net.parameters()} == {torch.float32} and full._digest == short._digest
+    assert short._inference.refinement.head.weight.dtype == torch.bfloat16
+    for segmenter in (full, short):
+        segmenter.start(frames[0], ids)
+    for frame in frames[1:]:
+        expected, result = full.step(frame), short.step(frame)
+        assert short._state.features.dtype == short._state.masks.dtype == torch.float32
+        both = (expected.ids > 0) & (result.ids == expected.ids)
+        assert both.sum() > 0.9 * ((expected.ids > 0) | (result.ids > 0)).sum()
+    with pytest.raises(ValueError, match="precision must be one of .*bfloat16.*, got 'half'"):
+        Segmenter("iou", precision="half")
+
+
+def test_what_is_learnt_runs_in_bfloat16_too(monkeypatch):
+    """Copies in another type are made anew after online learning."""
+    segmenter = Segmenter(precision="bfloat16")
+    with torch.no_grad():
+        monkeypatch.setattr(
+            "dmm_fast.learning.online.tune", lambda net, *_, **__: net.refinement.head.weight.fill_(0.25).numel() * 0 + 3
+        )
+        frame, ids = np.zeros((*SIZE, 3), np.uint8), np.ones(SIZE, np.uint8)
+        assert segmenter.tune(frame, ids, epochs=1) == 3
+    assert (segmenter._inference.refinement.head.weight == 0.25).all()
