@@ -218,11 +218,11 @@ def _detector(device: str, kept: dict[str, Any] = {}) -> Callable:  # noqa: B006
     return kept[device]
 
 
-def live_parts(net: Any, detector: Callable, frame: Any, masks: Any, soft: Any, runs: Any) -> dict[str, Callable]:
+def live_parts(live: Any, frame: Any, masks: Any, soft: Any, runs: Any) -> dict[str, Callable]:
     """What a live frame is made of, and all of it, for the objects `masks`; `soft` and `runs` are the same 50 proposals."""
     import torch
-    from dmm_fast.model import Proposals
 
+    net = live.net
     height, width = frame.shape[1:]
     state = net.start(frame, masks, torch.ones(len(masks), dtype=torch.bool, device=frame.device))
     features, candidates = net.encode(frame[None]), net.prepare(soft, state, height, width)
@@ -239,8 +239,9 @@ def live_parts(net: Any, detector: Callable, frame: Any, masks: Any, soft: Any, 
         "match": lambda: net.match(net.cost(affinity), soft.scores, state.valid),
         "decide": lambda: net.decide(features, candidates, affinity, assignment, state)[0].labels,
         "of it upsample_argmax": lambda: torch.ops.dmm.upsample_argmax(logits, rank, height, width),
-        "detector": lambda: detector(frame),
-        "detector and step": lambda: net.step(frame, Proposals(*detector(frame)), state)[0].labels,
+        "detector": lambda: live.detector(frame),
+        "proposals of its features": lambda: live.propose(frame, features),
+        "live": lambda: live(frame, state)[1].labels,
     }  # fmt: skip
 
 
@@ -253,22 +254,23 @@ def parts(run: Run) -> None:
         return
     import core
     import torch
-    from dmm_fast.export.detector import ProposalNetwork
 
     import dmm_fast
-    from dmm_fast.proposals.network import packaged_detector
+    from dmm_fast.proposals.detector import packaged_detector
+    from dmm_fast.proposals.traceable import ROUNDS
 
     on_the_cpu(run, core)
     run.machine()
-    net = dmm_fast.Segmenter(device=run.device, graph=False)._inference
-    detector = ProposalNetwork(packaged_detector(), fixed=True).eval().to(run.device)  # its buffers too
+    detector = packaged_detector(device=run.device)
+    detector.network.rounds = ROUNDS  # in a dry run too
+    live = dmm_fast.Segmenter(device=run.device, graph=False, proposer=detector)._live
     budget = {"rounds": 1, "sample": 0.001} if run.dry_run else {"rounds": 3, "sample": 0.02}
     for size in missing:
         frame, masks, soft = scene(size, "soft", run.device)
         runs = scene(size, "runs", run.device)[2]
         times: dict[str, dict[str, float]] = {}
         with torch.no_grad():
-            for name, function in live_parts(net, detector, frame, masks[::16][:3], soft, runs).items():
+            for name, function in live_parts(live, frame, masks[::16][:3], soft, runs).items():
                 if run.late:
                     break
                 try:

@@ -28,6 +28,7 @@ from dmm_fast.learning.online import LOSS
 from dmm_fast.learning.unroll import unroll_all
 from dmm_fast.ops.library import CUDA_MISSING
 from dmm_fast.proposals.detector import packaged_detector
+from dmm_fast.proposals.live import Live
 from dmm_fast.proposals.traceable import ProposalNetwork
 from dmm_fast.training.config import TrainConfig
 
@@ -215,14 +216,21 @@ def test_detector():
         assert boxes.shape == (50, 4) and scores.shape == (50,) and inside.shape == (50, 28, 28)
 
 
-def test_live_frame():
-    """The detector, then the step on what it found."""
-    detector, net = ProposalNetwork(packaged_detector(), fixed=True).eval(), dmm_fast.Segmenter("small")._inference
-    with fake(detector, net), torch.no_grad():
-        state = net.start(frame(), masks(3), torch.ones(3, dtype=torch.bool, device="cuda"))
-        output, state = net.step(frame(), Proposals(*detector(frame())), state)
-        on_device((output, state))
-        assert output.labels.shape == (H, W)
+def live(shared: bool) -> Live:
+    return Live(dmm_fast.Segmenter()._inference, ProposalNetwork(packaged_detector(), fixed=True).eval(), shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_live_frame(shared):
+    """The detector, on its own features or the network's, then the step on what it found."""
+    network = live(shared)
+    with fake(network), torch.no_grad():
+        large = torch.empty(3, 2 * H, 2 * W, dtype=torch.uint8, device="cuda")
+        objects = torch.empty(3, 2 * H, 2 * W, dtype=torch.bool, device="cuda")
+        state = network.net.start(large, objects, torch.ones(3, dtype=torch.bool, device="cuda"))
+        found, output, state = network(large, state)
+        on_device((found, output, state))
+        assert output.labels.shape == (2 * H, 2 * W) and found.scores.shape == (50,)
 
 
 def test_parts_of_a_live_frame(monkeypatch):
@@ -230,7 +238,7 @@ def test_parts_of_a_live_frame(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
     from gpu_stages import live_parts
 
-    detector, net = ProposalNetwork(packaged_detector(), fixed=True).eval(), dmm_fast.Segmenter("small")._inference
-    with fake(detector, net), torch.no_grad():
-        parts = live_parts(net, detector, frame(), masks(3), proposals(50, "soft"), proposals(50, "runs"))
+    network = live(True)
+    with fake(network), torch.no_grad():
+        parts = live_parts(network, frame(), masks(3), proposals(50, "soft"), proposals(50, "runs"))
         on_device([run() for run in parts.values()])
