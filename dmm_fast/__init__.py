@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         mask_iou,
         match,
         match_prices,
+        match_tracks,
         paste_combine,
         paste_masks,
         reference,
@@ -39,7 +40,7 @@ __version__ = "0.1.0"
 
 _OPS = (
     "assign", "decode_runs", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match",
-    "match_prices", "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
+    "match_prices", "match_tracks", "paste_combine", "paste_masks", "sinkhorn", "upsample_argmax",
 )  # fmt: skip
 # Loaded when first asked for: their dependencies (torchvision, timm, Pillow ...) are not those of the layer.
 _LAZY = {
@@ -51,7 +52,7 @@ _LAZY = {
 
 __all__ = [
     "Segmenter", "assign", "build_info", "decode_runs", "evaluate", "feasibility", "greedy", "hungarian", "linear_assignment",
-    "mask_confident", "mask_iou", "match", "match_prices", "paste_combine", "paste_masks", "reference", "sinkhorn",
+    "mask_confident", "mask_iou", "match", "match_prices", "match_tracks", "paste_combine", "paste_masks", "reference", "sinkhorn",
     "upsample_argmax",
 ]  # fmt: skip
 
