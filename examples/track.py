@@ -64,7 +64,7 @@ class Track:
 class Tracker:
     """`step` takes the proposals of a frame and gives the id map of the tracks seen in it."""
 
-    unmatched_cost: float | None = 0.7  # of a track that takes no proposal; None: it takes one if there is any
+    unmatched_cost: float | None = 0.75  # of a track that takes no proposal; None: it takes one if there is any
     appearance: float = 0.3  # its weight; the rest is that of the overlap with the last mask
     birth: float = 0.5  # the score from which a proposal that no track takes starts a track
     patience: int = 20  # frames that a track may be unseen
@@ -85,7 +85,7 @@ class Tracker:
             new = number not in choice and score >= self.birth
             if new and (mask & taken).sum() < 0.5 * mask.sum():  # else a part of what is known, or a group
                 self.started += 1
-                self.tracks.append(Track((self.started - 1) % 254 + 1, mask, appearance))
+                self.tracks.append(Track((self.started - 1) % 254 + 1, mask, appearance))  # an id map holds 254
                 taken = taken | mask
         self.tracks = [track for track in self.tracks if track.unseen <= self.patience]
         now = sorted((track for track in self.tracks if track.unseen == 0), key=lambda track: int(track.mask.sum()))
