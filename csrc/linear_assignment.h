@@ -14,30 +14,13 @@ inline constexpr const char* kLinearAssignmentDualsSchema =
     "linear_assignment_duals(Tensor cost, Tensor? unmatched_cost=None, Tensor? num_templates=None, "
     "Tensor? num_proposals=None) -> (Tensor choice, Tensor template_prices, Tensor proposal_prices)";
 
-// Checked, contiguous inputs.
-struct AssignmentInputs {
-  MatchInputs match;
-  std::optional<Tensor> unmatched;  // [N] or [B, N]
-
-  int64_t unmatched_stride() const { return unmatched && unmatched->dim() == 2 ? match.N : 0; }
-};
-
-inline AssignmentInputs check_assignment(const char* op, const Tensor& cost, const std::optional<Tensor>& unmatched_cost,
-                                         const std::optional<Tensor>& num_templates,
-                                         const std::optional<Tensor>& num_proposals) {
+inline MatchInputs check_assignment(const char* op, const Tensor& cost, const std::optional<Tensor>& unmatched_cost,
+                                    const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals) {
   const MatchOptions options{1, 1, 1.0, false, false};
-  MatchInputs in = check_match(op, cost, std::nullopt, num_templates, num_proposals, std::nullopt, options);
+  MatchInputs in = check_match(op, cost, std::nullopt, num_templates, num_proposals, std::nullopt, options, unmatched_cost);
   constexpr int64_t kMost = (int64_t{1} << 31) - 64;  // columns are counted in 32 bits
   DMM_CHECK(in.N <= kMost && in.M <= kMost, op, ": a problem must be smaller than 2^31 on each side, got ", shape_of(cost));
-  if (unmatched_cost) {
-    const Tensor& given = *unmatched_cost;
-    const bool each = given.dim() == 2 && cost.dim() == 3 && given.size(0) == in.B && given.size(1) == in.N;
-    DMM_CHECK((given.dim() == 1 && given.size(0) == in.N) || each, op, ": unmatched_cost must have shape [", in.N, "] or [",
-              in.B, ", ", in.N, "], got ", shape_of(given));
-    check_dtype(op, "unmatched_cost", given, accumulate_type(cost.scalar_type()));
-    check_same_device(op, "unmatched_cost", given, "cost", cost);
-  }
-  return {std::move(in), as_contiguous(unmatched_cost)};
+  return in;
 }
 
 // The results. `like` is the given cost.
@@ -57,16 +40,15 @@ struct AssignmentOutputs {
 };
 
 template <typename T, typename Price = T>
-AssignmentProblem<T, Price> problem_of(const AssignmentInputs& in, const AssignmentOutputs& out, bool duals) {
-  const MatchInputs& m = in.match;
-  return {static_cast<const T*>(m.cost.data_ptr()),
+AssignmentProblem<T, Price> problem_of(const MatchInputs& in, const AssignmentOutputs& out, bool duals) {
+  return {static_cast<const T*>(in.cost.data_ptr()),
           data_of<Price>(in.unmatched),
           in.unmatched_stride(),
-          data_of<int64_t>(m.num_templates),
-          data_of<int64_t>(m.num_proposals),
-          m.B,
-          m.N,
-          m.M,
+          data_of<int64_t>(in.num_templates),
+          data_of<int64_t>(in.num_proposals),
+          in.B,
+          in.N,
+          in.M,
           static_cast<int64_t*>(out.choice.data_ptr()),
           duals ? static_cast<Price*>(out.template_prices.data_ptr()) : nullptr,
           duals ? static_cast<Price*>(out.proposal_prices.data_ptr()) : nullptr};

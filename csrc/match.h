@@ -18,10 +18,11 @@ namespace dmm {
 
 inline constexpr const char* kMatchSchema =
     "match(Tensor cost, Tensor? init=None, Tensor? num_templates=None, Tensor? num_proposals=None, Tensor? lr_tensor=None, "
-    "int n_grad=40, int n_proj=5, float lr=0.1, bool carry=False, bool last=False) -> Tensor";
+    "int n_grad=40, int n_proj=5, float lr=0.1, bool carry=False, bool last=False, Tensor? unmatched_cost=None) -> Tensor";
 inline constexpr const char* kMatchBackwardSchema =
     "match_backward(Tensor grad, Tensor cost, Tensor? init, Tensor? num_templates, Tensor? num_proposals, Tensor? lr_tensor, "
-    "int n_grad, int n_proj, float lr, bool carry, bool last) -> (Tensor grad_cost, Tensor grad_init, Tensor grad_lr)";
+    "int n_grad, int n_proj, float lr, bool carry, bool last, Tensor? unmatched_cost=None) "
+    "-> (Tensor grad_cost, Tensor grad_init, Tensor grad_lr)";
 
 // Checked, contiguous inputs. `cost` is [B, N, M] or [N, M] (then B = 1).
 struct MatchInputs {
@@ -29,9 +30,11 @@ struct MatchInputs {
   std::optional<Tensor> init, num_templates, num_proposals, lr;
   int64_t B, N, M;
   MatchOptions options;
+  std::optional<Tensor> unmatched;  // [N] or [B, N]
 
   bool empty() const { return B == 0 || N == 0 || M == 0; }
   int64_t lr_stride() const { return lr && lr->dim() == 1 ? 1 : 0; }
+  int64_t unmatched_stride() const { return unmatched && unmatched->dim() == 2 ? N : 0; }
 };
 
 inline ScalarType accumulate_type(ScalarType type) {
@@ -61,7 +64,8 @@ inline Tensor new_like(const Tensor& contiguous) {
 
 inline MatchInputs check_match(const char* op, const Tensor& cost, const std::optional<Tensor>& init,
                                const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,
-                               const std::optional<Tensor>& lr_tensor, MatchOptions options) {
+                               const std::optional<Tensor>& lr_tensor, MatchOptions options,
+                               const std::optional<Tensor>& unmatched_cost) {
   const int64_t dim = cost.dim();
   DMM_CHECK(dim == 2 || dim == 3, op, ": cost must have shape [B, N, M] or [N, M], got ", shape_of(cost));
   const ScalarType type = cost.scalar_type();
@@ -92,9 +96,25 @@ inline MatchInputs check_match(const char* op, const Tensor& cost, const std::op
             options.lr);
   DMM_CHECK(options.n_grad >= 1, op, ": n_grad must be at least 1, got ", options.n_grad);
   DMM_CHECK(options.n_proj >= 1, op, ": n_proj must be at least 1, got ", options.n_proj);
-  return {as_contiguous(cost),          as_contiguous(init),      as_contiguous(num_templates),
-          as_contiguous(num_proposals), as_contiguous(lr_tensor), B,
-          cost.size(dim - 2),           cost.size(dim - 1),       options};
+  const int64_t N = cost.size(dim - 2), M = cost.size(dim - 1);
+  if (unmatched_cost) {
+    const Tensor& given = *unmatched_cost;
+    const bool each = given.dim() == 2 && dim == 3 && given.size(0) == B && given.size(1) == N;
+    DMM_CHECK((given.dim() == 1 && given.size(0) == N) || each, op, ": unmatched_cost must have shape [", N, "] or [", B, ", ",
+              N, "], got ", shape_of(given));
+    check_dtype(op, "unmatched_cost", given, accumulate_type(type));
+    check_same_device(op, "unmatched_cost", given, "cost", cost);
+  }
+  return {as_contiguous(cost),
+          as_contiguous(init),
+          as_contiguous(num_templates),
+          as_contiguous(num_proposals),
+          as_contiguous(lr_tensor),
+          B,
+          N,
+          M,
+          options,
+          as_contiguous(unmatched_cost)};
 }
 
 inline Tensor check_match_grad(const char* op, const Tensor& grad, const Tensor& cost) {
@@ -117,6 +137,8 @@ MatchProblem<T, Acc> problem_of(const MatchInputs& in) {
           data_of<int64_t>(in.num_proposals),
           data_of<Acc>(in.lr),
           in.lr_stride(),
+          data_of<Acc>(in.unmatched),
+          in.unmatched_stride(),
           in.B,
           in.N,
           in.M,

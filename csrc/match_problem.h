@@ -27,6 +27,8 @@ struct MatchProblem {
   const int64_t* num_proposals;  // [B] or null: M everywhere
   const Acc* lr;                 // [B] (lr_stride 1), [1] (lr_stride 0) or null: options.lr
   int64_t lr_stride;
+  const Acc* unmatched;  // [B, N] (unmatched_stride N), [N] (unmatched_stride 0) or null: every template takes a proposal
+  int64_t unmatched_stride;
   int64_t B, N, M;
   MatchOptions options;
 };

@@ -16,6 +16,15 @@ MAX_SCRATCH = 1 << 28  # bytes of a backward, for all programs together, as long
 
 
 @triton.jit
+def less_unmatched(c, own, own_stride, b, rows, n, valid, UNMATCHED: tl.constexpr):
+    """The costs of problem b, less what staying alone costs each row."""
+    if UNMATCHED:
+        alone = tl.load(own + b * own_stride + rows, mask=rows < n, other=0).to(c.dtype)
+        c = tl.where(valid, c - alone[:, None], 0)
+    return c
+
+
+@triton.jit
 def sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr):
     """The n and m of problem b, 0 where one of them is 0 or out of range; and whether one is out of range."""
     n = tl.zeros([], tl.int64) + N
@@ -33,7 +42,9 @@ def _launchable(kernel):
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel  # or the interpreter's
 
 
-def check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float) -> None:
+def check(
+    op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float, unmatched_cost
+) -> None:
     """The checks and messages of csrc/match.h."""
     if cost.dim() not in (2, 3):
         raise RuntimeError(f"{op}: cost must have shape [B, N, M] or [N, M], got {list(cost.shape)}")
@@ -47,11 +58,18 @@ def check(op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: 
             raise RuntimeError(f"{op}: {name} must have shape [{B}], got {list(counts.shape)}")
     if lr_tensor is not None and tuple(lr_tensor.shape) not in ((), (B,)):
         raise RuntimeError(f"{op}: lr_tensor must have shape [] or [{B}], got {list(lr_tensor.shape)}")
-    expected = dict(init=cost.dtype, num_templates=torch.int64, num_proposals=torch.int64, lr_tensor=_accumulate_dtype(cost))
-    given = dict(init=init, num_templates=num_templates, num_proposals=num_proposals, lr_tensor=lr_tensor)
-    for name, tensor in given.items():
-        if tensor is not None and tensor.dtype != expected[name]:
-            raise RuntimeError(f"{op}: {name} must be {expected[name]}, got {tensor.dtype}")
+    N = cost.shape[-2]
+    each = ((N,), (B, N)) if cost.dim() == 3 else ((N,),)
+    if unmatched_cost is not None and tuple(unmatched_cost.shape) not in each:
+        raise RuntimeError(f"{op}: unmatched_cost must have shape [{N}] or [{B}, {N}], got {list(unmatched_cost.shape)}")
+    accumulate = _accumulate_dtype(cost)
+    given = {
+        "init": (init, cost.dtype), "num_templates": (num_templates, torch.int64), "num_proposals": (num_proposals, torch.int64),
+        "lr_tensor": (lr_tensor, accumulate), "unmatched_cost": (unmatched_cost, accumulate),
+    }  # fmt: skip
+    for name, (tensor, expected) in given.items():
+        if tensor is not None and tensor.dtype != expected:
+            raise RuntimeError(f"{op}: {name} must be {expected}, got {tensor.dtype}")
         if tensor is not None and tensor.device != cost.device:
             raise RuntimeError(f"{op}: {name} must be on the device of cost")
     if lr_tensor is None and not 0 < lr < math.inf:
@@ -77,7 +95,7 @@ def _blocks(cost: Tensor) -> tuple[int, int]:
 
 def _arguments(problem: tuple, starts: bool):
     """What a kernel takes: tensors (in place of an absent one any other, which is not read), sizes, constants."""
-    cost, init, num_templates, num_proposals, lr_tensor, _, _, lr = problem
+    cost, init, num_templates, num_proposals, lr_tensor, _, _, lr, own = problem
     cost = cost.contiguous()
     if lr_tensor is None:  # a float argument of a kernel would be rounded to single precision
         lr_tensor = torch.full((), lr, dtype=_accumulate_dtype(cost), device=cost.device)
@@ -88,6 +106,8 @@ def _arguments(problem: tuple, starts: bool):
         cost if num_proposals is None else num_proposals.contiguous(),
         lr_tensor.contiguous(),
         lr_tensor.dim(),
+        cost if own is None else own.contiguous(),
+        cost.shape[-2] if own is not None and own.dim() == 2 else 0,
     )
     B = cost.shape[0] if cost.dim() == 3 else 1
     block_n, block_m = _blocks(cost)
@@ -95,6 +115,7 @@ def _arguments(problem: tuple, starts: bool):
         **({"HAS_INIT": init is not None} if starts else {}),
         RAGGED_N=num_templates is not None,
         RAGGED_M=num_proposals is not None,
+        UNMATCHED=own is not None,
         DTYPE=tl.float64 if cost.dtype == torch.float64 else tl.float32,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
@@ -104,8 +125,8 @@ def _arguments(problem: tuple, starts: bool):
 
 
 def forward(kernel, op: str, problem: tuple, options: dict[str, bool], starts: bool) -> Tensor:
-    """X by ``kernel``. problem: cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr. starts: the kernel
-    takes an init."""
+    """X by ``kernel``. problem: cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, unmatched_cost.
+    starts: the kernel takes an init."""
     check(op, *problem)
     cost, n_grad, n_proj = problem[0], *problem[5:7]
     out = torch.empty_like(cost, memory_format=torch.contiguous_format)
@@ -141,20 +162,25 @@ def backward(
 def make_differentiable(op, backward_op, name: str, tensors: int, differentiable: tuple[int, ...]) -> None:
     """Give ``op`` the gradient that ``backward_op(grad, *args of op)`` computes, once.
 
-    The first ``tensors`` arguments are tensors or None; ``backward_op`` returns the gradients of those in ``differentiable``,
+    The first ``tensors`` arguments are tensors or None, and so is the last, ``unmatched_cost``, whose gradient follows from the
+    cost's; ``backward_op`` returns the gradients of those in ``differentiable``,
     one number per problem for the step size (summed if it is a single one).
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors], inputs[-1])
+        ctx.options = inputs[tensors:-1]
 
     def backward(ctx, grad: Tensor) -> tuple:
-        saved = ctx.saved_tensors
-        grads = [None] * (tensors + len(ctx.options))
-        for i, g in zip(differentiable, backward_op(grad, *saved, *ctx.options), strict=True):
+        *saved, unmatched = ctx.saved_tensors
+        grads = [None] * (tensors + len(ctx.options) + 1)
+        results = backward_op(grad, *saved, *ctx.options, unmatched)
+        for i, g in zip(differentiable, results, strict=True):
             if saved[i] is not None:
                 grads[i] = g.sum() if saved[i].dim() == 0 else g
+        if unmatched is not None:
+            rows = results[0].sum(-1, dtype=unmatched.dtype)
+            grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
         return tuple(grads)
 
     def no_double_backward(ctx, *grads):

@@ -8,15 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from dmm_fast.kernels import layer
-from dmm_fast.kernels.layer import sizes_of
+from dmm_fast.kernels.layer import less_unmatched, sizes_of
 from torch import Tensor
 from torch.library import triton_op
 
 
 @triton.jit
-def _project(x, y0, u, v, inv_n, inv_m, n):
+def _project(x, y0, u, v, inv_n, inv_m, n, UNMATCHED: tl.constexpr):
     """One round of Dykstra's projections: x = relu(y0 - u - v). Absent rows and columns have an infinite dual."""
     d = (tl.sum(x, 1) - 1) * inv_m  # [N]; inv_m is 0 in absent rows
+    if UNMATCHED:
+        d = tl.maximum(d, -u)  # u stays >= 0
     s = tl.sum(x, 0) - tl.sum(d, 0) + n * v  # [M]
     u += d
     v = tl.maximum((s - 1) * inv_n, 0)
@@ -25,8 +27,8 @@ def _project(x, y0, u, v, inv_n, inv_m, n):
 
 @triton.jit
 def _load(
-    cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
-    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr,
+    cost, init, num_templates, num_proposals, lr, lr_stride, own, own_stride, b, N, M, rows, columns,
+    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, UNMATCHED: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Problem b: n, m, whether a count is out of range, its place and its mask, C, the start, lr C, lr, NaN or 0 for what is
@@ -36,6 +38,7 @@ def _load(
     valid = (rows < n)[:, None] & (columns < m)[None, :]
     rate = tl.load(lr + b * lr_stride)
     c = tl.load(cost + at, mask=valid, other=0).to(DTYPE)
+    c = less_unmatched(c, own, own_stride, b, rows, n, valid, UNMATCHED)
     x = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
     if HAS_INIT:
         x = tl.load(init + at, mask=valid, other=0).to(DTYPE)
@@ -51,16 +54,16 @@ def _load(
 
 @triton.jit
 def _forward_kernel(
-    cost, init, num_templates, num_proposals, lr, lr_stride, out, B, N, M, n_grad, n_proj,
-    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, CARRY: tl.constexpr, LAST: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    cost, init, num_templates, num_proposals, lr, lr_stride, own, own_stride, out, B, N, M, n_grad, n_proj,
+    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, UNMATCHED: tl.constexpr,
+    CARRY: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     n, m, outside, at, valid, c, x, step, rate, poison, inv_n, inv_m, u_start, v_start = _load(
-        cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
-        HAS_INIT, RAGGED_N, RAGGED_M, DTYPE, BLOCK_N, BLOCK_M,
+        cost, init, num_templates, num_proposals, lr, lr_stride, own, own_stride, b, N, M, rows, columns,
+        HAS_INIT, RAGGED_N, RAGGED_M, UNMATCHED, DTYPE, BLOCK_N, BLOCK_M,
     )  # fmt: skip
     total = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
     count = tl.zeros([], DTYPE) + n_grad
@@ -79,7 +82,7 @@ def _forward_kernel(
             u = u_start
             v = v_start
         for _ in range(n_proj):
-            x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE))
+            x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE), UNMATCHED)
         total += x
     if LAST:
         total = x
@@ -92,10 +95,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, cost, init, num_templates, num_proposals, lr, lr_stride, grad_cost, grad_init, grad_lr, scratch, scratch_size,
+    grad, cost, init, num_templates, num_proposals, lr, lr_stride, own, own_stride, grad_cost, grad_init, grad_lr, scratch, scratch_size,
     B, N, M, n_grad, n_proj,
-    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, CARRY: tl.constexpr, LAST: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_INIT: tl.constexpr, RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, UNMATCHED: tl.constexpr,
+    CARRY: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Forward, keeping y0, u and v of every outer step in scratch; then back, with the duals of one step's rounds."""
     rows = tl.arange(0, BLOCK_N)
@@ -109,8 +112,8 @@ def _backward_kernel(
     for problem in range(tl.program_id(0), B, tl.num_programs(0)):
         b = zero + problem
         n, m, outside, at, valid, c, x, step, rate, poison, inv_n, inv_m, u_start, v_start = _load(
-            cost, init, num_templates, num_proposals, lr, lr_stride, b, N, M, rows, columns,
-            HAS_INIT, RAGGED_N, RAGGED_M, DTYPE, BLOCK_N, BLOCK_M,
+            cost, init, num_templates, num_proposals, lr, lr_stride, own, own_stride, b, N, M, rows, columns,
+            HAS_INIT, RAGGED_N, RAGGED_M, UNMATCHED, DTYPE, BLOCK_N, BLOCK_M,
         )  # fmt: skip
         g = tl.load(grad + at, mask=valid, other=0).to(DTYPE)
         if not LAST:
@@ -134,7 +137,7 @@ def _backward_kernel(
             tl.store(saved + BLOCK_N * BLOCK_M + rows, u)
             tl.store(saved + BLOCK_N * BLOCK_M + BLOCK_N + columns, v)
             for _ in range(n_proj):
-                x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE))
+                x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE), UNMATCHED)
 
         dx = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
         dy = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
@@ -153,7 +156,7 @@ def _backward_kernel(
                 if k > 0:
                     x = tl.maximum(y0 + step - u[:, None] - v[None, :], 0) - step
             for p in range(n_proj):
-                x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE))
+                x, u, v = _project(x, y0, u, v, inv_n, inv_m, n.to(DTYPE), UNMATCHED)
                 tl.store(rounds + (zero + p) * duals + rows, u)
                 tl.store(rounds + (zero + p) * duals + BLOCK_N + columns, v)
             tl.debug_barrier()
@@ -176,6 +179,8 @@ def _backward_kernel(
                 dv -= tl.sum(h, 0)
                 dv = tl.where((v > 0) & (columns < m), dv, 0)
                 ds = dv * inv_n
+                if UNMATCHED:
+                    du = tl.where(u > 0, du, tl.sum(ds, 0))
                 dx = ((du - tl.sum(ds, 0)) * inv_m)[:, None] + ds[None, :]
             dz = tl.where(valid, dx + dy, 0)
             dz_sum += dz
@@ -208,8 +213,9 @@ def _match(
     lr: float,
     carry: bool,
     last: bool,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:
-    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, unmatched_cost)
     return layer.forward(_forward_kernel, "dmm::match", problem, dict(CARRY=carry, LAST=last), starts=True)
 
 
@@ -226,11 +232,12 @@ def _match_backward(
     lr: float,
     carry: bool,
     last: bool,
+    unmatched_cost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def scratch(n: int, m: int) -> int:
         return n_grad * (n * m + n + m) + n_proj * (n + m)
 
-    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    problem = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, unmatched_cost)
     options = dict(CARRY=carry, LAST=last)
     return layer.backward(_backward_kernel, "dmm::match_backward", grad, problem, options, True, scratch)
 
@@ -249,6 +256,7 @@ def match(
     lr: float = 0.1,
     carry: bool = False,
     last: bool = False,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:
     """``torch.ops.dmm.match`` in Triton: same arguments, checks, result and gradients; up to 65,536 padded elements."""
-    return _match(cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, carry, last)
+    return _match(cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, carry, last, unmatched_cost)

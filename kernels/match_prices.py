@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from dmm_fast.kernels import layer
-from dmm_fast.kernels.layer import sizes_of
+from dmm_fast.kernels.layer import less_unmatched, sizes_of
 from torch import Tensor
 from torch.library import triton_op
 
@@ -31,30 +31,38 @@ def _point(gain, a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _round(gain, a, b, e, DTYPE: tl.constexpr):
+def _round(gain, a, b, e, UNMATCHED: tl.constexpr, DTYPE: tl.constexpr):
     """One Newton step for each price."""
     p, pos, row_count, column_count = _point(gain, a, b, DTYPE)
     d = (tl.sum(p, 1) - e) / row_count
+    if UNMATCHED:
+        d = tl.maximum(d, -a)  # a stays >= 0
     s = tl.sum(tl.where(pos, p - d[:, None], 0), 0)  # column sums after the row step
     return a + d, tl.maximum(b + (s - e) / column_count, 0)
 
 
 @triton.jit
-def _load(cost, b, N, M, n, m, rate, outside, rows, columns, DTYPE: tl.constexpr):
-    """C, -C with -infinity around the problem, the best of each row, and NaN for a poisoned problem, else 0."""
+def _load(
+    cost, own, own_stride, b, N, M, n, m, rate, outside, rows, columns, n_grad, UNMATCHED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """C, -C with -infinity around the problem, row prices to begin with, and NaN for a poisoned problem, else 0."""
     valid = (rows < n)[:, None] & (columns < m)[None, :]
     c = tl.load(cost + b * N * M + rows[:, None] * M + columns[None, :], mask=valid, other=0).to(DTYPE)
+    c = less_unmatched(c, own, own_stride, b, rows, n, valid, UNMATCHED)
     poison = tl.sum(tl.sum(c * 0, 1), 0) + rate * 0
     poison = tl.where(outside | (rate <= 0), float("nan"), poison)
     gain = tl.where(valid, -c, float("-inf"))
     best = tl.max(gain, 1)
-    return c, gain, tl.where(best > float("-inf"), best, 0), poison
+    a = tl.where(best > float("-inf"), best, 0) - 1 / _sharpness(rate, 1, n_grad, DTYPE)  # every row buys
+    if UNMATCHED:
+        a = tl.maximum(a, 0)
+    return c, gain, a, poison
 
 
 @triton.jit
 def _forward_kernel(
-    cost, num_templates, num_proposals, lr, lr_stride, out, B, N, M, n_grad, n_proj,
-    RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, LAST: tl.constexpr,
+    cost, num_templates, num_proposals, lr, lr_stride, own, own_stride, out, B, N, M, n_grad, n_proj,
+    RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, UNMATCHED: tl.constexpr, LAST: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
@@ -62,14 +70,15 @@ def _forward_kernel(
     columns = tl.arange(0, BLOCK_M)
     n, m, outside = sizes_of(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
     rate = tl.load(lr + problem * lr_stride)
-    c, gain, best, poison = _load(cost, problem, N, M, n, m, rate, outside, rows, columns, DTYPE)
-    a = best - 1 / _sharpness(rate, 1, n_grad, DTYPE)  # every row buys; the first step forgets it
+    c, gain, a, poison = _load(  # the first step forgets a
+        cost, own, own_stride, problem, N, M, n, m, rate, outside, rows, columns, n_grad, UNMATCHED, DTYPE
+    )
     b = tl.zeros([BLOCK_M], DTYPE)
     total = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
     for k in range(n_grad):
         t = _sharpness(rate, k + 1, n_grad, DTYPE)
         for _ in range(n_proj):
-            a, b = _round(gain, a, b, 1 / t, DTYPE)
+            a, b = _round(gain, a, b, 1 / t, UNMATCHED, DTYPE)
         if not LAST:
             total += t * tl.maximum(gain - a[:, None] - b[None, :], 0)
     if LAST:
@@ -85,9 +94,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, cost, num_templates, num_proposals, lr, lr_stride, grad_cost, grad_lr, scratch, scratch_size,
+    grad, cost, num_templates, num_proposals, lr, lr_stride, own, own_stride, grad_cost, grad_lr, scratch, scratch_size,
     B, N, M, n_grad, n_proj,
-    RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, LAST: tl.constexpr,
+    RAGGED_N: tl.constexpr, RAGGED_M: tl.constexpr, UNMATCHED: tl.constexpr, LAST: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Forward, keeping the prices before every round in scratch; then back: the prices give pos and col."""
@@ -100,8 +109,9 @@ def _backward_kernel(
         problem = zero + which
         n, m, outside = sizes_of(num_templates, num_proposals, problem, N, M, RAGGED_N, RAGGED_M)
         rate = tl.load(lr + problem * lr_stride)
-        c, gain, best, poison = _load(cost, problem, N, M, n, m, rate, outside, rows, columns, DTYPE)
-        a = best - 1 / _sharpness(rate, 1, n_grad, DTYPE)  # every row buys; the first step forgets it
+        c, gain, a, poison = _load(  # the first step forgets a
+            cost, own, own_stride, problem, N, M, n, m, rate, outside, rows, columns, n_grad, UNMATCHED, DTYPE
+        )
         b = tl.zeros([BLOCK_M], DTYPE)
         kept = mine
         for k in range(n_grad):
@@ -110,7 +120,7 @@ def _backward_kernel(
                 tl.store(kept + rows, a)
                 tl.store(kept + BLOCK_N + columns, b)
                 kept += prices
-                a, b = _round(gain, a, b, e, DTYPE)
+                a, b = _round(gain, a, b, e, UNMATCHED, DTYPE)
 
         valid = (rows < n)[:, None] & (columns < m)[None, :]
         inside = (rows < N)[:, None] & (columns < M)[None, :]
@@ -132,14 +142,17 @@ def _backward_kernel(
             da -= tl.sum(h, 1)
             db -= tl.sum(h, 0)
             for _ in range(n_proj):
-                col = b > 0  # of the round that led to b
+                row, col = a > 0, b > 0  # of the round that led to a and b
                 kept -= prices
                 a = tl.load(kept + rows)
                 b = tl.load(kept + BLOCK_N + columns)
                 p, after, row_count, column_count = _point(gain, a, b, DTYPE)
                 db = tl.where(col, db, 0)
                 ds = db / column_count
-                dd = (da - tl.sum(tl.where(after, ds[None, :], 0), 1)) / row_count
+                through_columns = tl.sum(tl.where(after, ds[None, :], 0), 1)
+                if UNMATCHED:
+                    da = tl.where(row, da, through_columns)  # a price held at 0 forgets the one before
+                dd = (da - through_columns) / row_count
                 h = tl.where(after, ds[None, :] + dd[:, None], 0)
                 dcost -= h
                 da -= tl.sum(h, 1)
@@ -161,8 +174,9 @@ def _match_prices(
     n_proj: int,
     lr: float,
     last: bool,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:
-    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, unmatched_cost)
     return layer.forward(_forward_kernel, "dmm::match_prices", problem, dict(LAST=last), starts=False)
 
 
@@ -177,11 +191,12 @@ def _match_prices_backward(
     n_proj: int,
     lr: float,
     last: bool,
+    unmatched_cost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     def scratch(n: int, m: int) -> int:
         return n_grad * n_proj * (n + m)
 
-    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr)
+    problem = (cost, None, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, unmatched_cost)
     return layer.backward(_backward_kernel, "dmm::match_prices_backward", grad, problem, dict(LAST=last), False, scratch)
 
 
@@ -197,7 +212,8 @@ def match_prices(
     n_proj: int = 1,
     lr: float = 10.0,
     last: bool = True,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:
     """``torch.ops.dmm.match_prices`` in Triton: same arguments, checks, result and gradients; up to 65,536 padded
     elements."""
-    return _match_prices(cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last)
+    return _match_prices(cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last, unmatched_cost)

@@ -12,21 +12,8 @@ const AssignmentKernels& kernels() {
   return chosen;
 }
 
-// Padding may hold anything.
 template <typename T>
-void check_unmatched(const char* op, const AssignmentProblem<T>& p) {
-  for (int64_t b = 0; p.unmatched && b < p.B; ++b) {
-    const T* const unmatched = p.unmatched + b * p.unmatched_stride;
-    const int64_t n = p.num_templates ? p.num_templates[b] : p.N;
-    for (int64_t r = 0; r < n; ++r)
-      DMM_CHECK(std::isfinite(unmatched[r]), op, ": unmatched_cost must be finite, got ", unmatched[r], " for template ", r,
-                " of problem ", b);
-  }
-}
-
-template <typename T>
-void solve(const char* op, const AssignmentProblem<T>& p) {
-  check_unmatched(op, p);
+void solve(const AssignmentProblem<T>& p) {
   // A thread is worth waking for about 20 us of work; an element costs some nanoseconds.
   const int64_t grain = std::max<int64_t>(1, 8'000 / (p.N * p.M + 100));
   const auto run = kernels().in<T>();
@@ -38,15 +25,14 @@ void solve(const char* op, const AssignmentProblem<T>& p) {
 
 AssignmentOutputs solve(const char* op, const Tensor& cost, const std::optional<Tensor>& unmatched_cost,
                         const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals, bool duals) {
-  AssignmentInputs in = check_assignment(op, cost, unmatched_cost, num_templates, num_proposals);
-  check_counts(op, "num_templates", in.match.num_templates, in.match.N);
-  check_counts(op, "num_proposals", in.match.num_proposals, in.match.M);
-  const AssignmentOutputs out(cost, in.match, duals);
-  if (is_half(in.match.cost)) widen(in.match);
+  MatchInputs in = check_assignment(op, cost, unmatched_cost, num_templates, num_proposals);
+  check_values(op, in);
+  const AssignmentOutputs out(cost, in, duals);
+  if (is_half(in.cost)) widen(in);
   if (cost.scalar_type() == ScalarType::Double)
-    solve(op, problem_of<double>(in, out, duals));
+    solve(problem_of<double>(in, out, duals));
   else
-    solve(op, problem_of<float>(in, out, duals));
+    solve(problem_of<float>(in, out, duals));
   return out;
 }
 

@@ -66,12 +66,37 @@ inline void check_counts(const char* op, const char* name, const std::optional<T
     DMM_CHECK(count[b] >= 0 && count[b] <= limit, op, ": ", name, " must be in [0, ", limit, "], got ", count[b], " at ", b);
 }
 
-inline MatchInputs check_match_cpu(const char* op, const Tensor& cost, const std::optional<Tensor>& init,
-                                   const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,
-                                   const std::optional<Tensor>& lr_tensor, const MatchOptions& options) {
-  MatchInputs in = check_match(op, cost, init, num_templates, num_proposals, lr_tensor, options);
+// Padding may hold anything.
+template <typename T>
+void check_unmatched(const char* op, const MatchInputs& in) {
+  const T* const unmatched = data_of<T>(in.unmatched);
+  const int64_t* const num_templates = data_of<int64_t>(in.num_templates);
+  for (int64_t b = 0; b < in.B; ++b) {
+    const int64_t n = num_templates ? num_templates[b] : in.N;
+    const T* const own = unmatched + b * in.unmatched_stride();
+    for (int64_t r = 0; r < n; ++r)
+      DMM_CHECK(std::isfinite(own[r]), op, ": unmatched_cost must be finite, got ", own[r], " for template ", r, " of problem ",
+                b);
+  }
+}
+
+// What can only be checked by looking into the tensors.
+inline void check_values(const char* op, const MatchInputs& in) {
   check_counts(op, "num_templates", in.num_templates, in.N);
   check_counts(op, "num_proposals", in.num_proposals, in.M);
+  if (!in.unmatched) return;
+  if (in.unmatched->scalar_type() == ScalarType::Double)
+    check_unmatched<double>(op, in);
+  else
+    check_unmatched<float>(op, in);
+}
+
+inline MatchInputs check_match_cpu(const char* op, const Tensor& cost, const std::optional<Tensor>& init,
+                                   const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,
+                                   const std::optional<Tensor>& lr_tensor, const MatchOptions& options,
+                                   const std::optional<Tensor>& unmatched_cost) {
+  MatchInputs in = check_match(op, cost, init, num_templates, num_proposals, lr_tensor, options, unmatched_cost);
+  check_values(op, in);
   return in;
 }
 

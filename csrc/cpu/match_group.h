@@ -130,6 +130,24 @@ class Group {
     }
   }
 
+  // Puts into `own` what staying alone costs each row, 0 where absent.
+  void gather_unmatched(V* own) const {
+    for (int64_t r = 0; r < N_; ++r)
+      for (int l = 0; l < W; ++l) {
+        const int64_t b = b_ + (lanes == Lanes::columns ? 0 : l);
+        own[r][l] = r < n_[l] ? p_.unmatched[b * p_.unmatched_stride + r] : 0;
+      }
+  }
+
+  // gather() of the cost, less `own` in every row.
+  void gather_cost_less(const V* own, const V* absent_columns, V* vectors) const {
+    gather(p_.cost, vectors);
+    for (int64_t k = 0; k < K_; ++k) {
+      const Bits present = positive(1 - absent_columns[k]);
+      for (int64_t r = 0; r < N_; ++r) vectors[k * N_ + r] -= keep(present, own[r]);
+    }
+  }
+
   // The gradient of lr, one number per problem.
   void store_grad_lr(V sum, T* grad_lr) const {
     sum += poison_;

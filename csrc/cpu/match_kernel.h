@@ -30,10 +30,10 @@ struct MatchKernels {
   }
 };
 
-// prices_kernels: dmm::match_prices, which has no start (grad_init is null).
-#define DMM_DECLARE_KERNELS(isa)                           \
-  namespace isa {                                          \
-  extern const MatchKernels match_kernels, prices_kernels; \
+// prices_kernels: dmm::match_prices, which has no start (grad_init is null). *_alone_kernels: for problems with `unmatched`.
+#define DMM_DECLARE_KERNELS(isa)                                                                      \
+  namespace isa {                                                                                     \
+  extern const MatchKernels match_kernels, match_alone_kernels, prices_kernels, prices_alone_kernels; \
   }
 DMM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
 // How the matching layers are launched: which kernel for which problem, its threads, its scratch. Pointers, sizes and a stream;
 // no torch. A layer is a struct with what is its own:
 //   sizes_forward(p), sizes_backward(p)       GeneralSizes of a block of its general kernels
-//   forward_kernel<T>, backward_kernel<T>     those kernels, for any size and for float64
+//   forward_kernel<T, kUnmatched>, backward_kernel<T, kUnmatched>    those kernels, for any size and for float64
 //   registers_forward(p, out, stream)                        its kernels for problems that fit into registers
 //   registers_backward(p, out, stream, allocate) -> bool     the same; false where the problem needs too much shared memory
 #pragma once
@@ -64,7 +64,8 @@ void general_forward(const Problem& p, void* out, cudaStream_t stream, const All
   const GeneralSizes sizes = Layer::sizes_forward(p);
   const GeneralPlan<T> plan(p, sizes);
   auto* scratch = static_cast<unsigned char*>(plan.scratch_bytes ? allocate(plan.scratch_bytes) : nullptr);
-  launch(Layer::template forward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, scratch, out);
+  const auto kernel = p.unmatched ? Layer::template forward_kernel<T, true> : Layer::template forward_kernel<T, false>;
+  launch(kernel, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, scratch, out);
 }
 
 template <typename Layer, typename T, typename Allocate>
@@ -73,8 +74,8 @@ void general_backward(const Problem& p, const Gradients& out, cudaStream_t strea
   const GeneralPlan<T> plan(p, sizes);
   auto* cold = static_cast<unsigned char*>(allocate(plan.cold_bytes + plan.scratch_bytes));
   auto* scratch = plan.scratch_bytes ? cold + plan.cold_bytes : nullptr;
-  launch(Layer::template backward_kernel<T>, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, cold, scratch,
-         out);
+  const auto kernel = p.unmatched ? Layer::template backward_kernel<T, true> : Layer::template backward_kernel<T, false>;
+  launch(kernel, plan.blocks, plan.threads, 0, plan.shared_bytes, stream, p, sizes, cold, scratch, out);
 }
 
 // The two entries. The problem is not empty; every tensor is contiguous and on the current device.

@@ -12,10 +12,10 @@ namespace {
 AssignmentOutputs solve(const char* op, const Tensor& cost, const std::optional<Tensor>& unmatched_cost,
                         const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals, bool duals) {
   const CurrentStream current(cost);
-  const AssignmentInputs in = check_assignment(op, cost, unmatched_cost, num_templates, num_proposals);
-  const AssignmentOutputs out(cost, in.match, duals);
+  const MatchInputs in = check_assignment(op, cost, unmatched_cost, num_templates, num_proposals);
+  const AssignmentOutputs out(cost, in, duals);
   const Element element = element_of(cost);
-  if (in.match.B > 0)
+  if (in.B > 0)
     assignment::solve({problem_of<void, void>(in, out, duals), element, element == Element::f64 ? element : Element::f32},
                       current.stream, Scratch(cost));
   return out;

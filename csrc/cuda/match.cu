@@ -8,10 +8,10 @@ namespace {
 
 Tensor match(const Tensor& cost, const std::optional<Tensor>& init, const std::optional<Tensor>& num_templates,
              const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
-             double lr, bool carry, bool last) {
+             double lr, bool carry, bool last, const std::optional<Tensor>& unmatched_cost) {
   const CurrentStream current(cost);
-  const MatchInputs in =
-      check_match("dmm::match", cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last});
+  const MatchInputs in = check_match("dmm::match", cost, init, num_templates, num_proposals, lr_tensor,
+                                     {n_grad, n_proj, lr, carry, last}, unmatched_cost);
   Tensor out = torch::stable::empty_like(in.cost);
   if (!in.empty()) forward<Match>(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
   return out;
@@ -21,11 +21,12 @@ std::tuple<Tensor, Tensor, Tensor> match_backward(const Tensor& grad, const Tens
                                                   const std::optional<Tensor>& num_templates,
                                                   const std::optional<Tensor>& num_proposals,
                                                   const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
-                                                  double lr, bool carry, bool last) {
+                                                  double lr, bool carry, bool last,
+                                                  const std::optional<Tensor>& unmatched_cost) {
   constexpr const char* op = "dmm::match_backward";
   const CurrentStream current(cost);
   const MatchInputs in =
-      check_match(op, cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last});
+      check_match(op, cost, init, num_templates, num_proposals, lr_tensor, {n_grad, n_proj, lr, carry, last}, unmatched_cost);
   const Tensor g = check_match_grad(op, grad, cost);
   Tensor grad_cost = torch::stable::empty_like(in.cost);
   Tensor grad_init = torch::stable::empty_like(in.cost);

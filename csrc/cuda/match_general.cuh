@@ -54,8 +54,13 @@ struct GeneralSizes {
   int64_t arrays, snapshots, bits;
 
   static GeneralSizes forward(int64_t N, int64_t M) { return {3 * N * M + 3 * N + M, 0, 0}; }
-  static GeneralSizes backward(int64_t N, int64_t M, const MatchOptions& options) {
-    return {5 * N * M + 5 * N + 3 * M, options.n_grad * (N * M + N + M), options.n_proj * (N + 1) * ((M + 31) / 32)};
+  static GeneralSizes backward(int64_t N, int64_t M, const MatchOptions& options, bool unmatched) {
+    return {5 * N * M + (unmatched ? 6 : 5) * N + 3 * M, options.n_grad * (N * M + N + M),
+            options.n_proj * round_words(N, M, unmatched)};
+  }
+  // Mask words of a round: a bit per element, column and, where templates may stay alone, row.
+  __host__ __device__ static int64_t round_words(int64_t N, int64_t M, bool unmatched) {
+    return (N + 1) * ((M + 31) / 32) + (unmatched ? (N + 31) / 32 : 0);
   }
   template <typename T>
   __host__ __device__ int64_t array_bytes() const {
@@ -78,7 +83,8 @@ struct Cursor {
   }
 };
 
-template <typename T>
+// kUnmatched: templates may stay alone. The cost is less by what that costs, and u >= 0.
+template <typename T, bool kUnmatched>
 struct General {
   enum class From { start, shifted, duals };  // what x of a round is: y0, relu(y0 + lr C - u - v) - lr C, relu(y0 - u - v)
 
@@ -105,6 +111,11 @@ struct General {
   // Element of this problem in [B, N, M].
   __device__ int64_t index(int64_t r, int64_t c) const { return offset + r * p.M + c; }
 
+  __device__ T cost(int64_t r, int64_t c) const {
+    const T own = kUnmatched ? static_cast<const T*>(p.unmatched)[b * p.unmatched_stride + r] : T(0);
+    return load<T>(p.cost, index(r, c), p.element) - own;
+  }
+
   __device__ void load_problem(int64_t which) {
     b = which;
     offset = b * p.N * p.M;
@@ -118,7 +129,7 @@ struct General {
     poison = T(0) * lr;
     const bool average_start = p.options.carry && !p.options.last;
     for_rows([&](int64_t r, int64_t c, int64_t i) {
-      const T cost = load<T>(p.cost, index(r, c), p.element);
+      const T cost = this->cost(r, c);
       const T x = p.init ? load<T>(p.init, index(r, c), p.element) : T(0);
       poison += T(0) * cost + T(0) * x;
       step[i] = lr * cost;
@@ -150,8 +161,14 @@ struct General {
       for (int64_t c = lane; c < m; c += 32) sum += value(from, r, c, r * m + c);
       sum = sum_warp(sum);
       if (lane == 0) {
-        row[r] = sum - 1;
-        u_next[r] = u[r] + (sum - 1) * inv_m;
+        if constexpr (kUnmatched) {
+          const T d = (sum - 1) * inv_m;
+          row[r] = d > -u[r] ? d : -u[r];
+          u_next[r] = u[r] + row[r];
+        } else {
+          row[r] = sum - 1;
+          u_next[r] = u[r] + (sum - 1) * inv_m;
+        }
       }
     }
     __syncthreads();
@@ -161,7 +178,7 @@ struct General {
         sum += value(from, r, c, r * m + c);
         excess += row[r];
       }
-      const T s = sum - excess * inv_m + static_cast<T>(n) * v[c];
+      const T s = sum - (kUnmatched ? excess : excess * inv_m) + static_cast<T>(n) * v[c];
       v[c] = s > 1 ? (s - 1) * inv_n : T(0);
     }
     __syncthreads();
@@ -197,18 +214,18 @@ struct General {
 };
 
 // `scratch` is null where a block's arrays are in shared memory.
-template <typename T>
+template <typename T, bool kUnmatched>
 __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
   unsigned char* arrays = scratch ? scratch + blockIdx.x * sizes.array_bytes<T>() : shared_memory;
   Cursor<T> cursor{reinterpret_cast<T*>(arrays)};
-  General<T> solve(p, cursor);
+  using From = typename General<T, kUnmatched>::From;
+  General<T, kUnmatched> solve(p, cursor);
   const T scale = static_cast<T>(p.scale);
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
     solve.load_problem(b);
     for (int64_t step = 0; step < p.options.n_grad; ++step) {
-      for (int64_t round = 0; round < p.options.n_proj; ++round)
-        solve.round(round ? General<T>::From::duals : solve.first_round(step));
+      for (int64_t round = 0; round < p.options.n_proj; ++round) solve.round(round ? From::duals : solve.first_round(step));
       solve.outer();
     }
     solve.write(out, [&](int64_t, int64_t, int64_t i) { return solve.total[i] * scale; });
@@ -217,18 +234,19 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
 }
 
 // Snapshots before every outer step, then the outer steps in reverse, the masks of one at a time.
-template <typename T>
+template <typename T, bool kUnmatched>
 __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch, Gradients out) {
-  using From = typename General<T>::From;
+  using From = typename General<T, kUnmatched>::From;
   unsigned char* arrays = scratch ? scratch + blockIdx.x * sizes.array_bytes<T>() : shared_memory;
   Cursor<T> cursor{reinterpret_cast<T*>(arrays)};
-  General<T> solve(p, cursor);
+  General<T, kUnmatched> solve(p, cursor);
   T *dx = solve.total, *dz_sum = cursor.take(p.N * p.M), *g = cursor.take(p.N * p.M);
   T *du = cursor.take(p.N), *a = cursor.take(p.N), *dv = cursor.take(p.M), *ds = cursor.take(p.M);
+  [[maybe_unused]] T* const moved = kUnmatched ? cursor.take(p.N) : nullptr;  // 0 where the last row step held u at 0
   T* const snapshots = reinterpret_cast<T*>(cold + blockIdx.x * sizes.cold_bytes<T>());
   uint32_t* const bits = reinterpret_cast<uint32_t*>(snapshots + sizes.snapshots);
-  const int64_t words = (p.M + 31) / 32;
+  const int64_t words = (p.M + 31) / 32, round_words = GeneralSizes::round_words(p.N, p.M, kUnmatched);
   const int64_t n_grad = p.options.n_grad, n_proj = p.options.n_proj;
   const bool carry = p.options.carry;
   const T scale = static_cast<T>(p.scale);
@@ -256,15 +274,24 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
       dx[i] = dz_sum[i] = 0;
     });
     const auto forget = [&] {
-      for (int64_t r = threadIdx.x; r < n; r += blockDim.x) du[r] = 0;
+      for (int64_t r = threadIdx.x; r < n; r += blockDim.x) {
+        du[r] = 0;
+        if constexpr (kUnmatched) moved[r] = 1;
+      }
       for (int64_t c = threadIdx.x; c < m; c += blockDim.x) dv[c] = 0;
     };
     for (int64_t c = threadIdx.x; c < m; c += blockDim.x) ds[c] = 0;
     forget();
     __syncthreads();
 
-    // a[r] = (du[r] - sum of ds) / m, this warp's rows: dx of the round at hand is a[r] + ds[c].
-    const auto rank_one = [&](int64_t r, T ds_sum) { return (du[r] - ds_sum) * solve.inv_m; };
+    // a[r] = (du[r] - sum of ds) / m, this warp's rows: dx of the round at hand is a[r] + ds[c]. Where the row step held u at
+    // 0, du is the sum of ds.
+    const auto row_dual = [&](int64_t r, [[maybe_unused]] T ds_sum) {
+      if constexpr (kUnmatched)
+        if (moved[r] == 0) return ds_sum;
+      return du[r];
+    };
+    const auto rank_one = [&](int64_t r, T ds_sum) { return (row_dual(r, ds_sum) - ds_sum) * solve.inv_m; };
     const auto sum_ds = [&] {
       T sum = 0;
       for (int64_t c = lane; c < m; c += 32) sum += ds[c];
@@ -277,18 +304,23 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
       __syncthreads();
       for (int64_t round = 0; round < n_proj; ++round) {
         solve.round(round ? From::duals : solve.first_round(step));
-        uint32_t* const at = bits + round * (p.N + 1) * words;
+        uint32_t* const at = bits + round * round_words;
         for (int64_t r = warp; r <= n; r += warps)
           for (int64_t c = lane; c - lane < m; c += 32) {
             const bool set = c < m && (r < n ? solve.dual_point(r, c, r * m + c) : solve.v[c]) > 0;
             const uint32_t word = __ballot_sync(0xffffffffu, set);
             if (lane == 0) at[r * words + c / 32] = word;
           }
+        if constexpr (kUnmatched)
+          for (int64_t r = threadIdx.x; r - lane < n; r += blockDim.x) {
+            const uint32_t word = __ballot_sync(0xffffffffu, r < n && solve.u[r] > 0);
+            if (lane == 0) at[(p.N + 1) * words + r / 32] = word;
+          }
       }
       const T weight = !p.options.last || step == n_grad - 1 ? T(1) : T(0);
       for (int64_t round = n_proj - 1; round >= 0; --round) {
         const bool newest = round == n_proj - 1;
-        const uint32_t* const at = bits + round * (p.N + 1) * words;
+        const uint32_t* const at = bits + round * round_words;
         const auto bit = [&](int64_t r, int64_t c) { return (at[r * words + c / 32] >> (c % 32) & 1u) != 0; };
         const auto h = [&](int64_t r, int64_t c, int64_t i, T a_r) {
           if (!bit(r, c)) return T(0);
@@ -304,7 +336,7 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
           sum = sum_warp(sum);
           if (lane == 0) {
             a[r] = a_r;
-            du[r] -= sum;
+            du[r] = row_dual(r, ds_sum) - sum;
           }
         }
         __syncthreads();
@@ -319,6 +351,9 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
           dv[c] = bit(n, c) ? dv[c] - sum : T(0);
           ds[c] = dv[c] * solve.inv_n;
         }
+        if constexpr (kUnmatched)
+          for (int64_t r = threadIdx.x; r < n; r += blockDim.x)
+            moved[r] = static_cast<T>(at[(p.N + 1) * words + r / 32] >> (r % 32) & 1u);
       }
       __syncthreads();
       const T ds_sum = sum_ds();
@@ -344,7 +379,7 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     solve.write(out.cost, [&](int64_t, int64_t, int64_t i) { return -solve.lr * dz_sum[i]; });
     for (int64_t r = warp; r < n; r += warps) {
       T sum = 0;
-      for (int64_t c = lane; c < m; c += 32) sum += dz_sum[r * m + c] * load<T>(p.cost, solve.index(r, c), p.element);
+      for (int64_t c = lane; c < m; c += 32) sum += dz_sum[r * m + c] * solve.cost(r, c);
       sum = sum_warp(sum);
       if (lane == 0) du[r] = sum;
     }

@@ -11,16 +11,17 @@ namespace {
 
 MatchInputs check_prices(const char* op, const Tensor& cost, const std::optional<Tensor>& num_templates,
                          const std::optional<Tensor>& num_proposals, const std::optional<Tensor>& lr_tensor, int64_t n_grad,
-                         int64_t n_proj, double lr, bool last) {
+                         int64_t n_proj, double lr, bool last, const std::optional<Tensor>& unmatched_cost) {
   return check_match(op, cost, std::nullopt, num_templates, num_proposals, lr_tensor,
-                     {n_grad, n_proj, lr, /*carry=*/false, last});
+                     {n_grad, n_proj, lr, /*carry=*/false, last}, unmatched_cost);
 }
 
 Tensor match_prices(const Tensor& cost, const std::optional<Tensor>& num_templates, const std::optional<Tensor>& num_proposals,
-                    const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj, double lr, bool last) {
+                    const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj, double lr, bool last,
+                    const std::optional<Tensor>& unmatched_cost) {
   const CurrentStream current(cost);
-  const MatchInputs in =
-      check_prices("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
+  const MatchInputs in = check_prices("dmm::match_prices", cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr,
+                                      last, unmatched_cost);
   Tensor out = torch::stable::empty_like(in.cost);
   if (!in.empty()) forward<prices::MatchPrices>(problem_on_device(in), out.data_ptr(), current.stream, Scratch(cost));
   return out;
@@ -30,10 +31,11 @@ std::tuple<Tensor, Tensor> match_prices_backward(const Tensor& grad, const Tenso
                                                  const std::optional<Tensor>& num_templates,
                                                  const std::optional<Tensor>& num_proposals,
                                                  const std::optional<Tensor>& lr_tensor, int64_t n_grad, int64_t n_proj,
-                                                 double lr, bool last) {
+                                                 double lr, bool last, const std::optional<Tensor>& unmatched_cost) {
   constexpr const char* op = "dmm::match_prices_backward";
   const CurrentStream current(cost);
-  const MatchInputs in = check_prices(op, cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last);
+  const MatchInputs in =
+      check_prices(op, cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, lr, last, unmatched_cost);
   const Tensor g = check_match_grad(op, grad, cost);
   Tensor grad_cost = torch::stable::empty_like(in.cost);
   const ScalarType accumulate = accumulate_type(cost.scalar_type());

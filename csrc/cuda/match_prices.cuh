@@ -1,6 +1,6 @@
 // The matching layer by Newton prices (docs/variants.md, "Newton prices, for a kernel"; its names are kept): prices a
 // of rows and b >= 0 of columns, p = relu(-C - a - b), pos = (p > 0), one Newton step per round for each price,
-// x_k = t_k p.
+// x_k = t_k p. kUnmatched: templates may stay alone, C is less by what that costs, and a >= 0.
 #pragma once
 
 #include "match_general.cuh"
@@ -22,9 +22,9 @@ __device__ __forceinline__ T nan_unless(bool fine) {
 
 // ---- n <= 16, m <= 128: a warp per problem, columns across lanes, everything in registers ----
 
-template <int N, int K>
+template <int N, int K, bool kUnmatched>
 struct Warp {
-  using Shape = Layout<N, kWarp, K>;
+  using Shape = Layout<N, kWarp, K, kUnmatched>;
   static constexpr int kQuads = (N + 3) / 4;
 
   // The number of entries in use per row, one byte per row of four (at most 128): one reduction counts four rows.
@@ -44,12 +44,13 @@ struct Warp {
     }
   };
 
-  // pos of every entry of a lane, and col of its columns.
+  // pos of every entry of a lane, col of its columns, and whether row `lane` keeps a price.
   struct Bits {
     unsigned word[Shape::kWords] = {};
 
     static __device__ constexpr int pos(int r, int k) { return r * K + k; }
     static __device__ constexpr int col(int k) { return N * K + k; }
+    static __device__ constexpr int row() { return Shape::kRowBit; }
     __device__ __forceinline__ void set(int bit, bool value) {
       if (value) word[Shape::word_of(bit)] |= 1u << Shape::shift_of(bit);
     }
@@ -77,9 +78,9 @@ struct Warp {
     float column_counts[K];
     float poison = 0.f;
 
-    __device__ __forceinline__ Solver(const Place<N, kWarp, K>& place, const void* cost, LaneMemory<float> stage)
+    __device__ __forceinline__ Solver(const Place<N, kWarp, K>& place, LaneMemory<float> stage)
         : at(place), counts(place.lane) {
-      at.read(cost, stage);
+      at.template read_cost<kUnmatched>(stage);
 #pragma unroll
       for (int r = 0; r < N; ++r)
 #pragma unroll
@@ -112,7 +113,10 @@ struct Warp {
         for (int r = 0; r < N; ++r) a[r] = best[r];
       }
 #pragma unroll
-      for (int r = 0; r < N; ++r) a[r] = a[r] > -INFINITY ? a[r] - e : 0.f;
+      for (int r = 0; r < N; ++r) {
+        a[r] = a[r] > -INFINITY ? a[r] - e : 0.f;
+        if constexpr (kUnmatched) a[r] = fmaxf(0.f, a[r]);
+      }
 #pragma unroll
       for (int k = 0; k < K; ++k) b[k] = 0.f;
     }
@@ -145,13 +149,14 @@ struct Warp {
       for (int k = 0; k < K; ++k) column_counts[k] = fmaxf(1.f, static_cast<float>(in_column[k]));
     }
 
-    // One round. Returns pos before it, and col.
+    // One round. Returns pos before it, col and row.
     __device__ __forceinline__ Bits round(float e) {
       Bits bits;
       ColumnSums<N, K> by_column;
 #pragma unroll
       for (int r = 0; r < N; ++r) {
-        const float d = __fdividef(rows[r] - e, counts.at_least_one(r));
+        float d = __fdividef(rows[r] - e, counts.at_least_one(r));
+        if constexpr (kUnmatched) d = fmaxf(d, -a[r]);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           const bool pos = p[r][k] > 0.f;
@@ -159,6 +164,7 @@ struct Warp {
           bits.set(Bits::pos(r, k), pos);
         }
         a[r] += d;
+        if constexpr (kUnmatched) bits.set(Bits::row(), at.is_row_of_lane(r) && a[r] > 0.f);
       }
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -216,6 +222,8 @@ struct Warp {
         db[k] = bits[Bits::col(k)] ? db[k] : 0.f;
         ds[k] = __fdividef(db[k], fmaxf(1.f, static_cast<float>(in_column)));
       }
+      [[maybe_unused]] unsigned row_bits = 0;
+      if constexpr (kUnmatched) row_bits = at.row_bits(bits[Bits::row()]);
       RowCounts counts(at.lane);
 #pragma unroll
       for (int r = 0; r < N; ++r) {
@@ -227,6 +235,11 @@ struct Warp {
           dd[r] -= bits[Bits::pos(r, k)] ? ds[k] : 0.f;
         }
         counts.add(r, in_row);
+        if constexpr (kUnmatched)
+          if (!(row_bits >> at.row_of(r) & 1u)) {  // a price held at 0 forgets the one before
+            da[r] -= dd[r];
+            dd[r] = 0.f;
+          }
       }
       sum_lanes<kWarp, Shape::kQuadRows>(dd);
       counts.sum_lanes();
@@ -241,7 +254,7 @@ struct Warp {
   };
 };
 
-template <int N, int K>
+template <int N, int K, bool kUnmatched>
 __global__ void __launch_bounds__(kWarp, 1) forward_kernel(Problem p, void* out) {
   constexpr bool kRoomy = Layout<N, kWarp, K>::kRoomy;
   using Stage = Grid<N, K, false>;
@@ -251,7 +264,7 @@ __global__ void __launch_bounds__(kWarp, 1) forward_kernel(Problem p, void* out)
   Stage stage(arena);
   Total total(arena);
   const Place<N, kWarp, K> at(p, blockIdx.x);
-  typename Warp<N, K>::Solver solve(at, p.cost, stage.value);
+  typename Warp<N, K, kUnmatched>::Solver solve(at, stage.value);
 #pragma unroll
   for (int r = 0; r < N; ++r)
 #pragma unroll
@@ -279,9 +292,9 @@ __global__ void __launch_bounds__(kWarp, 1) forward_kernel(Problem p, void* out)
 
 // The forward again, with the bits of every round kept in shared memory or, where they don't fit, in `scratch`; and
 // back.
-template <int N, int K>
+template <int N, int K, bool kUnmatched>
 __global__ void __launch_bounds__(kWarp, 1) backward_kernel(Problem p, Gradients out, void* scratch) {
-  using W = Warp<N, K>;
+  using W = Warp<N, K, kUnmatched>;
   using Word = typename W::Shape::Word;
   using Stage = Grid<N, K, false>;
   __shared__ float memory[Stage::kSharedFloats];
@@ -293,7 +306,7 @@ __global__ void __launch_bounds__(kWarp, 1) backward_kernel(Problem p, Gradients
     Arena arena{memory};
     Stage stage(arena);
     const Place<N, kWarp, K> at(p, b);
-    typename W::Solver solve(at, p.cost, stage.value);
+    typename W::Solver solve(at, stage.value);
     for (int step = 1, round = 0; step <= n_grad; ++step) {
       const float e = 1.f / solve.t(step);
       for (int i = 0; i < n_proj; ++i, ++round) solve.round(e).save(kept, round);
@@ -303,7 +316,7 @@ __global__ void __launch_bounds__(kWarp, 1) backward_kernel(Problem p, Gradients
       if (!p.options.last || step == n_grad) back.iterate(solve.t(step) * static_cast<float>(p.scale));
       for (int i = 0; i < n_proj; ++i) back.round(W::Bits::load(kept, --round));
     }
-    at.read(p.cost, stage.value);
+    at.template read_cost<kUnmatched>(stage.value);
     float dlr = 0.f;
 #pragma unroll
     for (int r = 0; r < N; ++r)
@@ -322,13 +335,13 @@ __global__ void __launch_bounds__(kWarp, 1) backward_kernel(Problem p, Gradients
 
 struct Sizes {
   static GeneralSizes forward(int64_t N, int64_t M) { return {2 * N * M + 3 * N + M, 0, 0}; }
-  static GeneralSizes backward(int64_t N, int64_t M, const MatchOptions& options) {
+  static GeneralSizes backward(int64_t N, int64_t M, const MatchOptions& options, bool unmatched) {
     const int64_t rounds = options.n_grad * options.n_proj;
-    return {2 * N * M + 5 * N + 3 * M, 0, (rounds + 1) * (N + 1) * ((M + 31) / 32)};
+    return {2 * N * M + 5 * N + 3 * M, 0, (rounds + 1) * GeneralSizes::round_words(N, M, unmatched)};
   }
 };
 
-template <typename T>
+template <typename T, bool kUnmatched>
 struct GeneralSolver {
   const Problem& p;
   int64_t n, m, b_index, offset;
@@ -344,6 +357,10 @@ struct GeneralSolver {
   }
 
   __device__ int64_t index(int64_t r, int64_t c) const { return offset + r * p.M + c; }
+  __device__ T cost(int64_t r, int64_t c) const {
+    const T own = kUnmatched ? static_cast<const T*>(p.unmatched)[b_index * p.unmatched_stride + r] : T(0);
+    return load<T>(p.cost, index(r, c), p.element) - own;
+  }
   __device__ T t(int64_t step) const { return sharpness(lr, static_cast<T>(step), static_cast<T>(p.options.n_grad)); }
   __device__ T point(int64_t r, int64_t c) const {
     const T value = gain[r * m + c] - a[r] - b[c];
@@ -370,7 +387,7 @@ struct GeneralSolver {
     for (int64_t r = warp; r < n; r += warps) {
       T best = -INFINITY;
       for (int64_t c = lane; c < m; c += 32) {
-        const T cost = load<T>(p.cost, index(r, c), p.element);
+        const T cost = this->cost(r, c);
         bad += T(0) * cost;
         gain[r * m + c] = -cost;
         total[r * m + c] = 0;
@@ -380,7 +397,7 @@ struct GeneralSolver {
         const T other = __shfl_xor_sync(kAllLanes, best, distance);
         best = other > best ? other : best;
       }
-      if (lane == 0) a[r] = best - e;
+      if (lane == 0) a[r] = kUnmatched && !(best - e > 0) ? T(0) : best - e;
     }
     for (int64_t c = threadIdx.x; c < m; c += blockDim.x) b[c] = 0;
     poison = nan_unless<T>(!__syncthreads_or(bad != bad) && !out_of_range && lr > 0);
@@ -396,7 +413,7 @@ struct GeneralSolver {
     if (lane == 0) bits[r * words + c / 32] = word;
   }
 
-  // All threads enter and leave together. With bits, pos before the round and col are kept there.
+  // All threads enter and leave together. With bits, pos before the round, col and row are kept there.
   __device__ void round(T e, uint32_t* bits) {
     if (bits) save_pos(bits);
     for (int64_t r = warp; r < n; r += warps) {
@@ -409,6 +426,7 @@ struct GeneralSolver {
       sum = sum_warp(sum), count = sum_warp(count);
       if (lane == 0) {
         d[r] = (sum - e) / (count > 1 ? count : T(1));
+        if constexpr (kUnmatched) d[r] = d[r] > -a[r] ? d[r] : -a[r];
         a_next[r] = a[r] + d[r];
       }
     }
@@ -428,6 +446,9 @@ struct GeneralSolver {
       }
       if (bits) save(bits, n, c, w > 0);
     }
+    if constexpr (kUnmatched)
+      for (int64_t r = threadIdx.x; bits && r - lane < n; r += blockDim.x)
+        save(bits + (p.N + 1) * words, 0, r, r < n && a_next[r] > 0);
     __syncthreads();
     T* const old = a;
     a = a_next, a_next = old;
@@ -444,12 +465,12 @@ struct GeneralSolver {
   }
 };
 
-template <typename T>
+template <typename T, bool kUnmatched>
 __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     general_forward_kernel(Problem p, GeneralSizes sizes, unsigned char* scratch, void* out) {
   const int64_t bytes = sizes.template array_bytes<T>();
   Cursor<T> cursor{reinterpret_cast<T*>(scratch ? scratch + blockIdx.x * bytes : shared_memory)};
-  GeneralSolver<T> solve(p, cursor);
+  GeneralSolver<T, kUnmatched> solve(p, cursor);
   for (int64_t problem = blockIdx.x; problem < p.B; problem += gridDim.x) {
     solve.load_problem(problem);
     for (int64_t step = 1; step <= p.options.n_grad; ++step) {
@@ -463,16 +484,17 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
   }
 }
 
-template <typename T>
+template <typename T, bool kUnmatched>
 __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     general_backward_kernel(Problem p, GeneralSizes sizes, unsigned char* cold, unsigned char* scratch, Gradients out) {
   const int64_t bytes = sizes.template array_bytes<T>();
   Cursor<T> cursor{reinterpret_cast<T*>(scratch ? scratch + blockIdx.x * bytes : shared_memory)};
-  GeneralSolver<T> solve(p, cursor);
+  GeneralSolver<T, kUnmatched> solve(p, cursor);
   T *const da = cursor.take(p.N), *const dd = cursor.take(p.N), *const db = cursor.take(p.M), *const ds = cursor.take(p.M);
   T *const dcost = solve.gain, *const g = solve.total;  // from the end of the forward on
   auto* const bits = reinterpret_cast<uint32_t*>(cold + blockIdx.x * sizes.template cold_bytes<T>());
-  const int64_t n_grad = p.options.n_grad, n_proj = p.options.n_proj, round_words = (p.N + 1) * solve.words;
+  const int64_t n_grad = p.options.n_grad, n_proj = p.options.n_proj;
+  const int64_t round_words = GeneralSizes::round_words(p.N, p.M, kUnmatched);
   const int lane = solve.lane;
 
   for (int64_t problem = blockIdx.x; problem < p.B; problem += gridDim.x) {
@@ -535,7 +557,12 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
               count += 1;
             }
           sum = sum_warp(sum), count = sum_warp(count);
-          if (lane == 0) dd[r] = (da[r] - sum) / (count > 1 ? count : T(1));
+          if (lane == 0) {
+            if constexpr (kUnmatched)
+              if (!(at[(p.N + 1) * solve.words + r / 32] >> (r % 32) & 1u))
+                da[r] = sum;  // held at 0, it forgets the one before
+            dd[r] = (da[r] - sum) / (count > 1 ? count : T(1));
+          }
         }
         __syncthreads();
         arrive(round, [&](int64_t r, int64_t c, int64_t) { return ds[c] + dd[r]; });
@@ -545,7 +572,7 @@ __global__ void __launch_bounds__(kGeneralThreads<T>, 1)
     solve.write(out.cost, [&](int64_t, int64_t, int64_t i) { return dcost[i]; });
     for (int64_t r = solve.warp; r < n; r += solve.warps) {
       T sum = 0;
-      for (int64_t c = lane; c < m; c += 32) sum += dcost[r * m + c] * load<T>(p.cost, solve.index(r, c), p.element);
+      for (int64_t c = lane; c < m; c += 32) sum += dcost[r * m + c] * solve.cost(r, c);
       sum = sum_warp(sum);
       if (lane == 0) dd[r] = sum;
     }

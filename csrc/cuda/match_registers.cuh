@@ -10,6 +10,8 @@
 //
 // Every sum is one fixed tree over rows and columns, whatever kLanes is, and products that are summed are rounded first
 // (__fmul_rn, which the compiler does not fuse): results do not depend, to the bit, on the layout chosen for the batch.
+//
+// kUnmatched: templates may stay alone. The cost is less by what that costs, u >= 0, and each lane keeps the bit of one row.
 #pragma once
 
 #include "problem.cuh"
@@ -31,8 +33,9 @@ __device__ __forceinline__ void with_element(Element element, const Use& use) {
     use(c10::BFloat16{});
 }
 
-template <int N, int kLanes, int K>
+template <int N, int kLanes, int K, bool kUnmatched = false>
 struct Layout {
+  static_assert(!kUnmatched || N <= kLanes);
   static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16 || kLanes == 32);
   static constexpr int kProblems = kWarp / kLanes;  // per warp
   static constexpr int kClasses = kWarp / kLanes;   // accumulators of a row sum: columns equal modulo 32 share one
@@ -45,8 +48,9 @@ struct Layout {
 
   static constexpr bool kRoomy = kElements <= 40;  // two more arrays of the size of y0 fit into registers
 
-  // Mask bits of a round and lane, first bit highest: pos[r][k] in order, then col[k].
-  static constexpr int kBits = (N + 1) * K;
+  // Mask bits of a round and lane, first bit highest: pos[r][k] in order, then col[k], then that of row `lane`.
+  static constexpr int kRowBit = (N + 1) * K;
+  static constexpr int kBits = kRowBit + kUnmatched;
   static constexpr int kWords = (kBits + 31) / 32;
   static __device__ constexpr int word_of(int bit) { return bit / 32; }
   static __device__ constexpr int shift_of(int bit) {
@@ -56,7 +60,7 @@ struct Layout {
   using Word = std::conditional_t<kBits <= 16, uint16_t, uint32_t>;
 
   // Floats per lane of a snapshot of the forward, and of the backward's state between two segments.
-  static constexpr int64_t kSnapshot = kElements + 2 * N + K;
+  static constexpr int64_t kSnapshot = kElements + 2 * N + K + kUnmatched;
   static constexpr int64_t kPending = 2 * kElements + 2 * N + 2 * K;
 };
 
@@ -204,6 +208,28 @@ struct Place {
     });
   }
 
+  __device__ __forceinline__ bool is_row_of_lane(int slot) const { return row_of(slot) == lane; }
+
+  // The bit of each row, at its number, from every lane's of row `lane`.
+  __device__ __forceinline__ unsigned row_bits(bool mine) const {
+    return __ballot_sync(kAllLanes, mine) >> (kLanes < kWarp ? threadIdx.x / kLanes * kLanes : 0);
+  }
+
+  template <bool kUnmatched>
+  __device__ __forceinline__ void read_cost(LaneMemory<float> stage) const {
+    read(p.cost, stage);
+    if constexpr (kUnmatched) {
+#pragma unroll 1
+      for (int r = 0; r < N; ++r) {
+        if (row_of(r) >= n) continue;
+        const float own = static_cast<const float*>(p.unmatched)[b * p.unmatched_stride + row_of(r)];
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+          if (column_of(k) < m) stage[r * K + k] -= own;
+      }
+    }
+  }
+
   // 0 around the problem, and `poison` added within it.
   __device__ __forceinline__ void write(void* tensor, LaneMemory<float> stage, float poison) const {
     with_element(p.element, [&](auto tag) {
@@ -249,9 +275,9 @@ __device__ __forceinline__ void pace(int r) {
 }
 
 // The forward iteration. `update_duals` and `sweep` alternate, n_proj times per outer step.
-template <int N, int kLanes, int K, bool kRecord>
+template <int N, int kLanes, int K, bool kRecord, bool kUnmatched>
 struct Solver {
-  using Shape = Layout<N, kLanes, K>;
+  using Shape = Layout<N, kLanes, K, kUnmatched>;
   // Touched once per outer step, and live through the backward as well: the first to leave the registers.
   static constexpr bool kRoomForCost = Shape::kElements <= (kRecord ? 24 : 40);
   using Stage = Grid<N, K, false>;
@@ -267,11 +293,12 @@ struct Solver {
   float y0[N][K], v[K], rows[N], columns[K];  // sums of x over a row; (sum z - absent rows * v) / n over a column
   float inv_m, inv_n[K], base;                // base + sum of rows / m = 1 + sum of d
   float next_base, absent_rows, dropped_rows;
-  float poison;            // 0, or NaN where anything in the problem is not finite
-  Stage stage;             // between tensors and registers
-  Cost step;               // lr * C; infinite where absent
-  CostRow cost_row;        // sums of lr * C over a row, times 1/m
-  CostColumn cost_column;  // sums of lr * C over a column
+  [[maybe_unused]] float u_sum;  // kUnmatched: of u before the round, which base and next_base are not used for
+  float poison;                  // 0, or NaN where anything in the problem is not finite
+  Stage stage;                   // between tensors and registers
+  Cost step;                     // lr * C; infinite where absent
+  CostRow cost_row;              // sums of lr * C over a row, times 1/m
+  CostColumn cost_column;        // sums of lr * C over a column
   RowDual u;
 
   __device__ __forceinline__ Solver(const Place<N, kLanes, K>& place, const Problem& p, Arena& arena)
@@ -283,7 +310,7 @@ struct Solver {
     for (int k = 0; k < K; ++k) inv_n[k] = at.column_of(k) < at.m ? 1.f / static_cast<float>(at.n) : 0.f;
 
     poison = at.out_of_range ? NAN : 0.f * at.lr;
-    at.read(p.cost, stage.value);
+    at.template read_cost<kUnmatched>(stage.value);
     ColumnSums<N, K> by_column;
 #pragma unroll
     for (int r = 0; r < N; ++r) {
@@ -330,13 +357,27 @@ struct Solver {
 #pragma unroll
     for (int k = 0; k < K; ++k) columns[k] = __fmul_rn(by_column.total[k], inv_n[k]);
     base = fmaf(-static_cast<float>(at.n), inv_m, 1.f);
+    if constexpr (kUnmatched) u_sum = 0.f;
   }
 
   // Steps 1 and 2 of a round: u += (row sum - 1) / m;  v = max(0, (column sum - sum of d + n v - 1) / n).
   __device__ __forceinline__ void update_duals() {
-    const float excess = fmaf(sum_rows(rows), inv_m, base);
+    float excess;
+    if constexpr (kUnmatched) {
+      ColumnSums<N, 1> sums;
 #pragma unroll
-    for (int r = 0; r < N; ++r) u(r) = fmaf(rows[r] - 1.f, inv_m, u(r));
+      for (int r = 0; r < N; ++r) {
+        const float moved = fmaxf(0.f, fmaf(rows[r] - 1.f, inv_m, u(r)));
+        sums.add(r, 0, moved);
+        u(r) = moved;
+      }
+      excess = 1.f + (sums.total[0] - u_sum);
+      u_sum = sums.total[0];
+    } else {
+      excess = fmaf(sum_rows(rows), inv_m, base);
+#pragma unroll
+      for (int r = 0; r < N; ++r) u(r) = fmaf(rows[r] - 1.f, inv_m, u(r));
+    }
 #pragma unroll
     for (int k = 0; k < K; ++k) v[k] = fmaxf(0.f, fmaf(-excess, inv_n[k], columns[k]));
   }
@@ -375,6 +416,12 @@ struct Solver {
     if constexpr (kRecord) {
 #pragma unroll
       for (int k = 0; k < K; ++k) push(bits, N * K + k, 0.f - v[k]);
+      if constexpr (kUnmatched) {
+        float mine = 0.f;
+#pragma unroll
+        for (int r = 0; r < N; ++r) mine = at.is_row_of_lane(r) ? u(r) : mine;
+        push(bits, Shape::kRowBit, 0.f - mine);
+      }
 #pragma unroll
       for (int w = 0; w < Shape::kWords; ++w) masks[w] = static_cast<typename Shape::Word>(bits[w]);
     }
@@ -387,6 +434,7 @@ struct Solver {
     if constexpr (kOuter) {
 #pragma unroll
       for (int r = 0; r < N; ++r) u(r) = (carry ? u(r) : 0.f) - cost_row(r);
+      if constexpr (kUnmatched) u_sum = carry ? u_sum : 0.f;
     }
   }
 
@@ -424,13 +472,14 @@ struct Solver {
     for (int r = 0; r < N; ++r) copy(i++, rows[r]), copy(i++, u(r));
 #pragma unroll
     for (int k = 0; k < K; ++k) copy(i++, columns[k]);
+    if constexpr (kUnmatched) copy(i++, u_sum);
   }
 };
 
 // One warp per block: no barrier, and the scheduler balances the tail.
-template <int N, int kLanes, int K>
+template <int N, int kLanes, int K, bool kUnmatched>
 __global__ void __launch_bounds__(kWarp, 1) register_forward_kernel(Problem p, void* out) {
-  using Solve = Solver<N, kLanes, K, false>;
+  using Solve = Solver<N, kLanes, K, false, kUnmatched>;
   using Total = Grid<N, K, Layout<N, kLanes, K>::kRoomy>;
   __shared__ float memory[Solve::kSharedFloats + Total::kSharedFloats];
   Arena arena{memory};
@@ -462,9 +511,9 @@ struct Segments {
 };
 
 // The iteration backwards. The names are those of docs/matching.md; x is rank one between rounds: row[r] + ds[k].
-template <int N, int kLanes, int K>
+template <int N, int kLanes, int K, bool kUnmatched>
 struct Adjoint {
-  using Shape = Layout<N, kLanes, K>;
+  using Shape = Layout<N, kLanes, K, kUnmatched>;
   using Sum = Grid<N, K, Shape::kRoomy>;
   using RowDual = Grid<N, 1, Shape::kRoomy>;
   static constexpr int kSharedFloats = Sum::kSharedFloats + RowDual::kSharedFloats;
@@ -518,10 +567,14 @@ struct Adjoint {
       ds_sum.add(k, ds[k]);
     }
     sums[N] = ds_sum.lane_total();
+    [[maybe_unused]] unsigned row_bits = 0;
+    if constexpr (kUnmatched) row_bits = solve.at.row_bits(bit(Shape::kRowBit));
     sum_lanes<kLanes, Shape::kQuadRows>(sums);
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       du(r) -= sums[r];
+      if constexpr (kUnmatched)
+        if (!(row_bits >> solve.at.row_of(r) & 1u)) du(r) = sums[N];  // u was held at 0
       row[r] = __fmul_rn(du(r) - sums[N], solve.inv_m);
     }
   }
@@ -561,21 +614,21 @@ struct Adjoint {
   }
 };
 
-template <int N, int kLanes, int K>
+template <int N, int kLanes, int K, bool kUnmatched>
 constexpr int kBackwardSharedFloats =
-    Solver<N, kLanes, K, true>::kSharedFloats + Adjoint<N, kLanes, K>::kSharedFloats + N * K * kWarp;
+    Solver<N, kLanes, K, true, kUnmatched>::kSharedFloats + Adjoint<N, kLanes, K, kUnmatched>::kSharedFloats + N * K * kWarp;
 
 // Runs the forward again, mask bits into shared memory, then back. A run that is too long for that is cut into
 // segments: up through all of them leaving snapshots, then down, each segment's masks rebuilt from its snapshot.
-template <int N, int kLanes, int K>
+template <int N, int kLanes, int K, bool kUnmatched>
 __global__ void __launch_bounds__(kWarp, 1)
     register_backward_kernel(Problem p, Gradients out, Segments segments, int64_t groups) {
-  using Shape = Layout<N, kLanes, K>;
+  using Shape = Layout<N, kLanes, K, kUnmatched>;
   using Word = typename Shape::Word;
-  using Solve = Solver<N, kLanes, K, true>;
-  using Undo = Adjoint<N, kLanes, K>;
+  using Solve = Solver<N, kLanes, K, true, kUnmatched>;
+  using Undo = Adjoint<N, kLanes, K, kUnmatched>;
   using Grad = Grid<N, K, false>;
-  __shared__ float memory[kBackwardSharedFloats<N, kLanes, K>];
+  __shared__ float memory[kBackwardSharedFloats<N, kLanes, K, kUnmatched>];
   const LaneMemory<Word> masks{reinterpret_cast<Word*>(shared_memory) + threadIdx.x};
   const int n_grad = static_cast<int>(p.options.n_grad), n_proj = static_cast<int>(p.options.n_proj);
   const int newest = segments.count - 1;
@@ -654,7 +707,7 @@ __global__ void __launch_bounds__(kWarp, 1)
 #pragma unroll
         for (int k = 0; k < K; ++k) solve.stage(r, k) = -at.lr * adjoint.dz_sum(r, k);
       at.write(out.cost, solve.stage.value, poison);
-      at.read(p.cost, solve.stage.value);
+      at.template read_cost<kUnmatched>(solve.stage.value);
       ColumnSums<N, K> by_column;
       RowSum<kLanes, K> by_row;
 #pragma unroll

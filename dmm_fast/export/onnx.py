@@ -1,5 +1,5 @@
 """ONNX: start and step for ONNX Runtime and its like. Masks are handled by plain ops; the matching layers are functions of
-the model (`dmm::match`, `dmm::match_prices`), which a runtime may replace by kernels of its own.
+the model (`dmm::match`, `dmm::match_prices`, and `dmm::*_unmatched` of a call with unmatched_cost), which a runtime may replace by kernels of its own.
 """
 
 from __future__ import annotations
@@ -116,23 +116,29 @@ def _order_loops(nodes: Iterable[Any]) -> None:
 def _match(  # with the schema's defaults: torch.export leaves out arguments that equal them
     cost: Tensor, init: None = None, num_templates: Tensor | None = None, num_proposals: Tensor | None = None,
     lr_tensor: None = None, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1, carry: bool = False, last: bool = False,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "carry": int(carry), "last": int(last)}
-    return _node("match", cost, num_templates, num_proposals, attributes)
+    return _node("match", cost, num_templates, num_proposals, unmatched_cost, attributes)
 
 
 def _match_prices(
     cost: Tensor, num_templates: Tensor | None = None, num_proposals: Tensor | None = None, lr_tensor: None = None,
     n_grad: int = 40, n_proj: int = 1, lr: float = 10.0, last: bool = True,
+    unmatched_cost: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     attributes = {"n_grad": n_grad, "n_proj": n_proj, "lr": lr, "last": int(last)}
-    return _node("match_prices", cost, num_templates, num_proposals, attributes)
+    return _node("match_prices", cost, num_templates, num_proposals, unmatched_cost, attributes)
 
 
 def _node(
-    name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, attributes: dict[str, Any]
-) -> Tensor:
-    inputs = (cost, num_templates, num_proposals)
+    name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None, unmatched_cost: Tensor | None,
+    attributes: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    inputs = [cost, num_templates, num_proposals]
+    if unmatched_cost is not None:
+        name = f"{name}_unmatched"
+        inputs.append(unmatched_cost)
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=cost.dtype, shape=cost.shape, version=1)
 
 

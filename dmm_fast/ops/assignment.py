@@ -3,8 +3,6 @@ and what decides by it: ``hungarian``, ``assign``."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -52,44 +50,60 @@ def linear_assignment(
             is not finite. ValueError: a number as unmatched_cost that is not finite. TypeError: no tensor.
     """
     reference.check_tensor("linear_assignment", cost)
-    if unmatched_cost is not None and not isinstance(unmatched_cost, Tensor):
-        if not math.isfinite(unmatched_cost):
-            raise ValueError(f"linear_assignment: unmatched_cost must be finite, got {unmatched_cost:g}")
-        size = cost.shape[-2:-1]  # [N]; a cost of the wrong shape is refused by the op
-        dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        unmatched_cost = torch.full(size, unmatched_cost, dtype=dtype, device=cost.device)
+    own = reference.unmatched_costs("linear_assignment", cost, unmatched_cost)
     op = torch.ops.dmm.linear_assignment_duals if return_duals else torch.ops.dmm.linear_assignment
-    unmatched_cost = None if unmatched_cost is None else unmatched_cost.detach()
-    return op(cost.detach(), unmatched_cost, num_templates, num_proposals)  # the prices have no gradient either
+    own = None if own is None else own.detach()
+    return op(cost.detach(), own, num_templates, num_proposals)  # the prices have no gradient either
 
 
-def hungarian(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+def hungarian(
+    cost: Tensor,
+    *,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
+) -> Tensor:
     """Optimal one-to-one assignment: ``linear_assignment`` as a matrix like ``cost``. 0/1, no gradient; a problem with a non-finite
     cost is NaN throughout."""
     batched = reference._batched("hungarian", cost).detach()
-    choice, broken, valid = _decide(batched, num_templates, num_proposals)
+    own = reference.unmatched_costs("hungarian", cost, unmatched_cost)
+    choice, broken, valid = _decide(batched, own, num_templates, num_proposals)
     x = (choice[..., None] == torch.arange(cost.shape[-1], device=cost.device)).to(cost.dtype)  # [B, N, M]
     return x.masked_fill(broken & valid, torch.nan).reshape(cost.shape)
 
 
-def assign(assignment: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+def assign(
+    assignment: Tensor,
+    *,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+    unmatched: bool = False,
+) -> Tensor:
     """Round X to a decision: for each template the proposal that ``linear_assignment`` picks on -X; -1 where X is 0 there, where
     none is left, beyond ``num_templates``, and throughout a problem that is not finite.
 
     ``[N, M] -> [N]`` or ``[B, N, M] -> [B, N]``, int64. Decides better than the row argmax when proposals duplicate each other.
+    unmatched: X comes from a layer with ``unmatched_cost``, so what a row lacks of 1 speaks for leaving its template alone.
     """
     batched = reference._batched("assign", assignment).detach()
-    choice, broken, _ = _decide(-batched, num_templates, num_proposals)
+    own = None
+    if unmatched:
+        real = batched.where(reference._valid(batched, num_templates, num_proposals), 0)
+        lacking = (1 - real.sum(2, dtype=reference.accumulate_dtype(batched))).clamp(min=0)
+        own = -lacking.nan_to_num(0, 0, 0)  # what is not finite is refused below
+    choice, broken, _ = _decide(-batched, own, num_templates, num_proposals)
     if assignment.shape[-1]:
         value = batched.gather(2, choice.clamp(min=0)[..., None])[..., 0]  # [B, N]
         choice = choice.masked_fill(broken[..., 0] | ~(value > 0), -1)
     return choice.reshape(assignment.shape[:-1])
 
 
-def _decide(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The choice [B, N] for costs [B, N, M], which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
+def _decide(
+    cost: Tensor, own: Tensor | None, num_templates: Tensor | None, num_proposals: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The choice [B, N] for costs [B, N, M], ``own`` of staying alone, which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
     library the CPU decides for a GPU."""
-    given: tuple[Tensor | None, ...] = (cost, None, num_templates, num_proposals)
+    given: tuple[Tensor | None, ...] = (cost, None if own is None else own.detach(), num_templates, num_proposals)
     if cost.is_cuda and library.CUDA_MISSING is not None:
         given = tuple(None if tensor is None else tensor.cpu() for tensor in given)
     choice = torch.ops.dmm.linear_assignment(*given).to(cost.device)

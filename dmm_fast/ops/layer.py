@@ -20,8 +20,10 @@ class Layer:
     """``dmm::<name>``, made differentiable once; call it with the tuple of the op's arguments.
 
     ``item_dims`` gives the dimensions that each leading tensor argument has per problem: 2 for the cost, 0 for a number per
-    problem. ``differentiable`` lists those that get a gradient: the cost first, the step size (one number per problem) last.
-    The backward op takes the gradient and the op's arguments, and returns gradients in that order.
+    problem. Options follow, and last comes ``unmatched_cost``, a number per template, which the cost is less by.
+    ``differentiable`` lists the leading tensors that get a gradient: the cost first, the step size (one number per problem) last.
+    The backward op takes the gradient and the op's arguments, and returns gradients in that order; that of ``unmatched_cost``
+    follows from the cost's.
     """
 
     def __init__(self, name: str, item_dims: tuple[int, ...], differentiable: tuple[int, ...]):
@@ -29,6 +31,7 @@ class Layer:
         self.name = name
         self.op = getattr(torch.ops.dmm, name).default
         self.backward_op = getattr(torch.ops.dmm, f"{name}_backward").default
+        self.defaults = tuple(argument.default_value for argument in self.op._schema.arguments)
         self.item_dims = item_dims
         self.differentiable = differentiable
         self._function = self._functions()
@@ -38,23 +41,27 @@ class Layer:
         if _is_compiling() or _in_autocast("cpu") or _in_autocast("cuda"):
             return self.op(*args)
         if torch.is_grad_enabled():
-            for i in self.differentiable:
+            for i in (*self.differentiable, -1):
                 if args[i] is not None and args[i].requires_grad:
                     return self._function[_in_functorch()].apply(*args)
         return _call(self.op, args)
 
     def _setup_context(self, ctx, inputs, output):
         tensors = len(self.item_dims)
-        ctx.options = inputs[tensors:]
-        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:-1]
+        ctx.save_for_backward(*inputs[:tensors], inputs[-1])
 
     def _backward(self, call, ctx, grad: Tensor) -> tuple:
         """The gradients of all the op's arguments, through ``call(args of the backward op)``."""
-        saved = ctx.saved_tensors
-        grads = [None] * (len(saved) + len(ctx.options))
-        for i, g in zip(self.differentiable, call((grad, *saved, *ctx.options)), strict=True):
+        *saved, unmatched = ctx.saved_tensors
+        grads = [None] * len(self.defaults)
+        results = call((grad, *saved, *ctx.options, unmatched))
+        for i, g in zip(self.differentiable, results, strict=True):
             if saved[i] is not None:
                 grads[i] = g.sum() if saved[i].dim() == 0 else g
+        if unmatched is not None and ctx.needs_input_grad[len(grads) - 1]:
+            rows = results[0].sum(-1, dtype=unmatched.dtype)
+            grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
         return tuple(grads)
 
     def _no_double_backward(self, ctx, *grads):
@@ -134,16 +141,25 @@ class Layer:
         others = [torch.empty_like(like_cost) for _ in self.differentiable[1:-1]]
         return like_cost, *others, cost.new_empty(batch, dtype=accumulate)
 
+    def _merge(self, info, in_dims: tuple, args: tuple, item_dims: tuple[int, ...]) -> tuple[tuple, int]:
+        """The arguments of one of the ops for all of vmap's problems at once, and their batch, as `_merge_batch` has it."""
+        count = len(self.defaults) + len(item_dims) - len(self.item_dims)
+        missing = count - len(args)  # torch leaves out what has its default
+        args = (*args, *self.defaults[len(self.defaults) - missing :])
+        in_dims = (*in_dims, *[None] * missing)
+        tensors = len(item_dims)
+        given = (*args[:tensors], args[-1])
+        (*merged, unmatched), batch = _merge_batch(info, (*in_dims[:tensors], in_dims[-1]), given, (*item_dims, 1))
+        return (*merged, *args[tensors:-1], unmatched), batch
+
     def _vmap(self, info, in_dims, *args):
-        tensors = len(self.item_dims)
-        merged, batch = _merge_batch(info, in_dims[:tensors], args[:tensors], self.item_dims)
-        x = self.op(*merged, *args[tensors:])
+        args, batch = self._merge(info, in_dims, args, self.item_dims)
+        x = self.op(*args)
         return x.unflatten(0, (info.batch_size, batch)) if batch else x, 0
 
     def _vmap_backward(self, info, in_dims, *args):
-        tensors = len(self.item_dims) + 1
-        merged, batch = _merge_batch(info, in_dims[:tensors], args[:tensors], (2, *self.item_dims))
-        *grads, grad_lr = self.backward_op(*merged, *args[tensors:])
+        args, batch = self._merge(info, in_dims, args, (2, *self.item_dims))
+        *grads, grad_lr = self.backward_op(*args)
         if batch:
             grads = [g.unflatten(0, (info.batch_size, batch)) for g in grads]
         grads.append(grad_lr.unflatten(0, (info.batch_size, max(batch, 1))))

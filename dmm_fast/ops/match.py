@@ -26,6 +26,7 @@ def match(
     output: str = "average",
     num_templates: Tensor | None = None,
     num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Assign templates to proposals: a differentiable, approximate solution of the linear assignment problem (Algorithm 1).
@@ -42,6 +43,9 @@ def match(
         output: "average" of the iterates (the paper), or the "last" iterate, which is closer to the optimum.
         num_templates, num_proposals: int64 ``[B]``: problem b is ``cost[b, :num_templates[b], :num_proposals[b]]``. Padding
             may hold anything; X and gradients are 0 there.
+        unmatched_cost: c, a finite number, ``[N]`` or ``[B, N]`` in float32 (float64 for a float64 cost), which gets a gradient.
+            Then template i may stay alone at cost c_i: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij) with row sums
+            <= 1. None: every template takes a proposal.
         backend: "native" (C++/CUDA), "triton" (CUDA tensors), "reference" (plain PyTorch), or "auto": native, and Triton for
             CUDA tensors where the CUDA library is not built (``dmm_fast.build_info()`` tells).
 
@@ -50,17 +54,18 @@ def match(
         measures it); use ``mask_confident`` for the paper's soft decision and ``assign`` for a hard one.
         A problem with anything non-finite in it is NaN throughout and leaves the others alone.
 
-    Differentiable once in cost, init and lr; nothing but the inputs is kept for the backward.
+    Differentiable once in cost, init, lr and unmatched_cost; nothing but the inputs is kept for the backward.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that don't fit, counts out of range (on CUDA, where looking would cost a
-            synchronisation, such a problem comes back as NaN instead). ValueError: an unknown option. TypeError: no tensor.
+        RuntimeError: shapes, dtypes or devices that don't fit, counts out of range or an unmatched_cost that is not finite (on
+            CUDA, where looking would cost a synchronisation, such a problem comes back as NaN instead). ValueError: an unknown
+            option, or a number as unmatched_cost that is not finite. TypeError: no tensor.
     """
     reference.check_tensor("match", cost)
     if backend == "reference":
         return reference.match(
             cost, init, n_grad=n_grad, n_proj=n_proj, lr=lr, dykstra=dykstra, output=output, num_templates=num_templates,
-            num_proposals=num_proposals,
+            num_proposals=num_proposals, unmatched_cost=unmatched_cost,
         )  # fmt: skip
     if dykstra != "reset" and dykstra != "carry":
         raise ValueError(f'match: dykstra must be "reset" or "carry" (or "released" with backend="reference"), got {dykstra!r}')
@@ -68,7 +73,20 @@ def match(
         raise ValueError(f'match: output must be "average" or "last", got {output!r}')
     lr_tensor = lr if isinstance(lr, Tensor) else None
     rate = 0.0 if lr_tensor is not None else lr
-    args = (cost, init, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, dykstra == "carry", output == "last")
+    own = reference.unmatched_costs("match", cost, unmatched_cost)
+    args = (
+        cost,
+        init,
+        num_templates,
+        num_proposals,
+        lr_tensor,
+        n_grad,
+        n_proj,
+        rate,
+        dykstra == "carry",
+        output == "last",
+        own,
+    )
     if backend != "auto":
         library.check_backend("match", cost, backend)
         if backend == "triton":
@@ -87,6 +105,7 @@ def match_prices(
     output: str = "last",
     num_templates: Tensor | None = None,
     num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Decide nearly like the Hungarian method at two fifths of ``match``'s work: Newton prices (docs/variants.md).
@@ -103,28 +122,29 @@ def match_prices(
             1 / (n_grad lr) are shared. A tensor ``[]`` or ``[B]`` in float32 (float64 for a float64 cost) gets a gradient.
         output: the "last" iterate, to decide: 0/1 almost everywhere, so hardly a gradient. The "average" has one: to learn
             through it, take lr 1 to 4.
-        num_templates, num_proposals, backend: as for ``match``.
+        num_templates, num_proposals, unmatched_cost, backend: as for ``match``.
 
     Returns:
         X, like ``cost``, contiguous. A problem with anything non-finite in it, or an lr tensor that is not positive, is NaN
         throughout and leaves the others alone.
 
-    Differentiable once in cost and lr; nothing but the inputs is kept for the backward.
+    Differentiable once in cost, lr and unmatched_cost; nothing but the inputs is kept for the backward.
 
     Raises:
-        RuntimeError: as ``match``. ValueError: an unknown option.
+        RuntimeError, ValueError, TypeError: as ``match``.
     """
     reference.check_tensor("match_prices", cost)
     if backend == "reference":
         return reference.match_prices(
             cost, n_grad=n_grad, n_proj=n_proj, lr=lr, output=output, num_templates=num_templates,
-            num_proposals=num_proposals,
+            num_proposals=num_proposals, unmatched_cost=unmatched_cost,
         )  # fmt: skip
     if output != "average" and output != "last":
         raise ValueError(f'match_prices: output must be "average" or "last", got {output!r}')
     lr_tensor = lr if isinstance(lr, Tensor) else None
     rate = 0.0 if lr_tensor is not None else lr
-    args = (cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, output == "last")
+    own = reference.unmatched_costs("match_prices", cost, unmatched_cost)
+    args = (cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, output == "last", own)
     if backend != "auto":
         library.check_backend("match_prices", cost, backend)
         if backend == "triton":

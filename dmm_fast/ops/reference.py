@@ -24,6 +24,12 @@ def project_rows(x: Tensor) -> Tensor:
     return x - (x.sum(-1, keepdim=True) - 1) / x.shape[-1]
 
 
+def project_rows_at_most(x: Tensor) -> Tensor:
+    """Project onto {X : X 1 <= 1}. ``x`` is ``[..., N, M]``."""
+    row_sum = x.sum(-1, keepdim=True)  # [..., N, 1]
+    return torch.where(row_sum <= 1, x, x - (row_sum - 1) / x.shape[-1])
+
+
 def project_columns(x: Tensor) -> Tensor:
     """Project onto {X : X^T 1 <= 1} (Eq. 6). ``x`` is ``[..., N, M]``."""
     column_sum = x.sum(-2, keepdim=True)  # [..., 1, M]
@@ -35,8 +41,9 @@ def project_sign(x: Tensor) -> Tensor:
     return x.relu()
 
 
-_PAPER_ORDER = (project_rows, project_columns, project_sign)
-_RELEASED_ORDER = (project_sign, project_columns, project_rows)
+def _order(dykstra: str, rows) -> tuple:
+    """The projections of a round, in order."""
+    return (project_sign, project_columns, rows) if dykstra == "released" else (rows, project_columns, project_sign)
 
 
 def _dykstra(x: Tensor, corrections: list[Tensor], projections, n_proj: int) -> Tensor:
@@ -57,9 +64,12 @@ def released_init(cost: Tensor) -> Tensor:
     return torch.zeros_like(cost).scatter_(-1, choice, 1.0)
 
 
-def _match_dense(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr, dykstra: str, output: str) -> Tensor:
-    """One batch of equal sizes, ``[..., N, M]``."""
+def _match_dense(
+    cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr, dykstra: str, output: str, rows=project_rows
+) -> Tensor:
+    """One batch of equal sizes, ``[..., N, M]``. rows: the projection onto what row sums may be."""
     x = init
+    order = _order(dykstra, rows)
     zeros = [torch.zeros_like(cost)] * 3
     corrections = list(zeros)
     iterates = [] if dykstra == "reset" else [init]
@@ -68,13 +78,13 @@ def _match_dense(cost: Tensor, init: Tensor, n_grad: int, n_proj: int, lr, dykst
         x = x - lr * cost
         if dykstra == "released":
             iterates.append(x)
-            x = _dykstra(x, corrections, _RELEASED_ORDER, n_proj)
+            x = _dykstra(x, corrections, order, n_proj)
             reached = (iterates[-1] * cost).norm()
             if previous is not None and reached == previous:
                 break
             previous = reached
             continue
-        x = _dykstra(x, list(zeros) if dykstra == "reset" else corrections, _PAPER_ORDER, n_proj)
+        x = _dykstra(x, list(zeros) if dykstra == "reset" else corrections, order, n_proj)
         iterates.append(x)
     return x if output == "last" else torch.stack(iterates).mean(0)
 
@@ -90,42 +100,67 @@ def match(
     output: str = "average",
     num_templates: Tensor | None = None,
     num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
 ) -> Tensor:
     """Projected gradient with Dykstra's projections, differentiable by plain autograd.
 
     ``dykstra="reset"`` is Algorithm 1 (the corrections start at 0 in every outer step), ``"carry"`` is Listing 1 (they are
     carried, and the start counts in the average), ``"released"`` the authors' released code (ReLU first, averages the points
     *before* projection, greedy start, stops when the cost repeats; for weights trained with it).
+    With ``unmatched_cost`` c, a number, ``[N]`` or ``[B, N]``, row sums are at most 1, and the cost is C - c.
     Ragged batches: problem ``b`` is ``cost[b, :num_templates[b], :num_proposals[b]]``; the rest of its result is 0.
-    A problem with a non-finite cost, start or lr is NaN throughout and leaves the others alone.
+    A problem with a non-finite cost, start, lr or unmatched_cost is NaN throughout and leaves the others alone.
     """
     if dykstra not in DYKSTRA or output not in OUTPUT:
         raise ValueError(f"match: dykstra must be one of {DYKSTRA} and output one of {OUTPUT}, got {dykstra!r}, {output!r}")
     start = init if init is None or init.dim() == 3 else init[None]  # [B, N, M]
+    rows = project_rows if unmatched_cost is None else project_rows_at_most
 
     def solve(b: int, c: Tensor, step) -> Tensor:
         if start is not None:
             x0 = start[b, : c.shape[0], : c.shape[1]]
         else:
             x0 = released_init(c) if dykstra == "released" else torch.zeros_like(c)
-        x = _match_dense(c, x0, n_grad, n_proj, step, dykstra, output)
+        x = _match_dense(c, x0, n_grad, n_proj, step, dykstra, output, rows)
         return x + 0 * (c.sum() + x0.sum() + step)  # NaN anywhere in the problem if anything in it is not finite
 
-    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
+    return _stack_problems("match", cost, lr, num_templates, num_proposals, unmatched_cost, solve)
 
 
-def _stack_problems(cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None, solve) -> Tensor:
-    """``solve(b, cost [n, m], lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0 elsewhere, differentiable."""
+def accumulate_dtype(cost: Tensor) -> torch.dtype:
+    """The dtype of sums of costs, and of numbers per template or problem."""
+    return torch.float64 if cost.dtype == torch.float64 else torch.float32
+
+
+def unmatched_costs(name: str, cost: Tensor, unmatched_cost: float | Tensor | None) -> Tensor | None:
+    """``unmatched_cost`` as a tensor: a number becomes one per template."""
+    if unmatched_cost is None or isinstance(unmatched_cost, Tensor):
+        return unmatched_cost
+    if not -math.inf < unmatched_cost < math.inf:  # which torch.compile can trace, unlike math.isfinite
+        raise ValueError(f"{name}: unmatched_cost must be finite, got {unmatched_cost:g}")
+    size = cost.shape[-2:-1]  # [N]; a cost of the wrong shape is refused later
+    return torch.full(size, unmatched_cost, dtype=accumulate_dtype(cost), device=cost.device)
+
+
+def _stack_problems(
+    name: str, cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None,
+    unmatched_cost: float | Tensor | None, solve,
+) -> Tensor:  # fmt: skip
+    """``solve(b, cost [n, m] less what staying alone costs, lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0
+    elsewhere, differentiable."""
     if not isinstance(lr, Tensor) and not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr:g}")
     batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
     B, N, M = batched.shape
+    own = _alone(name, batched, unmatched_cost)
     steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
     rows = [N] * B if num_templates is None else num_templates.tolist()
     columns = [M] * B if num_proposals is None else num_proposals.tolist()
     results = []
     for b in range(B):
         c = batched[b, : rows[b], : columns[b]]
+        if own is not None:
+            c = c - own[b, : rows[b], None]
         if c.numel() == 0:
             results.append(torch.zeros_like(batched[b]) + c.sum())  # 0, still attached to the graph
         else:
@@ -143,11 +178,12 @@ def match_prices(
     output: str = "last",
     num_templates: Tensor | None = None,
     num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
 ) -> Tensor:
     """Newton prices (docs/variants.md): x_k = t_k relu(-C - a - b), one Newton step per round for the row prices a and the
     column prices b >= 0, while the sharpness t_k = n_grad lr (k / n_grad)^3 grows. Differentiable by plain autograd.
 
-    Ragged batches as in ``match``. A problem with a non-finite cost, or an lr that is not positive and finite, is NaN
+    Ragged batches as in ``match``. With ``unmatched_cost`` c row prices are at least 0, and the cost is C - c. A problem with a non-finite cost, or an lr that is not positive and finite, is NaN
     throughout and leaves the others alone.
     """
     if output not in OUTPUT:
@@ -156,6 +192,8 @@ def match_prices(
     def solve(b: int, c: Tensor, step) -> Tensor:
         total = torch.zeros_like(c)
         row_price = c.neg().amax(-1, keepdim=True).detach() - n_grad**2 / step  # [n, 1]; the first step forgets it
+        if unmatched_cost is not None:
+            row_price = row_price.relu()
         column_price = torch.zeros_like(c[:1])  # [1, m]
         for k in range(1, n_grad + 1):
             t = n_grad * step * (k / n_grad) ** 3
@@ -163,6 +201,8 @@ def match_prices(
                 p = (-c - row_price - column_price).relu()
                 pos = (p > 0).to(c.dtype)
                 d = (p.sum(-1, keepdim=True) - 1 / t) / pos.sum(-1, keepdim=True).clamp(min=1)
+                if unmatched_cost is not None:
+                    d = torch.where(row_price + d > 0, d, -row_price)
                 s = (p - pos * d).sum(-2, keepdim=True)  # column sums after the row step
                 w = column_price + (s - 1 / t) / pos.sum(-2, keepdim=True).clamp(min=1)
                 row_price, column_price = row_price + d, w.relu()
@@ -171,7 +211,7 @@ def match_prices(
         poison = 0 * (c.sum() + step) if step > 0 else torch.nan
         return (total if output == "last" else total / n_grad) + poison
 
-    return _stack_problems(cost, lr, num_templates, num_proposals, solve)
+    return _stack_problems("match_prices", cost, lr, num_templates, num_proposals, unmatched_cost, solve)
 
 
 def match_batched(cost: Tensor, *, n_grad: int = 40, n_proj: int = 5, lr: float = 0.1) -> Tensor:
@@ -223,6 +263,17 @@ def _batched(name: str, cost: Tensor) -> Tensor:
     return cost if cost.dim() == 3 else cost[None]
 
 
+def _alone(name: str, cost: Tensor, unmatched_cost: float | Tensor | None) -> Tensor | None:
+    """What staying alone costs each template of a batch [B, N, M]: [B, N], or None. In the dtype of the cost, to compute with."""
+    own = unmatched_costs(name, cost, unmatched_cost)
+    if own is None:
+        return None
+    B, N, _ = cost.shape
+    if own.shape not in ((N,), (B, N)):
+        raise ValueError(f"{name}: unmatched_cost must have shape [{N}] or [{B}, {N}], got {list(own.shape)}")
+    return own.to(cost.dtype).expand(B, N)
+
+
 def _valid(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> Tensor:
     """What of a batch [B, N, M] is not padding: bool, broadcasts against it."""
     valid = torch.ones((1, 1, 1), dtype=torch.bool, device=cost.device)
@@ -233,15 +284,27 @@ def _valid(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | N
     return valid
 
 
-def greedy(cost: Tensor, *, num_templates: Tensor | None = None, num_proposals: Tensor | None = None) -> Tensor:
+def greedy(
+    cost: Tensor,
+    *,
+    num_templates: Tensor | None = None,
+    num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
+) -> Tensor:
     """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first; among equal ones the first. 0/1, no
-    gradient. A problem with a non-finite cost is NaN throughout. Runs on the device of ``cost``, without a host read."""
+    gradient. A problem with a non-finite cost is NaN throughout. Runs on the device of ``cost``, without a host read.
+
+    With ``unmatched_cost`` c, a number, ``[N]`` or ``[B, N]``, the pair first that saves most against c, and none that costs more.
+    """
     batched = _batched("greedy", cost).detach()  # [B, N, M]
+    own = _alone("greedy", batched, unmatched_cost)
+    if own is not None:
+        batched = batched - own.detach()[..., None]
     B, N, M = batched.shape
     if batched.numel() == 0:
         return torch.zeros_like(batched).reshape(cost.shape)
     valid = _valid(batched, num_templates, num_proposals)
-    free = batched.masked_fill(~valid, torch.inf)  # [B, N, M]
+    free = batched.masked_fill(~valid if own is None else ~valid | (batched > 0), torch.inf)  # [B, N, M]
     poison = (batched.masked_fill(~valid, 0) * 0).sum((1, 2), keepdim=True)  # [B, 1, 1], 0 or NaN
     problem = torch.arange(B, device=cost.device)
     found = []
@@ -295,18 +358,24 @@ def sinkhorn(
     temperature: float = 0.05,
     num_templates: Tensor | None = None,
     num_proposals: Tensor | None = None,
+    unmatched_cost: float | Tensor | None = None,
 ) -> Tensor:
     """Entropic optimal transport with row sums 1 and column sums <= 1, in the log domain; differentiable, batched.
 
-    Each round scales rows to 1, then scales down the columns that exceed 1.
+    Each round scales rows to 1, then scales down the columns that exceed 1. ``unmatched_cost``, a number, ``[N]`` or ``[B, N]``,
+    is the cost of one more column, which takes any number of rows and is left out of the result.
     """
     batched = _batched("sinkhorn", cost)  # [B, N, M]
     valid = _valid(batched, num_templates, num_proposals)
     floor = torch.finfo(cost.dtype).min / 4
     log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
     v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
+    own = _alone("sinkhorn", batched, unmatched_cost)
+    if own is not None:
+        alone = torch.where(_valid(batched, num_templates, None), -own[..., None] / temperature, floor)  # [B, N, 1]
     for _ in range(rounds):
-        u = -torch.logsumexp(log_k + v, -1, keepdim=True)  # [B, N, 1]
+        scaled = log_k + v if own is None else torch.cat([log_k + v, alone], -1)
+        u = -torch.logsumexp(scaled, -1, keepdim=True)  # [B, N, 1]
         v = (-torch.logsumexp(log_k + u, -2, keepdim=True)).clamp(max=0)  # [B, 1, M]
     return torch.where(valid, torch.exp(log_k + u + v), 0).reshape(cost.shape)
 
@@ -319,13 +388,14 @@ def mask_confident(assignment: Tensor) -> Tensor:
     return assignment * (assignment == assignment.amax(-1, keepdim=True))
 
 
-def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None) -> dict[str, Tensor]:
+def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None, unmatched: bool = False) -> dict[str, Tensor]:
     """How far X is from the constraints of Eq. 3, per problem, ``[]`` or ``[B]``: ``rows`` max |row sum - 1| over the templates
-    there are, ``columns`` max(column sum - 1, 0), ``sign`` max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings
-    them to 1e-3.
+    there are (``unmatched``: max(row sum - 1, 0), as templates may stay alone), ``columns`` max(column sum - 1, 0), ``sign``
+    max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them to 1e-3.
     """
     check_tensor("feasibility", assignment)
-    rows = (assignment.sum(-1) - 1).abs()  # [B, N]
+    rows = assignment.sum(-1) - 1  # [B, N]
+    rows = rows.clamp(min=0) if unmatched else rows.abs()
     if num_templates is not None:
         rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < num_templates[:, None], 0)
     columns = (assignment.sum(-2) - 1).clamp(min=0)  # [B, M]

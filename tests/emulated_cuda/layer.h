@@ -25,15 +25,16 @@ struct Scratch {
 struct Given {
   const void *cost, *init;
   const int64_t *num_templates, *num_proposals;
-  const void* lr;
-  int64_t lr_stride;
+  const void *lr, *unmatched;
+  int64_t lr_stride, unmatched_stride;
   int64_t sizes[5];
   double lr_value;
   int carry, last, element;
 
   dmm::cuda::Problem problem() const {
     const dmm::MatchOptions options{sizes[3], sizes[4], lr_value, carry != 0, last != 0};
-    return {{cost, init, num_templates, num_proposals, lr, lr_stride, sizes[0], sizes[1], sizes[2], options},
+    return {{cost, init, num_templates, num_proposals, lr, lr_stride, unmatched, unmatched_stride, sizes[0], sizes[1], sizes[2],
+             options},
             static_cast<dmm::cuda::Element>(element),
             dmm::output_scale(options)};
   }

@@ -743,3 +743,48 @@ def test_onnx_layer_alone(name, tmp_path):
     feed = {"cost": cost.numpy(), "num_templates": n.numpy(), "num_proposals": m.numpy()}
     (replaced,) = ReferenceEvaluator(model, new_ops=[kernel]).run(None, feed)
     assert torch.equal(torch.from_numpy(replaced), expected)
+
+
+class Alone(torch.nn.Module):
+    """A layer whose templates may stay alone."""
+
+    def __init__(self, prices: bool, carry: bool) -> None:
+        super().__init__()
+        self.prices, self.carry = prices, carry
+
+    def forward(self, cost: torch.Tensor, n: torch.Tensor, m: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        if self.prices:
+            return torch.ops.dmm.match_prices(cost, n, m, None, 30, 2, 4.0, False, own)
+        return torch.ops.dmm.match(cost, None, n, m, None, 9, 3, 0.1, self.carry, False, own)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_onnx_with_unmatched_cost(layer, shared, tmp_path):
+    import onnxruntime
+
+    from dmm_fast.export import onnx
+    from dmm_fast.export.manifest import ASSIGNMENT, LAYER, Spec
+
+    module = Alone(prices=layer == "prices", carry=layer == "carry")
+    names = [spec.name for spec in LAYER] + ["unmatched_cost"]
+    specs = (*LAYER, Spec("unmatched_cost", "float32", ("N",) if shared else ("B", "N")))
+    B, N, M = (torch.export.Dim(name, min=1, max=4096) for name in "BNM")
+    given = torch.rand(2, 3, 4), torch.tensor([3, 1]), torch.tensor([4, 2]), torch.rand(3) if shared else torch.rand(2, 3)
+    shapes = ({0: B, 1: N, 2: M}, {0: B}, {0: B}, {0: N} if shared else {0: B, 1: N})
+    program = torch.export.export(module, given, dynamic_shapes=shapes).run_decompositions(onnx._decompositions())
+    converted = torch.onnx.export(
+        program, dynamo=True, opset_version=onnx.OPSET, verbose=False, input_names=names, output_names=["assignment"]
+    )
+    onnx._save(converted.model_proto, specs + ASSIGNMENT, tmp_path / "alone.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "alone.onnx", providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    for b, n, m in ((6, 5, 20), (1, 1, 1), (3, 4, 7)):
+        cost, own = torch.rand((b, n, m), generator=generator), torch.rand((b, n), generator=generator) * 0.3
+        rows, columns = (torch.randint(0, size + 1, (b,), generator=generator) for size in (n, m))
+        if b == 6:
+            rows[1:3], columns[1:3] = 3, 10
+            cost[1, 2, 3], cost[2, 4, 19] = torch.nan, torch.nan  # the second is padding
+        tensors = cost, rows, columns, own[0] if shared else own
+        (x,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors)})
+        torch.testing.assert_close(torch.from_numpy(x), module(*tensors), atol=1e-4, rtol=1e-4, equal_nan=True)

@@ -51,7 +51,8 @@ class Given(ctypes.Structure):
 
     _fields_ = [
         ("cost", ctypes.c_void_p), ("init", ctypes.c_void_p), ("num_templates", ctypes.c_void_p),
-        ("num_proposals", ctypes.c_void_p), ("lr", ctypes.c_void_p), ("lr_stride", ctypes.c_int64), ("sizes", ctypes.c_int64 * 5),
+        ("num_proposals", ctypes.c_void_p), ("lr", ctypes.c_void_p), ("unmatched", ctypes.c_void_p), ("lr_stride", ctypes.c_int64),
+        ("unmatched_stride", ctypes.c_int64), ("sizes", ctypes.c_int64 * 5),
         ("lr_value", ctypes.c_double), ("carry", ctypes.c_int), ("last", ctypes.c_int), ("element", ctypes.c_int),
     ]  # fmt: skip
 
@@ -66,11 +67,16 @@ class Device:
     def resize(self, processors: int = 3, shared_bytes: int = 99 << 10, last_thread_first: bool = False) -> None:
         self.library.set_device(processors, shared_bytes, int(last_thread_first))
 
-    def _given(self, cost, init=None, *, n_grad, n_proj, lr, last=False, carry=False, num_templates=None, num_proposals=None):
+    def _given(
+        self, cost, init=None, *, n_grad, n_proj, lr, last=False, carry=False, num_templates=None, num_proposals=None,
+        unmatched_cost=None,
+    ):  # fmt: skip
         rate = lr.to(accumulate(cost)) if isinstance(lr, Tensor) else None
-        self.alive = (cost, init, num_templates, num_proposals, rate)
+        own = None if unmatched_cost is None else unmatched_cost.to(accumulate(cost)).contiguous()
+        self.alive = (cost, init, num_templates, num_proposals, rate, own)
         return ctypes.byref(Given(
             *(None if tensor is None else tensor.data_ptr() for tensor in self.alive), 0 if rate is None else rate.dim(),
+            cost.shape[1] if own is not None and own.dim() == 2 else 0,
             (ctypes.c_int64 * 5)(*cost.shape, n_grad, n_proj), 0.0 if rate is not None else lr, carry, last, ELEMENT[cost.dtype],
         ))  # fmt: skip
 

@@ -40,6 +40,33 @@ class Sample:
         return Sample(self.name, self.cost.to(device, dtype), init, options)
 
 
+def alone_samples(rand, generator, counts: dict) -> list[Sample]:
+    """Templates that may stay alone; what some of them do at these costs."""
+    ragged, own = rand(9, 6, 20), rand(9, 6) * 0.4
+    ragged[:, 4:], own[:, 4:] = torch.nan, torch.nan  # padding may hold anything
+    return [
+        Sample("alone at a number", rand(3, 5, 20), options=dict(unmatched_cost=0.15)),
+        Sample("alone at a negative number", rand(2, 9, 7) - 0.5, options=dict(unmatched_cost=-0.2)),
+        Sample("alone in one problem", rand(7, 3), options=dict(unmatched_cost=rand(7) * 0.4)),
+        Sample("alone lanes", rand(35, 5, 50), options=dict(n_grad=8, unmatched_cost=rand(5) * 0.1)),
+        Sample("alone per problem", rand(3, 9, 12), options=dict(unmatched_cost=rand(3, 9) * 0.3)),
+        Sample("alone, many rows", rand(18, 21, 40), options=dict(n_grad=4, unmatched_cost=rand(18, 21) * 0.2)),
+        Sample("alone beyond the register path", rand(2, 20, 200), options=dict(n_grad=4, unmatched_cost=rand(20) * 0.1)),
+        Sample("alone, 100 columns", rand(2, 16, 100), options=dict(n_grad=6, unmatched_cost=rand(16) * 0.1)),
+        Sample("alone ragged", ragged, options=dict(unmatched_cost=own, **counts)),
+        Sample(
+            "alone ragged lanes",
+            rand(37, 6, 20),
+            options=dict(
+                n_grad=5,
+                num_templates=torch.randint(0, 7, (37,), generator=generator),
+                num_proposals=torch.randint(0, 21, (37,), generator=generator),
+                unmatched_cost=rand(37, 6) * 0.5,
+            ),
+        ),
+    ]
+
+
 def match_samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(7)
 
@@ -90,6 +117,10 @@ def match_samples() -> list[Sample]:
             ),
         ),
     ]
+    samples += alone_samples(rand, generator, next(s.options for s in samples if s.name == "ragged"))
+    samples.append(
+        Sample("alone, long: segments", rand(1, 20, 300), options=dict(n_grad=100, n_proj=8, unmatched_cost=rand(20) * 0.1))
+    )
     variants = [("reset", "average"), ("carry", "average"), ("reset", "last"), ("carry", "last")]
     return [
         Sample(f"{s.name}-{dykstra}-{output}", s.cost, s.init, {**s.options, "dykstra": dykstra, "output": output})
@@ -143,6 +174,7 @@ def prices_samples() -> list[Sample]:
             ),
         ),
     ]
+    samples += alone_samples(rand, generator, next(s.options for s in samples if s.name == "ragged"))
     return [
         Sample(f"{s.name}-{output}", s.cost, options={**s.options, "output": output})
         for s in samples
@@ -184,6 +216,7 @@ class Layer:
     def few(self) -> list[Sample]:
         """Those that differ in kind, not in size."""
         kinds = ("batch", "ragged", "ragged lanes", "init", "lr tensor", "lr per problem")
+        kinds += ("alone lanes", "alone per problem", "alone ragged")
         return [sample for sample in self.samples if sample.name.split("-")[0] in kinds]
 
     def op_arguments(self, sample: Sample) -> tuple:
@@ -192,6 +225,12 @@ class Layer:
         counts = sample.options.get("num_templates"), sample.options.get("num_proposals")
         lr = sample.options.get("lr")
         return leaf(sample.cost.nan_to_num(0.5)), *init, *counts, leaf(lr) if isinstance(lr, Tensor) else None
+
+
+def alone(sample: Sample) -> dict[str, Tensor]:
+    """``unmatched_cost``, where it is a tensor, as a leaf."""
+    own = sample.options.get("unmatched_cost")
+    return {"unmatched_cost": leaf(own.nan_to_num(0.3))} if isinstance(own, Tensor) else {}
 
 
 def leaf(value):
@@ -206,7 +245,7 @@ def strided(tensor: Tensor) -> Tensor:
 def gradients(sample: Sample, function, grad: Tensor, wrap=lambda t: t) -> tuple[Tensor, ...]:
     """Those of <grad, X> in everything that is differentiable."""
     inputs, options = [leaf(t) for t in sample.inputs], {key: leaf(value) for key, value in sample.options.items()}
-    leaves = inputs + ([options["lr"]] if isinstance(options.get("lr"), Tensor) else [])
+    leaves = inputs + [options[name] for name in ("lr", "unmatched_cost") if isinstance(options.get(name), Tensor)]
     x = function(*map(wrap, inputs), **options)
     return torch.autograd.grad(x, leaves, wrap(grad), allow_unused=True, materialize_grads=True)
 
@@ -217,7 +256,7 @@ MATCH = Layer(
     tolerance={torch.float64: (1e-10, 1e-11), torch.float32: (1e-4, 2e-5), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2e-3, 1e-3)},
     gradient=(1e-8, 1e-9), soft={}, quantile=(1e-5, 1e-3), step=0.13, starts=True,
     op_options=lambda s: dict(
-        n_grad=4, n_proj=3, lr=0.1, carry=s.options["dykstra"] == "carry", last=s.options["output"] == "last"
+        n_grad=4, n_proj=3, lr=0.1, carry=s.options["dykstra"] == "carry", last=s.options["output"] == "last", **alone(s)
     ),
 )  # fmt: skip
 MATCH_PRICES = Layer(
@@ -225,6 +264,6 @@ MATCH_PRICES = Layer(
     # X is p scaled up by t = n_grad lr = 400, and so is what half precision rounds off; gradients reach 1e2
     tolerance={torch.float64: (1e-9, 1e-10), torch.float32: (1e-4, 1e-4)},
     gradient=(1e-8, 1e-7), soft={"output": "average"}, quantile=(1e-4, 1e-2), step=1.3,
-    op_options=lambda s: dict(n_grad=4, n_proj=2, lr=3.0, last=s.options["output"] == "last"),
+    op_options=lambda s: dict(n_grad=4, n_proj=2, lr=3.0, last=s.options["output"] == "last", **alone(s)),
 )  # fmt: skip
 LAYERS = [MATCH, MATCH_PRICES]

@@ -82,3 +82,50 @@ def test_peers_take_ragged_and_broken_batches():
             free[i], free[:, j] = torch.inf, torch.inf
             pairs.add((i, j))
         assert {tuple(pair) for pair in near[b].nonzero().tolist()} == pairs
+
+
+def test_peers_leave_templates_alone():
+    generator = torch.Generator().manual_seed(0)
+    cost, own = torch.rand(40, 4, 6, generator=generator), torch.rand(40, 4, generator=generator) * 0.4
+    counts = dict(
+        num_templates=torch.randint(0, 5, (40,), generator=generator),
+        num_proposals=torch.randint(0, 7, (40,), generator=generator),
+    )
+    best = dmm_fast.linear_assignment(cost, unmatched_cost=own, **counts)
+    x = dmm_fast.hungarian(cost, unmatched_cost=own, **counts)
+    assert torch.equal(x.argmax(-1).where(x.sum(-1) > 0, -1), best)
+    assert torch.equal(dmm_fast.assign(x, unmatched=True, **counts), best)
+    near = dmm_fast.greedy(cost, unmatched_cost=own, **counts)
+    gain = own[..., None] - cost
+    for b in range(40):
+        inner = gain[b, : counts["num_templates"][b], : counts["num_proposals"][b]].clone()
+        pairs = set()
+        while inner.numel() and inner.max() >= 0:
+            i, j = divmod(int(inner.argmax()), inner.shape[1])
+            inner[i], inner[:, j] = -1, -1
+            pairs.add((i, j))
+        assert {tuple(pair) for pair in near[b].nonzero().tolist()} == pairs
+    assert ((x - near) * gain).sum((1, 2)).min() > -1e-6  # the optimum saves most
+    soft = dmm_fast.sinkhorn(cost, unmatched_cost=own, temperature=0.01, rounds=500, **counts)
+    assert ((soft.sum(2) > 0.5) == (best >= 0)).double().mean() > 0.95
+    for name in ("greedy", "sinkhorn"):
+        with pytest.raises(ValueError, match=rf"{name}: unmatched_cost must have shape \[4\] or \[40, 4\], got \[3\]"):
+            getattr(dmm_fast, name)(cost, unmatched_cost=torch.rand(3))
+
+
+def test_sinkhorn_has_a_gradient_in_unmatched_cost():
+    cost, own = torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    leaves = cost.requires_grad_(), own.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, o: dmm_fast.sinkhorn(c, unmatched_cost=o, rounds=5, temperature=0.3), leaves)
+    for far, all_matched in ((10.0, True), (-10.0, False)):
+        x = dmm_fast.sinkhorn(cost, unmatched_cost=far)
+        assert x.sum(2).sub(float(all_matched)).abs().max() < 1e-4
+
+
+def test_unmatched_rows_may_lack():
+    x = torch.tensor([[0.6, 0.1], [0.0, 0.2]])
+    assert dmm_fast.feasibility(x)["rows"] == pytest.approx(0.8) and dmm_fast.feasibility(x, unmatched=True)["rows"] == 0
+    assert dmm_fast.assign(x).tolist() == [0, 1] and dmm_fast.assign(x, unmatched=True).tolist() == [0, -1]
+    padded = torch.tensor([[[0.6, torch.nan], [torch.inf, 0.0]]])
+    counts = dict(num_templates=torch.tensor([1]), num_proposals=torch.tensor([1]))
+    assert dmm_fast.assign(padded, unmatched=True, **counts).tolist() == [[0, -1]]

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers.layers import DEVICES, LAYERS, Sample, gradients, leaf, strided
+from helpers.layers import DEVICES, LAYERS, Sample, alone, gradients, leaf, strided
 from torch import Tensor
 
+import dmm_fast
 from dmm_fast.ops import reference
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -204,10 +205,17 @@ def test_gradcheck(layer, sample, device):
     here = sample.to(device, torch.float64)
     options = {k: v for k, v in here.options.items() if k != "lr"} | {"n_grad": 3, "n_proj": 3}
     cost = here.cost[:4, :3, :5].nan_to_num(0.5).contiguous().requires_grad_()
-    options = {k: v[:4].clamp(max=3) if k.startswith("num") else v for k, v in options.items()}
+    options = {k: v[:4].clamp(max=3) if k.startswith("num") else v for k, v in options.items() if k != "unmatched_cost"}
+    own = alone(here)
+    own = {k: v.detach()[..., :3][:4].contiguous().requires_grad_() for k, v in own.items()}
     starts = [(torch.rand_like(cost) * 0.2).detach().requires_grad_()] if layer.starts else []
     lr = torch.tensor(layer.step, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, *inputs: layer.function(*inputs, lr=a, **options), (lr, cost, *starts))
+
+    def solve(a, *inputs):
+        left = {name: inputs[-1] for name in own}
+        return layer.function(*inputs[: len(inputs) - len(own)], lr=a, **options, **left)
+
+    assert torch.autograd.gradcheck(solve, (lr, cost, *starts, *own.values()))
 
 
 @layers
@@ -238,15 +246,21 @@ def test_opcheck(layer, sample):
     args, options = layer.op_arguments(here), layer.op_options(here)
     torch.library.opcheck(layer.op, args, options)
     args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    options = {name: value.detach() if isinstance(value, Tensor) else value for name, value in options.items()}
     torch.library.opcheck(layer.backward_op, (torch.randn_like(args[0]), *args), options)
 
 
 @layers
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(layer, dynamic):
+@pytest.mark.parametrize("own", [{}, dict(unmatched_cost=0.3)], ids=["all", "alone"])
+def test_compile_fullgraph(layer, dynamic, own):
     def loss(cost):
-        return (layer.function(cost * 2, n_grad=4, **layer.soft) * cost).sum()
+        x = layer.function(cost * 2, n_grad=4, **layer.soft, **own)
+        if own:
+            x = x * layer.function(cost, n_grad=4, unmatched_cost=cost.mean(2), **layer.soft)
+        return (x * cost).sum()
 
+    torch.compiler.reset()  # or its limit of compilations counts what other tests compiled
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((3, 5, 50), (4, 6, 30)):
         a = torch.rand(shape).requires_grad_()
@@ -266,7 +280,18 @@ class Prices(torch.nn.Module):
         return torch.ops.dmm.match_prices(cost, None, num_proposals, n_grad=8)
 
 
-modules = pytest.mark.parametrize("module", [Match(), Prices()], ids=["match", "match_prices"])  # a script knows no names
+class MatchAlone(torch.nn.Module):
+    def forward(self, cost: Tensor, num_proposals: Tensor) -> Tensor:
+        return torch.ops.dmm.match(cost, None, None, num_proposals, n_grad=8, unmatched_cost=cost.mean(2))
+
+
+class PricesAlone(torch.nn.Module):
+    def forward(self, cost: Tensor, num_proposals: Tensor) -> Tensor:
+        return torch.ops.dmm.match_prices(cost, None, num_proposals, n_grad=8, unmatched_cost=cost.mean(2)[0])
+
+
+MODULES = [Match(), Prices(), MatchAlone(), PricesAlone()]  # a script knows no names
+modules = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
 
 
 @modules
@@ -328,6 +353,88 @@ def test_per_sample_gradients(layer):
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(cost), torch.func.grad(loss)(cost))
 
 
+@layers
+def test_vmap_with_unmatched_cost(layer):
+    cost, own, shared = torch.rand(6, 2, 4, 9), torch.rand(6, 2, 4) * 0.4, torch.rand(4) * 0.4
+    for given in (own, shared, 0.3):
+        in_dims = (0, 0 if given is own else None)
+
+        def solve(c, o):
+            return layer.function(c, unmatched_cost=o, **layer.soft)
+
+        flat = given.flatten(0, 1) if given is own else given
+        expected = layer.function(cost.flatten(0, 1), unmatched_cost=flat, **layer.soft)
+        torch.testing.assert_close(torch.func.vmap(solve, in_dims)(cost, given).flatten(0, 1), expected)
+    single = torch.func.vmap(lambda c, o: layer.function(c, unmatched_cost=o), (0, 0))(cost[:, 0], own[:, 0])
+    torch.testing.assert_close(single, layer.function(cost[:, 0], unmatched_cost=own[:, 0]))
+    swept = torch.func.vmap(lambda o: layer.function(cost[0], unmatched_cost=o))(own)  # one cost, many ways to stay alone
+    torch.testing.assert_close(swept[3], layer.function(cost[0], unmatched_cost=own[3]))
+
+    def loss(c, o):
+        return layer.function(c, unmatched_cost=o, lr=layer.step, **layer.soft).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss, 1))(cost.double(), own.double())
+    torch.testing.assert_close(
+        each, torch.func.grad(loss, 1)(cost.double().flatten(0, 1), own.double().flatten(0, 1)).view_as(own)
+    )
+
+
+@layers
+def test_autocast_with_unmatched_cost(layer):
+    cost, own = torch.rand(3, 5, 20).bfloat16(), torch.rand(3, 5).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = layer.function(cost, unmatched_cost=own, **layer.soft)
+        assert layer.function(cost, unmatched_cost=0.3).dtype == torch.float32
+    x.square().sum().backward()
+    assert x.dtype == torch.float32 and own.grad.dtype == torch.bfloat16 and own.grad.abs().sum() > 0
+
+
+# ---- templates that may stay alone ----
+
+
+@on_devices
+@layers
+def test_unmatched_cost_decides_who_stays_alone(layer, device):
+    """High: nobody; low: all; between: who costs more than that."""
+    cost = torch.rand(20, 4, 9, dtype=torch.float64, device=device)
+    options = dict(layer.soft, n_grad=400, n_proj=50) if layer.starts else dict(n_grad=80)
+    never = layer.function(cost, **options)
+    torch.testing.assert_close(layer.function(cost, unmatched_cost=1e3, **options), never, rtol=1e-5, atol=1e-5)
+    assert layer.function(cost, unmatched_cost=-1.0, **options).eq(0).all()
+    x = layer.function(cost, unmatched_cost=0.1, **options)
+    best = dmm_fast.linear_assignment(cost, unmatched_cost=0.1)
+    assert (best < 0).any() and (best >= 0).any()
+    assert (dmm_fast.assign(x, unmatched=True) == best).all(1).double().mean() > (0.5 if layer.starts else 0.9)
+    assert dmm_fast.feasibility(x, unmatched=True)["rows"].median() < 0.02
+
+
+@layers
+def test_only_unmatched_cost_learns(layer):
+    cost, own = torch.rand(3, 5, 20), (torch.rand(3, 5) * 0.3).requires_grad_()
+    x = layer.function(cost, unmatched_cost=own, **layer.soft)
+    x.sum().backward()
+    assert own.grad.sum() > 0 and cost.grad is None
+    shared = own.detach()[0].requires_grad_()
+    layer.function(cost, unmatched_cost=shared, **layer.soft).sum().backward()
+    wide = shared.detach().expand(3, 5).clone().requires_grad_()
+    layer.function(cost, unmatched_cost=wide, **layer.soft).sum().backward()
+    torch.testing.assert_close(shared.grad, wide.grad.sum(0))
+
+
+@on_devices
+@layers
+def test_a_problem_with_unmatched_cost_is_poisoned_alone(layer, device):
+    cost, own = torch.rand(20, 4, 9, device=device), torch.rand(20, 4, device=device)
+    clean = layer.function(cost, unmatched_cost=own)
+    cost[3, 1, 2] = torch.nan
+    own.requires_grad_()
+    x = layer.function(cost, unmatched_cost=own)
+    x.sum().backward()
+    others = [b for b in range(20) if b != 3]
+    assert x[3].isnan().all() and own.grad[3].isnan().all()
+    assert torch.equal(x[others], clean[others]) and own.grad[others].isfinite().all()
+
+
 # ---- bad input: an error with a message, or the documented result ----
 
 COST = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -352,6 +459,14 @@ COST = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
         (COST, dict(lr=torch.nan), r"lr must be positive and finite, got nan"),
         (COST, dict(lr=torch.inf), r"lr must be positive and finite, got inf"),
         (COST, dict(lr=0.0), r"lr must be positive and finite, got 0"),
+        (COST, dict(unmatched_cost=torch.rand(4)), r"unmatched_cost must have shape \[3\] or \[2, 3\], got \[4\]"),
+        (COST, dict(unmatched_cost=torch.rand(2, 4)), r"unmatched_cost must have shape \[3\] or \[2, 3\], got \[2, 4\]"),
+        (COST[0], dict(unmatched_cost=torch.rand(1, 3)), r"unmatched_cost must have shape \[3\] or \[1, 3\], got \[1, 3\]"),
+        (COST, dict(unmatched_cost=torch.rand(3).double()), r"unmatched_cost must be Float, got Double"),
+        (
+            COST, dict(unmatched_cost=torch.tensor([[0, 1, 2], [3, torch.inf, 5]])),
+            r"unmatched_cost must be finite, got inf for template 1 of problem 1",
+        ),
         (COST, dict(n_grad=0), r"n_grad must be at least 1, got 0"),
         (COST, dict(n_proj=-3), r"n_proj must be at least 1, got -3"),
     ],
@@ -373,6 +488,18 @@ def test_the_reference_checks_the_step_size(layer):
     for lr in (0.0, -0.1, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="lr must be positive and finite"):
             layer.function(COST, lr=lr, backend="reference")
+
+
+@layers
+def test_a_number_as_unmatched_cost_is_finite(layer):
+    for number in (torch.inf, torch.nan):
+        for backend in ("auto", "reference"):
+            with pytest.raises(ValueError, match=f"{layer.name}: unmatched_cost must be finite, got {number:g}"):
+                layer.function(COST, unmatched_cost=number, backend=backend)
+    with pytest.raises(ValueError, match=rf"{layer.name}: unmatched_cost must have shape \[3\] or \[2, 3\], got \[2\]"):
+        layer.function(COST, unmatched_cost=torch.rand(2), backend="reference")
+    with pytest.raises(RuntimeError, match=r"cost must have shape \[B, N, M\] or \[N, M\], got \[4\]"):
+        layer.function(torch.rand(4), unmatched_cost=1.0)
 
 
 @layers

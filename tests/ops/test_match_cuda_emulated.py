@@ -29,9 +29,11 @@ def device(tmp_path_factory):
     return Match("match", tmp_path_factory.mktemp("emulated"), starts=True)
 
 
-def expected(cost, init, grad, *, lr=0.1, carry=False, last=False, **options):
+def expected(cost, init, grad, *, lr=0.1, carry=False, last=False, unmatched_cost=None, **options):
     """X and the gradients of <grad, X>, by autograd through the float64 reference."""
     B = cost.shape[0]
+    if unmatched_cost is not None:
+        options["unmatched_cost"] = unmatched_cost.double()
     cost = cost.double().requires_grad_()
     start = (torch.zeros_like(cost) if init is None else init.double()).detach().requires_grad_()
     steps = (
@@ -81,6 +83,25 @@ def test_general(device, shape, mode):
     check(device, random(*shape, dtype=torch.float64), n_grad=3, **mode)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("processors", [1, 100])
+@pytest.mark.parametrize(
+    "shape", [(9, 1, 9), (9, 3, 60), (9, 5, 50), (9, 5, 100), (9, 10, 40), (1, 16, 100), (9, 7, 3)], ids=str
+)
+def test_templates_that_may_stay_alone(device, shape, processors, mode):
+    device.resize(processors)
+    own = random(*shape[:2], seed=5) * 0.4
+    check(device, random(*shape), init=random(*shape, seed=1) * 0.2, unmatched_cost=own, n_grad=4, **mode)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 5), (1, 3, 140), (1, 40, 33)], ids=str)
+def test_templates_that_may_stay_alone_in_general(device, shape, mode):
+    own = random(shape[1], seed=5) * 0.3
+    check(device, random(*shape), unmatched_cost=own, n_grad=4, **mode)
+    check(device, random(*shape, dtype=torch.float64), unmatched_cost=own, n_grad=3, **mode)
+
+
 @pytest.mark.parametrize("shape", [(1, 5, 50), (3, 17, 20)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_and_out(device, shape, dtype):
@@ -101,6 +122,10 @@ def test_ragged_start_and_lr(device, dtype, mode, processors):
             tensor[b, :, m[b] :] = torch.inf
     lr = torch.linspace(0.02, 0.2, 10, dtype=dtype)
     check(device, cost, init, num_templates=n, num_proposals=m, lr=lr, n_grad=4, **mode)
+    own = random(10, 6, dtype=dtype, seed=2) * 0.5
+    for b in range(10):
+        own[b, n[b] :] = torch.nan
+    check(device, cost, init, num_templates=n, num_proposals=m, lr=lr, n_grad=4, unmatched_cost=own, **mode)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -108,6 +133,7 @@ def test_ragged_start_and_lr(device, dtype, mode, processors):
 def test_long_runs_in_segments(device, mode, processors):
     device.resize(processors, shared_bytes=16 << 10)
     check(device, random(10, 4, 20), n_grad=7, n_proj=11, **mode)
+    check(device, random(10, 4, 20), n_grad=7, n_proj=11, unmatched_cost=random(10, 4, seed=5) * 0.3, **mode)
     device.resize()
 
 
@@ -117,14 +143,16 @@ def test_masks_of_a_step_that_fit_nowhere(device):
     device.resize()
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "alone"])
 @pytest.mark.parametrize("shape", [(10, 5, 50), (9, 5, 100), (9, 4, 60), (9, 10, 40)], ids=str)
-def test_layouts_agree_to_the_bit(device, shape):
+def test_layouts_agree_to_the_bit(device, shape, alone):
     cost, grad = random(*shape), random(*shape, seed=1) - 0.5
     results = []
     for processors in (1, 100):
         device.resize(processors)
         for carry in (False, True):
-            results.append((device.match(cost, n_grad=4, carry=carry), *device.backward(grad, cost, n_grad=4, carry=carry)))
+            options = dict(n_grad=4, carry=carry, unmatched_cost=random(*shape[:2], seed=5) * 0.3 if alone else None)
+            results.append((device.match(cost, **options), *device.backward(grad, cost, **options)))
     for few, many in zip(results[:2], results[2:]):
         for a, b in zip(few, many):
             assert torch.equal(a, b)
@@ -137,7 +165,7 @@ def test_the_order_of_threads_does_not_matter(device, shape, shared_bytes, mode)
     results = []
     for last_thread_first in (False, True):
         device.resize(shared_bytes=shared_bytes, last_thread_first=last_thread_first)
-        options = dict(n_grad=2, n_proj=3, **mode)
+        options = dict(n_grad=2, n_proj=3, unmatched_cost=random(shape[1], seed=5) * 0.3, **mode)
         results.append((device.match(cost, **options), *device.backward(grad, cost, **options)))
     device.resize()
     for a, b in zip(*results):
@@ -155,6 +183,13 @@ def test_poison_stays_in_its_problem(device, dtype):
     for a, b in zip(clean, poisoned):
         for i in range(10):
             assert b[i].isnan().all() if i in (1, 4, 8) else torch.equal(a[i], b[i])
+    own = random(10, 3, dtype=dtype, seed=5)
+    clean = device.match(cost, n_grad=3, unmatched_cost=own), *device.backward(cost, cost, n_grad=3, unmatched_cost=own)
+    own[2, 1], own[7, 0] = torch.inf, torch.nan
+    poisoned = device.match(cost, n_grad=3, unmatched_cost=own), *device.backward(cost, cost, n_grad=3, unmatched_cost=own)
+    for a, b in zip(clean, poisoned):
+        for i in range(10):
+            assert b[i].isnan().all() if i in (2, 7) else torch.equal(a[i], b[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -56,3 +56,17 @@ def test_a_step_size_that_is_not_positive_is_nan_and_alone(bad, backend, device)
     x = dmm_fast.match_prices(cost, lr=lr, backend=backend)
     assert x[1].isnan().all()
     torch.testing.assert_close(x[::2], dmm_fast.match_prices(cost, backend=backend)[::2])
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_decides_who_stays_alone(dtype, device):
+    """Pairs of near duplicates at a cost at which two fifths of the templates stay alone."""
+    cost = torch.rand(200, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cost[..., 6:] = cost[..., :6] + 0.02 * cost[..., 6:]
+    best = dmm_fast.linear_assignment(cost, unmatched_cost=0.12)
+    x = dmm_fast.match_prices(cost.to(device, dtype), unmatched_cost=0.12).cpu()
+    choice = x.argmax(-1).where(x.sum(-1) > 0.5, -1)
+    assert 0.3 < (best < 0).double().mean() < 0.5
+    assert (choice == best).all(-1).double().mean() > 0.9
+    assert torch.equal(dmm_fast.assign(x, unmatched=True), choice)

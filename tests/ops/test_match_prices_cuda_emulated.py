@@ -12,10 +12,16 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 class Prices(Device):
-    def __call__(self, cost, grad, *, n_grad=8, n_proj=1, lr=10.0, last=True, num_templates=None, num_proposals=None, **where):
+    def __call__(
+        self, cost, grad, *, n_grad=8, n_proj=1, lr=10.0, last=True, num_templates=None, num_proposals=None,
+        unmatched_cost=None, **where,
+    ):  # fmt: skip
         """X, and the gradients of <grad, X> in cost and lr. where: see `resize`."""
         self.resize(**where)
-        options = dict(n_grad=n_grad, n_proj=n_proj, lr=lr, last=last, num_templates=num_templates, num_proposals=num_proposals)
+        options = dict(
+            n_grad=n_grad, n_proj=n_proj, lr=lr, last=last, num_templates=num_templates, num_proposals=num_proposals,
+            unmatched_cost=unmatched_cost,
+        )  # fmt: skip
         return self.forward(cost, **options), *self.backward(grad, cost, **options)
 
 
@@ -24,10 +30,13 @@ def device(tmp_path_factory):
     return Prices("match_prices", tmp_path_factory.mktemp("emulated"), starts=False)
 
 
-def check(device, cost, n_grad=8, lr=10.0, last=True, n_proj=1, num_templates=None, num_proposals=None, **where):
+def check(
+    device, cost, n_grad=8, lr=10.0, last=True, n_proj=1, num_templates=None, num_proposals=None, unmatched_cost=None, **where
+):
     """Against autograd through the float64 reference."""
     grad = random(*cost.shape, dtype=cost.dtype, seed=3) - 0.5
     options = dict(n_grad=n_grad, n_proj=n_proj, num_templates=num_templates, num_proposals=num_proposals)
+    options["unmatched_cost"] = None if unmatched_cost is None else unmatched_cost.double()
     leaf = cost.double().requires_grad_()
     rate = torch.as_tensor(lr, dtype=torch.float64).expand(cost.shape[0]).clone().requires_grad_()
     x = reference.match_prices(leaf, lr=rate, output="last" if last else "average", **options)
@@ -60,6 +69,22 @@ def test_general(device, shape, last):
         check(device, random(*shape), lr=4.0, n_grad=6, last=last)
 
 
+@OUTPUTS
+@pytest.mark.parametrize("shape", [(2, 1, 50), (2, 5, 50), (1, 5, 100), (1, 10, 33), (1, 16, 128), (2, 7, 3)], ids=str)
+def test_templates_that_may_stay_alone(device, shape, last):
+    own = random(*shape[:2], seed=5) * 0.3
+    check(device, random(*shape), lr=4.0, last=last, unmatched_cost=own)
+    check(device, random(*shape), lr=4.0, last=last, unmatched_cost=own, n_grad=4, n_proj=2, processors=1, shared_bytes=2 << 10)
+
+
+@OUTPUTS
+@pytest.mark.parametrize("shape", [(1, 17, 5), (1, 3, 140), (1, 40, 33)], ids=str)
+def test_templates_that_may_stay_alone_in_general(device, shape, last):
+    own = random(shape[1], seed=5) * 0.3
+    for dtype in (torch.float32, torch.float64):
+        check(device, random(*shape, dtype=dtype), lr=4.0, n_grad=6, last=last, unmatched_cost=own)
+
+
 def test_forty_rounds_decide(device):
     cost = random(4, 5, 50)
     x, *_ = device(cost, cost, n_grad=40)
@@ -85,6 +110,10 @@ def test_ragged_lr_and_rounds(device, dtype, last):
         cost[b, :, m[b] :] = torch.inf
     lr = torch.linspace(0.5, 4.0, 8, dtype=dtype)
     check(device, cost, num_templates=n, num_proposals=m, lr=lr, n_grad=4, n_proj=2, last=last)
+    own = random(8, 11, dtype=dtype, seed=2) * 0.5
+    for b in range(8):
+        own[b, n[b] :] = torch.nan
+    check(device, cost, num_templates=n, num_proposals=m, lr=lr, n_grad=4, n_proj=2, last=last, unmatched_cost=own)
 
 
 @OUTPUTS
@@ -99,7 +128,16 @@ def test_bits_and_arrays_that_do_not_fit_shared_memory(device, shape, shared_byt
 def test_the_order_of_threads_does_not_matter(device, shape, shared_bytes):
     cost, grad = random(*shape), random(*shape, seed=1) - 0.5
     first, last = (
-        device(cost, grad, n_grad=3, last=False, shared_bytes=shared_bytes, processors=1, last_thread_first=order)
+        device(
+            cost,
+            grad,
+            n_grad=3,
+            last=False,
+            unmatched_cost=random(shape[1], seed=5) * 0.3,
+            shared_bytes=shared_bytes,
+            processors=1,
+            last_thread_first=order,
+        )
         for order in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, last))
@@ -115,6 +153,12 @@ def test_poison_stays_in_its_problem(device, dtype):
     for a, b in zip(clean, device(bad, cost, lr=lr, n_grad=3, last=False)):
         for i in range(8):
             assert b[i].isnan().all() if i in (1, 4, 5, 6, 7) else torch.equal(a[i], b[i])
+    own = random(8, 3, dtype=dtype, seed=5)
+    clean = device(cost, cost, n_grad=3, last=False, unmatched_cost=own)
+    own[2, 1], own[7, 0] = torch.inf, torch.nan
+    for a, b in zip(clean, device(cost, cost, n_grad=3, last=False, unmatched_cost=own)):
+        for i in range(8):
+            assert b[i].isnan().all() if i in (2, 7) else torch.equal(a[i], b[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -20,8 +20,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 OUTPUTS = pytest.mark.parametrize("last", [True, False], ids=["last", "average"])
 
 
-def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1, **counts):
-    """X and the gradients of <w, X> in cost and lr, against autograd through the float64 reference."""
+def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1, own: Tensor | None = None, **counts):
+    """X and the gradients of <w, X> in cost, lr and unmatched_cost, against autograd through the float64 reference."""
     weight = random(*cost.shape, seed=9) - 0.5
 
     def results(solve, *leaves) -> tuple[Tensor, ...]:
@@ -32,10 +32,17 @@ def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1
 
     options = dict(n_grad=n_grad, n_proj=n_proj, **counts)
     output = "last" if last else "average"
-    actual = results(lambda c, rate: kernels.match_prices(c, lr_tensor=rate, last=last, **options), cost, lr)
-    expected = results(lambda c, rate: reference.match_prices(c, lr=rate, output=output, **options), cost.double(), lr.double())
-    for name, got, want in zip(("X", "grad_cost", "grad_lr"), actual, expected):
-        assert got.dtype == (lr.dtype if name == "grad_lr" else cost.dtype)
+    given = (cost, lr) if own is None else (cost, lr, own.to(lr.dtype))
+
+    def kernel(c, rate, alone=None):
+        return kernels.match_prices(c, lr_tensor=rate, last=last, unmatched_cost=alone, **options)
+
+    def expect(c, rate, alone=None):
+        return reference.match_prices(c, lr=rate, output=output, unmatched_cost=alone, **options)
+
+    actual, expected = results(kernel, *given), results(expect, *(tensor.double() for tensor in given))
+    for name, got, want in zip(("X", "grad_cost", "grad_lr", "grad_unmatched_cost"), actual, expected):
+        assert got.dtype == (cost.dtype if name in ("X", "grad_cost") else lr.dtype)
         tolerance = TOLERANCE[cost.dtype]
         atol = tolerance * max(1.0, float(want.abs().max()))
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=atol, msg=lambda m: f"{name}: {m}")
@@ -45,7 +52,10 @@ def check(cost: Tensor, lr: Tensor, last: bool, n_grad: int = 5, n_proj: int = 1
 @pytest.mark.parametrize("n_proj", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 5, 9), (1, 7, 3)], ids=str)
 def test_forward_and_backward(shape, n_proj, last):
-    check(random(*shape), torch.tensor(4.0, dtype=torch.float64, device=DEVICE), last, n_proj=n_proj)
+    lr = torch.tensor(4.0, dtype=torch.float64, device=DEVICE)
+    check(random(*shape), lr, last, n_proj=n_proj)
+    check(random(*shape), lr, last, n_proj=n_proj, own=random(*shape[:-1], seed=5) * 0.6)
+    check(random(*shape), lr, last, n_proj=n_proj, own=random(shape[-2], seed=5) * 0.6)
 
 
 @OUTPUTS
@@ -63,6 +73,10 @@ def test_ragged(last):
         cost[b, :, m[b] :] = torch.inf
     lr = torch.linspace(0.5, 4.0, 5, dtype=torch.float64, device=DEVICE)
     check(cost, lr, last, num_templates=n, num_proposals=m)
+    own = random(5, 3, seed=5) * 0.5
+    for b in range(5):
+        own[b, n[b] :] = torch.nan
+    check(cost, lr, last, num_templates=n, num_proposals=m, own=own)
 
 
 def test_the_defaults_decide():
@@ -139,9 +153,9 @@ from triton.compiler import ASTSource
 from dmm_fast.kernels import match_prices
 
 for last in (True, False):
-    constants = dict(RAGGED_N=True, RAGGED_M=True, LAST=last, DTYPE=tl.float32, BLOCK_N=8, BLOCK_M=64)
+    constants = dict(RAGGED_N=True, RAGGED_M=True, UNMATCHED=True, LAST=last, DTYPE=tl.float32, BLOCK_N=8, BLOCK_M=64)
     pointers = dict.fromkeys(("cost", "out", "grad", "grad_cost"), "*bf16")
-    pointers |= dict.fromkeys(("lr", "grad_lr", "scratch"), "*fp32")
+    pointers |= dict.fromkeys(("lr", "own", "grad_lr", "scratch"), "*fp32")
     pointers |= dict.fromkeys(("num_templates", "num_proposals"), "*i64")
     for kernel in (match_prices._forward_kernel, match_prices._backward_kernel):
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}

@@ -23,7 +23,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, tor
 def results(function, cost, init, lr, **options) -> tuple[Tensor, ...]:
     """X and the gradients of <w, X> in cost, init and lr."""
     leaves = [t.detach().clone().requires_grad_() for t in (cost, init, lr)]
-    x = function(leaves[0], leaves[1], lr=leaves[2], n_grad=3, n_proj=3, **options)
+    if "unmatched_cost" in options:
+        leaves.append(options.pop("unmatched_cost").detach().clone().to(lr.dtype).requires_grad_())
+    own = {"unmatched_cost": leaves[3]} if leaves[3:] else {}
+    x = function(leaves[0], leaves[1], lr=leaves[2], n_grad=3, n_proj=3, **options, **own)
     weight = random(*cost.shape, seed=9) - 0.5
     (x.to(weight.dtype) * weight).sum().backward()
     return x.detach(), *(t.grad for t in leaves)
@@ -33,8 +36,8 @@ def check(cost, init, lr, **options):
     actual = results(lambda *a, **k: dmm_fast.match(*a, backend="triton", **k), cost, init, lr, **options)
     expected = results(reference.match, cost.double(), init.double(), lr.double(), **options)
     tolerance = TOLERANCE[cost.dtype]
-    for name, got, want in zip(("X", "grad_cost", "grad_init", "grad_lr"), actual, expected):
-        assert got.dtype == (lr.dtype if name == "grad_lr" else cost.dtype)
+    for name, got, want in zip(("X", "grad_cost", "grad_init", "grad_lr", "grad_unmatched_cost"), actual, expected):
+        assert got.dtype == (lr.dtype if name in ("grad_lr", "grad_unmatched_cost") else cost.dtype)
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
@@ -43,12 +46,15 @@ def check(cost, init, lr, **options):
 def test_forward_and_backward(shape, mode):
     lr = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
     check(random(*shape), random(*shape, seed=1) - 0.3, lr, **mode)
+    check(random(*shape), random(*shape, seed=1) * 0.3, lr, unmatched_cost=random(*shape[:-1], seed=5) * 0.6, **mode)
+    check(random(*shape), random(*shape, seed=1) * 0.3, lr, unmatched_cost=random(shape[-2], seed=5) * 0.6, **mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype):
     lr = torch.full((2,), 0.1, device=DEVICE)
     check(random(2, 3, 6, dtype=dtype), random(2, 3, 6, dtype=dtype, seed=1), lr)
+    check(random(2, 3, 6, dtype=dtype), random(2, 3, 6, dtype=dtype, seed=1), lr, unmatched_cost=random(2, 3, seed=5))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -61,6 +67,10 @@ def test_ragged(mode):
             tensor[b, :, m[b] :] = torch.inf
     lr = torch.linspace(0.05, 0.2, 5, dtype=torch.float64, device=DEVICE)
     check(cost, init, lr, num_templates=n, num_proposals=m, **mode)
+    own = random(5, 3, seed=5) * 0.5
+    for b in range(5):
+        own[b, n[b] :] = torch.nan
+    check(cost, init, lr, num_templates=n, num_proposals=m, unmatched_cost=own, **mode)
 
 
 def test_without_start_and_with_a_float_lr():
@@ -115,6 +125,11 @@ def test_errors_name_op_argument_rule_and_value():
             lambda: kernels.match(cost, lr_tensor=torch.zeros(3, device=DEVICE)),
             r"lr_tensor must have shape \[\] or \[2\], got \[3\]",
         ),
+        (
+            lambda: kernels.match(cost, unmatched_cost=random(2)),
+            r"dmm::match: unmatched_cost must have shape \[3\] or \[2, 3\], got \[2\]",
+        ),
+        (lambda: kernels.match(cost, unmatched_cost=random(3).float()), "unmatched_cost must be torch.float64"),
     ]:
         with pytest.raises(RuntimeError, match=words):
             call()
@@ -135,10 +150,10 @@ from triton.compiler import ASTSource
 
 from dmm_fast.kernels import match
 
-flags = dict.fromkeys(("HAS_INIT", "RAGGED_N", "RAGGED_M", "CARRY"), True)
+flags = dict.fromkeys(("HAS_INIT", "RAGGED_N", "RAGGED_M", "UNMATCHED", "CARRY"), True)
 constants = dict(flags, LAST=False, DTYPE=tl.float32, BLOCK_N=8, BLOCK_M=64)
 pointers = dict.fromkeys(("cost", "init", "out", "grad", "grad_cost", "grad_init"), "*bf16")
-pointers |= dict.fromkeys(("lr", "grad_lr", "scratch"), "*fp32")
+pointers |= dict.fromkeys(("lr", "own", "grad_lr", "scratch"), "*fp32")
 pointers |= dict.fromkeys(("num_templates", "num_proposals"), "*i64")
 for kernel in (match._forward_kernel, match._backward_kernel):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
