@@ -185,7 +185,7 @@ def _one_hot(state: Tensor, like: Tensor) -> Tensor:
 def _assignments(unary: Tensor) -> Tensor:
     """The best assignment of each frame alone, as states [W, N]."""
     M = unary.shape[2] - 1
-    choice = linear_assignment(unary[..., :M].contiguous(), unmatched_cost=unary[..., M].contiguous())
+    choice: Tensor = linear_assignment(unary[..., :M].contiguous(), unmatched_cost=unary[..., M].contiguous())  # type: ignore[assignment]
     return torch.where(choice < 0, M, choice)
 
 

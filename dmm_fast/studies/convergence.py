@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from dmm_fast.ops.assignment import hungarian
-from dmm_fast.ops.reference import _PAPER_ORDER, _dykstra
+from dmm_fast.ops.reference import _dykstra, project_columns, project_rows, project_sign
 
 from .figures import COLOURS, INK, QUIET, figure, label_ends
 
@@ -97,7 +97,7 @@ def descend(cost: Tensor, start: Tensor, n_grad: int, n_proj: int, lr: float) ->
         corrections = [torch.zeros_like(x)] * 3
         rounds = []
         for _ in range(n_proj):
-            x = _dykstra(x, corrections, _PAPER_ORDER, 1)
+            x = _dykstra(x, corrections, (project_rows, project_columns, project_sign), 1)
             rounds.append(_norm(x - exact))
         total = total + x
         gap.append((cost * total).sum((1, 2)) / k - least)
