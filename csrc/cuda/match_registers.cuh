@@ -419,7 +419,8 @@ struct Solver {
       if constexpr (kUnmatched) {
         float mine = 0.f;
 #pragma unroll
-        for (int r = 0; r < N; ++r) mine = at.is_row_of_lane(r) ? u(r) : mine;
+        for (int r = 0; r < N; ++r)
+          if (at.is_row_of_lane(r)) mine = u(r);  // "?:" would choose an address, and u leave its registers
         push(bits, Shape::kRowBit, 0.f - mine);
       }
 #pragma unroll
