@@ -15,8 +15,18 @@ struct WarpLaunch {
     launch(forward_kernel<N, K, kUnmatched>, p.B, kWarp, 0, 0, stream, p, out);
   }
 
+  // False where the general kernel has to do it: with templates alone the largest one would need more registers than there are.
   template <typename Allocate>
-  static void backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+  static bool backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
+    if constexpr (kUnmatched && N * K > 40)
+      return false;
+    else
+      launch_backward(p, out, stream, allocate);
+    return true;
+  }
+
+  template <typename Allocate>
+  static void launch_backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
     constexpr int64_t own_bytes = Grid<N, K, false>::kSharedFloats * int64_t{sizeof(float)};
     constexpr int64_t round_bytes = Shape::kWords * kWarp * int64_t{sizeof(typename Shape::Word)};
     const int64_t bytes = p.options.n_grad * p.options.n_proj * round_bytes;
@@ -62,8 +72,9 @@ struct MatchPrices {
   }
   template <typename Allocate>
   static bool registers_backward(const Problem& p, const Gradients& out, cudaStream_t stream, const Allocate& allocate) {
-    with_layout(p, [&](auto layout) { decltype(layout)::backward(p, out, stream, allocate); });
-    return true;
+    bool done = false;
+    with_layout(p, [&](auto layout) { done = decltype(layout)::backward(p, out, stream, allocate); });
+    return done;
   }
 };
 

@@ -419,8 +419,7 @@ struct Solver {
       if constexpr (kUnmatched) {
         float mine = 0.f;
 #pragma unroll
-        for (int r = 0; r < N; ++r)
-          if (at.is_row_of_lane(r)) mine = u(r);  // "?:" would choose an address, and u leave its registers
+        for (int r = 0; r < N; ++r) mine = chosen(at.is_row_of_lane(r), u(r), mine);
         push(bits, Shape::kRowBit, 0.f - mine);
       }
 #pragma unroll
@@ -454,6 +453,9 @@ struct Solver {
       if constexpr (kRecord) masks.base += Shape::kWords * kWarp;
     }
   }
+
+  // By value: "?:" on places would choose an address, and what is there leave its registers.
+  static __device__ __forceinline__ float chosen(bool first, float a, float b) { return first ? a : b; }
 
   // Shifts the sign of `value` into the mask word of `bit`.
   static __device__ __forceinline__ void push(unsigned (&bits)[Shape::kWords], int bit, float value) {
