@@ -13,7 +13,7 @@ from torch import Tensor
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State
 from dmm_fast.model.state import empty_like, merge
 from dmm_fast.ops.vision import NO_RUN
-from dmm_fast.proposals.base import encode_runs, full_masks
+from dmm_fast.proposals.base import encode_runs, full_masks, real
 
 from .manifest import Example, ExportError, Manifest, Sizes, config_of, flat, kind_of, unflat
 
@@ -43,9 +43,7 @@ class Exported:
 
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         results = self._call("step", [frame, *self._ready(proposals, (frame.size(1), frame.size(2))), *flat(state)])
-        count = len(Output._fields)
-        output = Output(*results[:count])
-        return output._replace(parts=output.parts[:, : proposals.scores.numel()]), unflat(results[count:])
+        return _stepped(results, proposals)
 
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
         """As `DMMNet.add`: `frame` is the one of the last step, or of `start`."""
@@ -62,18 +60,15 @@ class Exported:
         """Proposals of a frame [3, H, W] uint8 by the export's own detector; ExportError where it has none."""
         if "proposals" not in self.manifest.files:
             raise ExportError("this export holds no proposal network")
-        return _real(*self._call("proposals", [frame]))
+        return real(*self._call("proposals", [frame]))
 
     def live(self, frame: Tensor, state: State) -> tuple[Proposals, Output, State]:
         """`propose` and `step` with what it gives, in one: faster where the two have one backbone."""
         if "live" not in self.manifest.files:
             raise ExportError("this export holds no proposal network")
         results = self._call("live", [frame, *flat(state)])
-        proposals, rest = _real(*results[:3]), results[3:]
-        count = len(Output._fields)
-        output = Output(*rest[:count])
-        output = output._replace(parts=output.parts[:, : proposals.scores.numel()])
-        return proposals, output, unflat(rest[count:])
+        proposals = real(*results[:3])
+        return proposals, *_stepped(results[3:], proposals)
 
     def match(self, cost: Tensor, num_templates: Tensor, num_proposals: Tensor) -> Tensor:
         """cost [B, N, M] float32, how much of it is real, both [B] int64 -> assignment [B, N, M]; of an export of the layer."""
@@ -108,10 +103,11 @@ class Exported:
         )
 
 
-def _real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
-    """Proposals without the padding behind them."""
-    count = int(torch.isfinite(scores).sum())
-    return Proposals(boxes[:count], scores[:count], masks[:count])
+def _stepped(results: list[Tensor], proposals: Proposals) -> tuple[Output, State]:
+    """What a step gives, whose parts are those of real proposals alone."""
+    count = len(Output._fields)
+    output = Output(*results[:count])
+    return output._replace(parts=output.parts[:, : proposals.scores.numel()]), unflat(results[count:])
 
 
 @torch.no_grad()

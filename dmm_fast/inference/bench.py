@@ -38,6 +38,7 @@ WARM = 5  # frames that do not count
 ROUNDS = 3  # runtimes take turns, as the machine's speed may drift
 
 Times = dict[str, list[float]]  # by stage, milliseconds per frame
+Stages = list[tuple[str, Callable[[dict[str, Any]], None]]]
 
 
 def bench(
@@ -58,7 +59,7 @@ def bench(
     part of the step: a backbone that both have runs once, in "features". precision: of the runtime "eager", see `Segmenter`.
     """
     device = net.mean.device
-    stages_of_net = _stages_of(net, detector, precision)
+    fast, stages_of_fast = _stages_of(net, detector, precision)
     source = (
         "read from a file, as any detector's: its own time is not included" if detector is None else f"by {detector}, included"
     )
@@ -71,7 +72,7 @@ def bench(
             turns: dict[str, Times] = {name: defaultdict(list) for name in runtimes}
             for name in runtimes * ROUNDS:
                 if name == "eager":
-                    found = _python(inference(net), stages_of_net, clip, device, detector is None)
+                    found = _python(fast, stages_of_fast, clip, device, detector is None)
                 else:
                     found = _exported(name, exports, clip, device, detector is not None)
                 for stage, times in found.items():
@@ -111,9 +112,9 @@ def bench_frame_sizes(
             progress(f"making a clip of {size[1]}x{size[0]}")
             _make_clip(clip, objects, 1 + WARM + math.ceil(frames / ROUNDS), size, proposals)
         turns: dict[tuple[int, int], Times] = {size: defaultdict(list) for size in sizes}
-        stages_of_net = _stages_of(net, detector, precision)
+        fast, stages_of_fast = _stages_of(net, detector, precision)
         for size in sizes * ROUNDS:
-            for stage, times in _python(inference(net), stages_of_net, clips[size], device, detector is None).items():
+            for stage, times in _python(fast, stages_of_fast, clips[size], device, detector is None).items():
                 turns[size][stage] += times[WARM:]
     for size, stages in turns.items():
         row = {"size": list(size), "objects": objects, **{stage: float(np.median(stages[stage])) for stage in STAGES}}
@@ -241,8 +242,8 @@ def _exported(name: str, exports: _Exports, clip: Path, device: torch.device, li
     return _python(exported, [("step", step)], clip, device, not live)
 
 
-def _stages_of(net: DMMNet, detector: str | None, precision: str) -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
-    """A step in its parts, each from and to `kept`; with a detector, proposals are one of them."""
+def _stages_of(net: DMMNet, detector: str | None, precision: str) -> tuple[DMMNet, Stages]:
+    """The network as it runs, and its step in parts, each from and to `kept`; with a detector, proposals are one of them."""
     dtype = getattr(torch, precision)
     fast = inference(net, dtype)
 
@@ -260,7 +261,7 @@ def _stages_of(net: DMMNet, detector: str | None, precision: str) -> list[tuple[
 
     rest = [("matching", matching), ("refinement", refinement)]
     if detector is None:
-        return [("features", features), *rest]
+        return fast, [("features", features), *rest]
     proposer: Any = open_proposer(detector, device=net.mean.device)
     network = getattr(proposer, "network", None)
     live = None
@@ -270,11 +271,11 @@ def _stages_of(net: DMMNet, detector: str | None, precision: str) -> list[tuple[
     def proposals(kept: dict[str, Any]) -> None:
         kept["proposals"] = live.propose(kept["frame"], kept["features"]) if live else proposer(kept["frame"])
 
-    return [("features", features), ("proposals", proposals), *rest]
+    return fast, [("features", features), ("proposals", proposals), *rest]
 
 
 @torch.no_grad()
-def _python(step: Any, stages: list, clip: Path, device: torch.device, from_file: bool) -> Times:
+def _python(step: Any, stages: Stages, clip: Path, device: torch.device, from_file: bool) -> Times:
     """Follow the clip in Python. `step` has `start`; `stages` are its step, in parts that work on a dict."""
     times: Times = defaultdict(list)
     file = read_coco(clip / "proposals.json")

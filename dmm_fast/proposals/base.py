@@ -16,6 +16,12 @@ class ProposalError(ValueError):
     """A proposals file or a detector that cannot be used; the message says why."""
 
 
+def real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
+    """Proposals without the padding behind them, which has scores of -inf."""
+    count = int(torch.isfinite(scores).sum())
+    return Proposals(boxes[:count], scores[:count], masks[:count])
+
+
 def encode_runs(masks: Tensor) -> Tensor:
     """Masks [M, H, W] bool as run-length codes [M, R] int32, which `dmm_fast.decode_runs` decodes."""
     down = masks.transpose(1, 2).flatten(1)  # column by column

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmm_fast.model import Proposals, digest
 from dmm_fast.model.inference import folded
 from dmm_fast.model.weights import packaged, read_weights
-from dmm_fast.proposals.base import TOP
+from dmm_fast.proposals.base import TOP, real
 from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
 from dmm_fast.proposals.network import TimmPyramid, load_detector
 from dmm_fast.proposals.traceable import ProposalNetwork
@@ -51,9 +51,7 @@ class Detector(MaskRCNNProposer):
     def __call__(self, frame: np.ndarray | Tensor) -> Proposals:
         if self.network is None:
             return super().__call__(frame)
-        boxes, scores, masks = self.network(self._tensor(frame))
-        count = int(torch.isfinite(scores).sum())  # behind them is padding
-        return Proposals(boxes[:count], scores[:count], masks[:count])
+        return real(*self.network(self._tensor(frame)))
 
 
 def packaged_detector(**options: Any) -> Detector:
