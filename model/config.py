@@ -7,6 +7,7 @@ from typing import Any
 
 REFINEMENTS = ("none", "light", "heavy")
 FOLLOW = ("matched", "refined")
+OBJECTS = ("apart", "together")
 LAYERS = ("dykstra", "prices")
 DYKSTRA = ("reset", "carry")
 
@@ -25,7 +26,9 @@ class Config:
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.
     Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. A light one that
-    is `serial` passes its state from object to object too, as the authors' code does. `follow` says which masks the
+    is `serial` passes its state from object to object too, as the authors' code does. A heavy one decides for its `objects`
+    "apart", or "together": pixels and proposals then go to one of the objects or to none. It can keep a `memory` of so many
+    frames of each object beside the template, in which the object was seen well. `follow` says which masks the
     next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
     """
 
@@ -45,6 +48,8 @@ class Config:
     refine: str = "none"
     hidden: int = 128
     serial: bool = False
+    objects: str = "apart"
+    memory: int = 0
     follow: str = "matched"
 
     def __post_init__(self) -> None:
@@ -75,6 +80,10 @@ class Config:
         require(self.follow in FOLLOW, "follow", f"one of {FOLLOW}")
         require(self.refine != "none" or self.follow == "matched", "follow", "'matched' without a refinement")
         require(self.refine == "light" or not self.serial, "serial", "False unless the refinement is light")
+        require(self.objects in OBJECTS, "objects", f"one of {OBJECTS}")
+        require(self.refine == "heavy" or self.objects == "apart", "objects", "'apart' unless the refinement is heavy")
+        require(self.memory >= 0, "memory", "0 or more frames")
+        require(self.refine == "heavy" or self.memory == 0, "memory", "0 unless the refinement is heavy")
         require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a positive multiple of 8")
 
     @classmethod

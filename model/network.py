@@ -58,7 +58,9 @@ class DMMNet(nn.Module):
         if config.refine != "none":
             light = config.refine == "light"
             self.refinement = (
-                LightRefinement(channels, config.hidden, config.serial) if light else HeavyRefinement(channels, config.hidden)
+                LightRefinement(channels, config.hidden, config.serial)
+                if light
+                else HeavyRefinement(channels, config.hidden, config.objects == "together", config.memory)
             )
         self.channels = sum(channels[-4:])
         self.embed = nn.Linear(self.channels, config.embed, bias=False) if config.embed else nn.Identity()
@@ -72,6 +74,7 @@ class DMMNet(nn.Module):
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
         self.heavy = config.refine == "heavy"
+        self.together = config.objects == "together"
         self.follow_refined = config.follow == "refined"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -228,11 +231,12 @@ class DMMNet(nn.Module):
         area = matched.flatten(1).sum(1)  # [N]
         rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
         if self.refinement is not None:
-            logits, parts, hidden = self.refinement(features, candidates, affinity, matched, state)
+            kept = torch.where(found[:, None], torch.zeros_like(affinity.iou).scatter(1, column, scale), 0.0)  # [N, M]
+            logits, parts, hidden = self.refinement(features, candidates, affinity, kept, matched, state)
             logits = torch.where(state.valid[:, None, None], logits, -100.0)  # nowhere, but finite: it is interpolated
             if self.follow_refined:
                 if self.heavy:
-                    on_grid = settled(logits)
+                    on_grid = settled(logits, self.together)
                 else:
                     full = logits > 0.0
             decided = logits
@@ -310,9 +314,14 @@ def smaller(a: int, b: int) -> int:
     return min(a, b)
 
 
-def settled(logits: Tensor) -> Tensor:
-    """Logits [N, h, w] as masks on the same grid: of each cell, how many of its four quarters are above 0."""
-    return F.avg_pool2d((doubled(logits) > 0.0).to(logits.dtype), 2)
+def settled(logits: Tensor, together: bool) -> Tensor:
+    """Logits [N, h, w] as masks on the same grid: of each cell, how many of its four quarters are above 0, and with objects together
+    higher than any other's."""
+    quarters = doubled(logits)
+    inside = quarters > 0.0
+    if together:
+        inside = inside & (quarters == quarters.amax(0, keepdim=True))
+    return F.avg_pool2d(inside.to(logits.dtype), 2)
 
 
 def absent(masks: Tensor) -> Proposals:

@@ -72,7 +72,13 @@ class LightRefinement(nn.Module):
         return hidden
 
     def forward(
-        self, features: list[Tensor], candidates: Candidates, affinity: Affinity, matched: Tensor, state: State
+        self,
+        features: list[Tensor],
+        candidates: Candidates,
+        affinity: Affinity,
+        kept: Tensor,
+        matched: Tensor,
+        state: State,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """features: each [1, C_l, h_l, w_l], fine to coarse; matched [N, H, W] float -> logits [N, H, W]; no parts."""
         masks = [matched[:, None], state.templates.to(matched.dtype)[:, None]]  # [N, 1, H, W], [N, 1, h, w]
@@ -149,8 +155,9 @@ class Memory(nn.Module):
     -|p - q|^2 / 2 s^2, are dot products themselves and are laid into the keys.
     """
 
-    def __init__(self, near: bool) -> None:
+    def __init__(self, near: bool, frames: int = 0) -> None:
         super().__init__()
+        self.frames = frames  # further ones, in `recent`
         self.sharpness = nn.Parameter(torch.tensor(2.5))  # log t
         self.reach = nn.Parameter(torch.tensor(1.6))  # log s, in cells
         self.near = near
@@ -167,25 +174,40 @@ class Memory(nn.Module):
         known = torch.stack([y, x, one, square])
         return query[None], known[None]
 
-    def forward(self, query: Tensor, keys: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, query: Tensor, keys: Tensor, masks: Tensor, valid: Tensor, recent: list[Tensor]) -> Tensor:
         """query [1, K, h, w], keys [N, K, h, w] (or [1, K, h, w]: the same for all), masks [N, 1, h, w] -> [N, 3, h, w]:
-        log-odds, evidence for, against; anything in slots that are not `valid` [N]."""
+        log-odds, evidence for, against; anything in slots that are not `valid` [N].
+
+        recent: keys and masks [N, K + 1, frames h', w'] of further frames, one above the other, each of which counts as much.
+        """
         height, width = query.size(2), query.size(3)
         of_query, of_known = self.bias(query)
         query = torch.cat([query * self.sharpness.exp(), of_query], 1).flatten(2)[0]  # [K + 4, h w]
-        known = torch.cat([keys, of_known.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1)
-        known = known.flatten(2).transpose(1, 2)  # [N or 1, h w, K + 4]
-        value = masks.flatten(2)  # [N, 1, h w]
-        value = torch.cat([value, 1.0 - value], 1)  # [N, 2, h w]
+        known, value = laid_out(keys, of_known), both(masks)
         # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
         # a GPU would have to wait for the answer, and could not capture the step as a graph.
         if self.near or not keys.is_cpu:
             total = recall(query, known, value)
         else:
             total = recall_by_frame(query, known, value, valid)
+        for memory in recent:
+            keys, masks = memory[:, :-1], memory[:, -1:]
+            more = recall(query, laid_out(keys, self.bias(keys)[1]), both(masks))
+            cells = float(height * width * self.frames) / float(keys.size(2) * keys.size(3))
+            total = (total + cells * more) / (1.0 + self.frames)
         log = torch.log(total + 1e-4)
         cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
         return cues.view(cues.size(0), 3, height, width)
+
+
+def laid_out(keys: Tensor, bias: Tensor) -> Tensor:
+    """Keys [N, K, h, w] with what is laid into them, [1, 4, h, w], cell by cell: [N, h w, K + 4]."""
+    return torch.cat([keys, bias.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1).flatten(2).transpose(1, 2)
+
+
+def both(masks: Tensor) -> Tensor:
+    """The object and the rest of masks [N, 1, h, w]: [N, 2, h w]."""
+    return torch.cat([masks, 1.0 - masks], 1).flatten(2)
 
 
 def recall(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
@@ -236,13 +258,22 @@ class HeavyRefinement(nn.Module):
     horse), so a small network judges for every proposal how much of it belongs to the object, and the decoder sees the
     proposals painted with this share, and with the rest of it. The image's part of each convolution is computed once
     however many objects there are.
+
+    together: a proposal's shares, and the probabilities of a pixel, are divided among the objects and none (`among`), and both the
+    judge and the decoder also see what speaks for the object's strongest rival: its cosine, what it was assigned, its parts, its
+    template's evidence. With one object that is the same as apart.
+
+    memory: so many further frames of each object are compared as its template is, at half the size (`remember`).
     """
 
-    def __init__(self, channels: list[int], hidden: int) -> None:
+    def __init__(self, channels: list[int], hidden: int, together: bool = False, memory: int = 0) -> None:
         super().__init__()
+        self.together = together
+        self.memory = memory
         self.key_fine, self.key_coarse = nn.Conv2d(channels[2], hidden, 1), nn.Conv2d(channels[3], hidden, 1)
-        self.template, self.last = Memory(near=False), Memory(near=True)
-        self.judge = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.template, self.last = Memory(near=False, frames=memory), Memory(near=True)
+        rivals = int(together)
+        self.judge = nn.Sequential(nn.Linear(8 + 3 * rivals, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
         maps, cues = 5, 6  # painted masks; what the two memories say
         images: list[nn.Module] = []
         owns: list[nn.Module] = []
@@ -251,7 +282,7 @@ class HeavyRefinement(nn.Module):
         coarser = channels[4]
         for level, width in zip((3, 2, 1, 0), (hidden, hidden * 3 // 4, hidden // 2, hidden // 4)):
             images.append(nn.Conv2d(channels[level], width, 1))
-            owns.append(nn.Conv2d(maps + cues if level else maps, width, 3, padding=1))
+            owns.append(nn.Conv2d(maps + rivals + (cues + rivals if level else 0), width, 3, padding=1))
             ups.append(nn.Conv2d(coarser, width, 1))
             blocks.append(GlobalConvolution(width) if level == 3 else Residual(width))
             coarser = width
@@ -266,48 +297,92 @@ class HeavyRefinement(nn.Module):
         return F.normalize(self.key_fine(fine) + coarse, dim=1)
 
     def start(self, features: list[Tensor], masks: Tensor) -> list[Tensor]:
-        """Keys and mask of the template, then of the last frame: [N, K, h, w], [N, 1, h, w], twice."""
+        """Keys and mask of the template, then of the last frame: [N, K, h, w], [N, 1, h, w], twice. With a memory, those of its
+        frames too, [N, K + 1, memory h', w'], and how many frames were seen well, [N, 1, 1, 1]."""
         keys = self.keys(features)
         keys = keys.expand(masks.size(0), keys.size(1), keys.size(2), keys.size(3))
         mask = F.adaptive_avg_pool2d(masks[:, None], [keys.size(2), keys.size(3)])
-        return [keys, mask, keys, mask]
+        hidden = [keys, mask, keys, mask]
+        if self.memory > 0:
+            hidden.append(halved(keys, mask).repeat(1, 1, self.memory, 1))
+            hidden.append(mask.new_zeros((mask.size(0), 1, 1, 1)))
+        return hidden
 
     def forward(
-        self, features: list[Tensor], candidates: Candidates, affinity: Affinity, matched: Tensor, state: State
+        self,
+        features: list[Tensor],
+        candidates: Candidates,
+        affinity: Affinity,
+        kept: Tensor,
+        matched: Tensor,
+        state: State,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """features: each [1, C_l, h_l, w_l], fine to coarse; candidates and matched [N, h_1, w_1] on the grid, the stem's cells
-        -> logits [N, h_1, w_1], parts [N, M]."""
+        """features: each [1, C_l, h_l, w_l], fine to coarse; kept [N, M]: 1 where a proposal is assigned; candidates and matched
+        [N, h_1, w_1] on the grid, the stem's cells -> logits [N, h_1, w_1], parts [N, M]."""
         keys = self.keys(features)
         # Templates come from any frame, but the last frame is the same for all: the keys of one slot in use are everyone's.
         last_keys = state.hidden[2].index_select(0, first(state.valid))  # [1, K, h3, w3]
         cues = torch.cat(
             [
-                self.template(keys, state.hidden[0], state.hidden[1], state.valid),
-                self.last(keys, last_keys, state.hidden[3], state.valid),
+                self.template(keys, state.hidden[0], state.hidden[1], state.valid, state.hidden[4:5]),
+                self.last(keys, last_keys, state.hidden[3], state.valid, []),
             ],
             1,
         )  # [N, 6, h3, w3]
         last = state.masks * state.valid[:, None, None]  # [N, h1, w1]
-        others = beside(last)  # [N, h1, w1]
-        share = torch.sigmoid(self.parts(candidates.cover, affinity, last, others, cues))  # [N, M]
+        others = beside(last, state.valid)  # [N, h1, w1]
+        pairs = [affinity.cosine, affinity.iou]
+        if self.together:
+            pairs += [kept, beside(kept, state.valid), beside(affinity.cosine, state.valid)]
+        logits = self.parts(candidates.cover, pairs, last, others, cues)  # [N, M]
+        share = self.probabilities(logits, state.valid)
         inside = (share[:, :, None, None] * candidates.cover).amax(1)
         outside = ((1.0 - share)[:, :, None, None] * candidates.cover).amax(1)
-        maps = torch.stack([matched, last, others, inside, outside], 1)  # [N, 5, h1, w1]
+        maps = [matched, last, others, inside, outside]
+        if self.together:
+            maps.append(beside(inside, state.valid))
+            cues = torch.cat([cues, beside(torch.sigmoid(5.0 * cues[:, 0]), state.valid)[:, None]], 1)
 
-        logits = self.decode(features, maps, cues)[:, 0]
-        mask = F.adaptive_avg_pool2d(torch.sigmoid(doubled(logits))[:, None], [keys.size(2), keys.size(3)])
+        logits = self.decode(features, torch.stack(maps, 1), cues)[:, 0]
+        inside = self.probabilities(doubled(logits), state.valid)
+        mask = F.adaptive_avg_pool2d(inside[:, None], [keys.size(2), keys.size(3)])
         keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
-        return logits, share, [state.hidden[0], state.hidden[1], keys, mask]
+        hidden = [state.hidden[0], state.hidden[1], keys, mask]
+        if self.memory > 0:
+            certainty = inside.square().flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1.0)  # [N]
+            hidden += self.remember(halved(keys, mask), certainty > 0.9, state.hidden[4], state.hidden[5])
+        return logits, share, hidden
 
-    def parts(self, cover: Tensor, affinity: Affinity, last: Tensor, others: Tensor, cues: Tensor) -> Tensor:
-        """How much of each proposal belongs to each object, from what it covers: logits [N, M]."""
+    def remember(self, newest: Tensor, sure: Tensor, memory: Tensor, count: Tensor) -> list[Tensor]:
+        """The memory and its count after a frame [N, K + 1, h', w'] in which the objects `sure` [N] were seen well.
+
+        Every 4th such frame is kept; every 16th, the oldest of those moves one place further; and so on. So the places hold views
+        from a moment ago to long ago, and what is hidden keeps its own.
+        """
+        rows = newest.size(2)
+        count = count + sure[:, None, None, None].to(count.dtype)
+        frames: list[Tensor] = []
+        for k in range(self.memory):
+            old = memory[:, :, k * rows : (k + 1) * rows]
+            due = sure[:, None, None, None] & (torch.remainder(count, float(4 << (2 * k))) == 0)
+            frames.append(torch.where(due, newest, old))
+            newest = old
+        return [torch.cat(frames, 2), count]
+
+    def probabilities(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """Logits of each object against none, [N, ...], as probabilities."""
+        return among(logits, valid) if self.together else torch.sigmoid(logits)
+
+    def parts(self, cover: Tensor, pairs: list[Tensor], last: Tensor, others: Tensor, cues: Tensor) -> Tensor:
+        """How much of each proposal belongs to each object, from what it covers and what is known of each pair [N, M]: logits
+        [N, M]."""
         coarse = F.adaptive_avg_pool2d(cover[:, None], [cues.size(2), cues.size(3)])[:, 0].flatten(1)  # [M, h w]
         seen = torch.stack([last, others], 1)  # [N, 2, h1, w1]
         seen = F.adaptive_avg_pool2d(seen, [cues.size(2), cues.size(3)])
         seen = torch.cat([seen, torch.sigmoid(5.0 * cues[:, ::3]), cues[:, 1::3]], 1).flatten(2)  # [N, 6, h w]
         area = coarse.sum(1).clamp(min=1e-3)
         mean = torch.matmul(seen, coarse.t()) / area  # [N, 6, M]
-        known = torch.cat([mean, affinity.cosine[:, None], affinity.iou[:, None]], 1)  # [N, 8, M]
+        known = torch.cat([mean, torch.stack(pairs, 1)], 1)  # [N, 8 or 11, M]
         return self.judge(known.transpose(1, 2))[:, :, 0]
 
     def decode(self, features: list[Tensor], maps: Tensor, cues: Tensor) -> Tensor:
@@ -321,7 +396,8 @@ class HeavyRefinement(nn.Module):
             known = maps
             if k < 3:
                 known = F.adaptive_avg_pool2d(maps, size)
-                known = torch.cat([known, F.interpolate(cues, size=size, mode="bilinear", align_corners=False)], 1)
+                coarse = F.interpolate(cues, size=size, mode="bilinear", align_corners=False)
+                known = torch.cat([known[:, :5], coarse, known[:, 5:]], 1)
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
             x = F.relu(block(image(level) + own(known) + above))
         return self.head(x).to(features[4].dtype)
@@ -341,6 +417,13 @@ def doubled(logits: Tensor) -> Tensor:
     return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
+def halved(keys: Tensor, masks: Tensor) -> Tensor:
+    """Unit keys [N, K, h, w] and masks [N, 1, h, w] at half the size, rounded up: [N, K + 1, h', w']."""
+    size = [(keys.size(2) + 1) // 2, (keys.size(3) + 1) // 2]
+    keys = F.normalize(F.adaptive_avg_pool2d(keys, size), dim=1)
+    return torch.cat([keys, F.adaptive_avg_pool2d(masks, size)], 1)
+
+
 def first(flags: Tensor) -> Tensor:
     """Index [1] of the first of `flags` [N] that is set; the last index where none is."""
     place = torch.arange(flags.size(0), device=flags.device)
@@ -348,9 +431,16 @@ def first(flags: Tensor) -> Tensor:
     return torch.where(flags, place, flags.size(0) - 1).amin(0, keepdim=True)
 
 
-def beside(masks: Tensor) -> Tensor:
-    """For each of the objects [N, h, w], the highest value of any other object there; zeros where there is none."""
+def among(logits: Tensor, valid: Tensor) -> Tensor:
+    """Probabilities of `valid` objects [N] from their logits against none [N, ...]: they and that of none add up to 1."""
+    flat = torch.where(valid[:, None], logits.flatten(1), -60.0)
+    return F.softmax(F.pad(flat, [0, 0, 0, 1]), 0)[:-1].view(logits.shape)
+
+
+def beside(values: Tensor, valid: Tensor) -> Tensor:
+    """For each of the objects [N, ...], the highest value of any other `valid` one [N]; at least 0, also where there is none."""
+    flat = values.flatten(1) * valid[:, None].to(values.dtype)
     # A row of zeros stands for "none": asking how many objects there are would fix the answer in an export.
-    top, index = F.pad(masks, [0, 0, 0, 0, 0, 1]).topk(2, dim=0)
-    own = torch.arange(masks.size(0), device=masks.device)[:, None, None] == index[0]
-    return torch.where(own, top[1], top[0])
+    top, index = F.pad(flat, [0, 0, 0, 1]).topk(2, dim=0)
+    own = torch.arange(flat.size(0), device=flat.device)[:, None] == index[0]
+    return torch.where(own, top[1], top[0]).view(values.shape)

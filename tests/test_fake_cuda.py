@@ -160,7 +160,7 @@ def test_prepare(name, kind):
 
 def test_settled():
     with fake():
-        on_grid = settled(torch.empty(3, 24, 43, device="cuda"))
+        on_grid = settled(torch.empty(3, 24, 43, device="cuda"), True)
         on_device(on_grid)
         assert on_grid.shape == (3, 24, 43)
 

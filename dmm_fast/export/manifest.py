@@ -376,7 +376,7 @@ class Example:
         shapes = [(N,), (N, self.state.features.size(1)), (N, *grid), (N, *grid), (N, *pixels)]
         state = [Spec.of(f"state.{name}", tensor, shape) for name, tensor, shape in zip(State._fields, self.state, shapes)]
         for k, tensor in enumerate(self.state.hidden):
-            level = tuple(tensor.shape[2:]) if fixed_features else (f"h{k}", f"w{k}")
+            level = tuple(tensor.shape[2:]) if fixed_features or tensor[0].numel() == 1 else (f"h{k}", f"w{k}")
             state.append(Spec.of(f"state.hidden.{k}", tensor, (N, tensor.size(1), *level)))
         parts = (N, M if self.output.parts.size(1) else 0)
         decided = (N, H, W) if self.state.full.numel() else (N, *grid)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmm_fast.model import Affinity, Candidates, Output
 from dmm_fast.model.masks import cover as on_grid
 from dmm_fast.model.masks import overlap, shared
+from dmm_fast.model.refinement import among
 from dmm_fast.ops import reference
 
 TERMS = ("refined", "matched", "cosine", "parts", "bce")
@@ -29,16 +30,17 @@ class Loss:
 
 
 def step_losses(
-    output: Output, affinity: Affinity, candidates: Candidates, masks: Tensor, *, match_iou: float = 0.3
+    output: Output, affinity: Affinity, candidates: Candidates, masks: Tensor, *, match_iou: float = 0.3, together: bool = False
 ) -> dict[str, Tensor]:
     """The loss terms of one frame, each a scalar >= 0; masks [N, H, W] bool is the ground truth.
 
     refined, matched: 1 - soft IoU of `output.logits`, enlarged to the frame, and of `output.matched`, on the grid. cosine, parts:
     see `cosine_loss` and `parts_loss`. bce: binary cross entropy of the enlarged logits; it alone also asks for an empty mask
-    where an object is hidden.
+    where an object is hidden. together: the logits compete, as `Config.objects` says.
     """
     truth = on_grid(masks, candidates.cover.size(1), candidates.cover.size(2))  # [N, h, w]
-    refined = torch.sigmoid(enlarged(output.logits.float(), masks.size(1), masks.size(2)))
+    logits = enlarged(output.logits.float(), masks.size(1), masks.size(2))
+    refined = among(logits, torch.ones_like(logits[:, 0, 0], dtype=torch.bool)) if together else torch.sigmoid(logits)
     return {
         "refined": soft_iou_loss(refined, masks),
         "matched": soft_iou_loss(output.matched, truth if output.matched.shape == truth.shape else masks),

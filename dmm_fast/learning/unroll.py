@@ -84,7 +84,7 @@ def unroll(net: DMMNet, clip: Clip, levels: list[Tensor], how: How) -> Tensor:
             assignment = hungarian(cost.detach())
         with mixed_precision(cost.device, how):
             output, state = net.decide(features, candidates, affinity, assignment, state)
-        losses = step_losses(output, affinity, candidates, clip.masks[t], match_iou=how.loss.match_iou)
+        losses = step_losses(output, affinity, candidates, clip.masks[t], match_iou=how.loss.match_iou, together=net.together)
         steps.append(torch.stack([losses[term] for term in TERMS]))
     return torch.stack(steps).mean(0)
 

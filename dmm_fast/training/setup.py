@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmm_fast.model import DMMNet, load_weights, read_weights
 from dmm_fast.training.config import ConfigError, TrainConfig
@@ -24,7 +24,7 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
         load_weights(net.backbone, imagenet_weights(config.model.backbone), "ImageNet")
         known = {name for name in net.state_dict() if name.startswith("backbone.")}
     elif config.pretrained != "none":
-        load_weights(net, read_weights(config.pretrained), config.pretrained)
+        load_weights(net, widened(read_weights(config.pretrained), net), config.pretrained)
         known = set(net.state_dict())
     net.train()
     net.backbone.requires_grad_(not config.freeze)
@@ -32,6 +32,20 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or (config.freeze and module is net.backbone):
             module.eval()
     return net, known
+
+
+def widened(tensors: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """`tensors` for a net with further inputs, the last ones of its layers: their weights are 0, so that nothing changes at first.
+
+    So objects that were decided apart (`Config.objects`) can learn to be decided together.
+    """
+    own, fitted = net.state_dict(), dict(tensors)
+    for name, tensor in tensors.items():
+        shape = own[name].shape if name in own else tensor.shape
+        if tensor.ndim > 1 and len(shape) == tensor.ndim and shape[1] > tensor.size(1):
+            more = tensor.new_zeros(tensor.size(0), shape[1] - tensor.size(1), *tensor.shape[2:])
+            fitted[name] = torch.cat([tensor, more], 1)
+    return fitted
 
 
 def make_optimizer(net: DMMNet, known: set[str], config: TrainConfig) -> torch.optim.Optimizer:

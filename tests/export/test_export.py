@@ -32,6 +32,7 @@ CONFIGS = {
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light"),
     "heavy": Config(**SMALL, refine="heavy", follow="refined", layer="prices", n_grad=80, n_proj=1, lr=5.0),
+    "together": Config(**SMALL, refine="heavy", follow="refined", objects="together", memory=2, layer="prices"),
 }
 
 
@@ -570,7 +571,7 @@ def test_damaged_package_is_refused(compiled, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["full", "runs"])
 def test_traced_programs_hold_at_every_size(kind):
     """What pt2 and ONNX start from, for networks that take minutes to compile."""
-    for name in ("light", "heavy"):
+    for name in ("light", "heavy", "together"):
         net = make(name)
         programs = traced(net, Example(net, OPEN, kind), OPEN, "", POOLING).programs
         for sizes in (Sizes(1, 1, 40, 60), Sizes(5, 20, 135, 240)):
@@ -656,10 +657,11 @@ def test_layer_alone(kind, name, tmp_path):
         export(kind, net, tmp_path / "other", only="match", masks="soft")
 
 
-def test_onnx_of_the_heavy_refinement(tmp_path):
+@pytest.mark.parametrize("name, tensors", [("heavy", 9), ("together", 11)])
+def test_onnx_of_the_heavy_refinement(name, tensors, tmp_path):
     """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
-    manifest = export("onnx", make("heavy"), tmp_path)
-    assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == 9
+    manifest = export("onnx", make(name), tmp_path)
+    assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == tensors
 
 
 LAYERS = {

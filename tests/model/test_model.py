@@ -3,6 +3,9 @@ step in eager, TorchScript and torch.export."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from dmm_fast.model import (
 )
 from dmm_fast.model.features import roi_means
 from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
-from dmm_fast.model.refinement import Memory, beside
+from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -37,6 +40,9 @@ CONFIGS = {
     "light": Config(**SMALL, refine="light", hidden=16),
     "serial": Config(**SMALL, refine="light", hidden=16, serial=True),
     "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
+    "together": Config(
+        **SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="together", memory=2, min_cosine=0.1
+    ),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
 }
 
@@ -282,7 +288,7 @@ def test_gradient_reaches_cost_and_features(scene):
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), part
         assert next(net.backbone.parameters()).grad.abs().sum() > 0
 
-    for name in ("light", "heavy"):
+    for name in ("light", "heavy", "together"):
         net = make(name)
         features, state = net.encode(frame[None]), net.start(frame, first, valid)
         candidates = net.prepare(proposals, state, *SIZE)
@@ -352,7 +358,7 @@ def test_memory_is_a_sum_over_cells(near):
     query, keys = (F.normalize(torch.randn(n, 8, 5, 7, dtype=torch.float64), dim=1) for n in (1, 2))
     masks = torch.rand(2, 1, 5, 7, dtype=torch.float64)
     with torch.no_grad():
-        found = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool)).flatten(2) / 0.2  # [N, 3, h w]
+        found = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool), []).flatten(2) / 0.2  # [N, 3, h w]
         place = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
         exponent = memory.sharpness.exp() * (torch.einsum("kp,nkq->npq", query[0].flatten(1), keys.flatten(2)) - 1)
         if near:
@@ -414,8 +420,75 @@ def test_no_array_of_every_proposals_full_mask(scene, name, kind):
 
 def test_beside():
     masks = torch.tensor([0.2, 0.9, 0.5])[:, None, None].expand(3, 2, 2)
-    assert beside(masks)[:, 0, 0].tolist() == pytest.approx([0.9, 0.5, 0.9])
-    assert not beside(masks[:1]).any()
+    every = torch.tensor([True, True, True])
+    assert beside(masks, every)[:, 0, 0].tolist() == pytest.approx([0.9, 0.5, 0.9])
+    assert beside(masks, torch.tensor([True, False, True]))[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.2])
+    assert not beside(masks[:1], every[:1]).any()
+    assert beside(-masks[:, 0], every).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_among():
+    logits = torch.tensor([[2.0, -50.0], [1.0, 50.0], [9.0, 90.0]])
+    shares = among(logits, torch.tensor([True, True, False]))
+    a, b = math.exp(2), math.exp(1)
+    torch.testing.assert_close(shares[:, 0], torch.tensor([a, b, 0.0]) / (1 + a + b))
+    torch.testing.assert_close(shares[:, 1], torch.tensor([0.0, 1.0, 0.0]))
+    alone = torch.randn(1, 4, 5)
+    torch.testing.assert_close(among(alone, torch.tensor([True])), torch.sigmoid(alone))
+
+
+def test_objects_that_compete(scene):
+    """Pixels and proposals are divided; alone, an object is followed as by a net that decides apart; free slots change nothing."""
+    frame, first, valid, proposals = scene
+    together = make("together")
+    with torch.no_grad():
+        before = together.start(frame, first, valid)
+        output, state = together.step(frame, proposals, before)
+        fewer, _ = together.step(frame, proposals, together.start(frame, first[:2], valid[:2]))
+        assert (output.parts[:2].sum(0) <= 1).all() and output.parts[2].max() < 1e-9
+        torch.testing.assert_close(output.logits[:2], fewer.logits, atol=1e-4, rtol=1e-4)
+        cells = state.masks.sum(0)
+        assert cells.max() <= 1.0 and cells.any()
+
+        apart = DMMNet(replace(CONFIGS["together"], objects="apart")).eval()
+        tensors, own = together.state_dict(), apart.state_dict()
+        load_weights(apart, {name: t[:, : own[name].size(1)] if t.ndim > 1 else t for name, t in tensors.items()})
+        for layer in [together.refinement.judge[0], *together.refinement.owns]:
+            fewer_inputs = 8 if layer.weight.ndim == 2 else 11 if layer.weight.size(1) > 6 else 5
+            layer.weight[:, fewer_inputs:] = 0.0
+        alone = torch.tensor([True, False, False])
+        mine, theirs = together.start(frame, first, alone), apart.start(frame, first, alone)
+        for _ in range(5):
+            found, mine = together.step(frame, proposals, mine)
+            expected, theirs = apart.step(frame, proposals, theirs)
+            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+            assert torch.equal(found.labels, expected.labels)
+
+
+def test_memory_of_frames():
+    """Every 4th frame that is seen well, of those every 4th, and nothing of frames in which the object is not."""
+    refinement = HeavyRefinement([8] * 5, 16, memory=2)
+    memory, count = torch.zeros(2, 3, 2 * 2, 5), torch.zeros(2, 1, 1, 1)
+    for t in range(1, 26):
+        sure = torch.tensor([True, t % 2 == 0])  # the second object is seen well in every other frame
+        memory, count = refinement.remember(torch.full((2, 3, 2, 5), float(t)), sure, memory, count)
+    assert count.flatten().tolist() == [25, 12]
+    assert memory[0, :, :2].unique().tolist() == [24] and memory[0, :, 2:].unique().tolist() == [12]
+    assert memory[1, :, :2].unique().tolist() == [24] and memory[1, :, 2:].unique().tolist() == [0]
+
+
+def test_what_memory_recalls():
+    """A further frame counts as much as the template; one that is the template changes little."""
+    torch.manual_seed(0)
+    plain, more = Memory(near=False), Memory(near=False, frames=2)
+    keys, masks = F.normalize(torch.randn(1, 8, 6, 10), dim=1), torch.rand(1, 1, 6, 10)
+    query, valid = F.normalize(torch.randn(1, 8, 6, 10), dim=1), torch.tensor([True])
+    recent = torch.cat([keys, masks], 1).repeat(1, 1, 2, 1)  # twice, at full size
+    torch.testing.assert_close(more(query, keys, masks, valid, [recent]), plain(query, keys, masks, valid, []))
+    for other in (0.0, 1.0):  # frames that look alike everywhere, but are all rest or all object
+        recent[:, -1] = other
+        odds = more(query, keys, masks, valid, [recent])[:, 0] - plain(query, keys, masks, valid, [])[:, 0]
+        assert (odds > 0).all() if other else (odds < 0).all()
 
 
 def test_refined_objects_do_not_depend_on_each_other(scene):
@@ -514,6 +587,9 @@ def test_presets_carry_the_papers_numbers():
     [
         ({"iou_weight": 0.3}, "iou_weight must be 1 without a backbone, got 0.3"),
         ({"refine": "light"}, "refine must be 'none' without a backbone"),
+        ({"refine": "light", "backbone": "test_resnet", "objects": "together"}, "objects must be 'apart' unless"),
+        ({"objects": "best"}, "objects must be one of"),
+        ({"memory": 1}, "memory must be 0 unless the refinement is heavy"),
         ({"refine": "best"}, "refine must be one of"),
         ({"n_grad": 0}, "n_grad must be at least 1, got 0"),
         ({"dykstra": "released"}, "dykstra must be one of"),
