@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from dmm_fast.data.alike import AlikeClips
 from dmm_fast.data.augment import Augment, Clip
-from dmm_fast.data.clips import ClipDataset, Clips, Mixture, PasteClips, StillClips, SyntheticClips
+from dmm_fast.data.clips import ClipDataset, Clips, Mixture, StillClips, SyntheticClips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
+from dmm_fast.data.paste import PasteClips
 from dmm_fast.training.config import ConfigError, Data, TrainConfig, nearest
 from dmm_fast.training.team import Team
 
 KINDS: dict[str, Callable[..., Clips]] = {
-    "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
+    "alike": AlikeClips, "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
 }  # fmt: skip
 PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which videos
 
