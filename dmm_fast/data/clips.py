@@ -146,7 +146,10 @@ class Clips(Dataset):
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < self.length:
             raise IndexError(f"clip {index} of {self.length}")
-        return self.draw(index, np.random.default_rng([self.seed, self.epoch, index]))
+        return self.draw(index, self.rng(index))
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, index])
 
     def draw(self, index: int, rng: np.random.Generator) -> Clip:
         """A clip from ``rng``; index says which video where there is a choice."""
@@ -353,5 +356,12 @@ class Mixture(Clips):
             source.set_epoch(epoch)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
-        source = self.sources[rng.choice(len(self.sources), p=self.weights)]
+        source = self.sources[self._pick(rng)]
         return source.draw(int(rng.integers(len(source))), rng)
+
+    def source_of(self, index: int) -> int:
+        """Which source a clip comes from."""
+        return self._pick(self.rng(index))
+
+    def _pick(self, rng: np.random.Generator) -> int:
+        return int(rng.choice(len(self.sources), p=self.weights))

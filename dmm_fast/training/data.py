@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[..., Clips]] = {
 PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which videos
 
 
-def open_data(config: TrainConfig) -> tuple[Clips, VideoDataset | None]:
+def open_data(config: TrainConfig) -> tuple[Mixture, VideoDataset | None]:
     """The clips of the configuration's sources, and the videos that validate, if any."""
     data = config.data
     sources = [open_source(source, data, config.seed + number) for number, source in enumerate(data.sources)]
