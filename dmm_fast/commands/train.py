@@ -27,10 +27,14 @@ def add(commands: Any) -> None:
         ("dmm-fast train --online frames/00000.jpg --masks first.png --out mine.safetensors --seconds 60",
          "online learning: the packaged network fitted to one frame, for segment --weights mine.safetensors"),
         ("dmm-fast train small --show", "print the whole configuration as YAML, as a start for your own"),
+        ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals --sheet clips.jpg",
+         "look at the first clips that this would learn from"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
     parser.add_settings("settings", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--sheet", metavar="FILE.jpg", help="draw the first clips with their masks and proposals, and stop")
+    parser.add_argument("--clips", type=int, metavar="N", help="how many clips --sheet draws (default: 8)")
     parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in OUT, if there is one")
@@ -85,6 +89,15 @@ def run(a: argparse.Namespace) -> int:
     if a.show:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
+    if a.sheet is not None:
+        from dmm_fast.training.sheet import write_sheet
+
+        write_sheet(a.sheet, config, 8 if a.clips is None else a.clips, progress=not a.quiet)
+        if not a.quiet:
+            print(a.sheet)
+        return 0
+    if a.clips is not None:
+        raise ValueError("train --clips N is for --sheet FILE.jpg: how many clips it draws (for an epoch's, set data.clips=N)")
 
     from dmm_fast.training.loop import train
 

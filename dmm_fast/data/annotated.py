@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dmm_fast.data.masks import VOID, MaskWarning, check_size, read_binary, read_ids, read_mask
+from dmm_fast.data.mined import Track, mine
 from dmm_fast.data.video import ImageFrames, VideoFrames, image_size
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import TOP
@@ -130,9 +131,14 @@ class Video:
             raise DataError(f"{self.name}: the data set was opened without proposals; name their folder (proposals=DIR)")
         return read_coco(self._proposals, self._top)
 
-    def proposals(self, index: int) -> Proposals:
-        """The best proposals of a frame, masks bool [M, H, W] decoded on the spot."""
-        return self._coco.frame(self.stems[index], self.size)
+    def proposals(self, index: int, top: int | None = None) -> Proposals:
+        """The best proposals of a frame, ``top`` at most, masks bool [M, H, W] decoded on the spot."""
+        return self._coco.frame(self.stems[index], self.size, top)
+
+    @cached_property
+    def tracks(self) -> list[Track]:
+        """What the proposals follow besides the annotated objects, longest first; found when first asked for."""
+        return mine([self._coco.runs(stem, self.size) for stem in self.stems], map(self.ids, range(len(self))), self.size)
 
 
 class StillFrame(ImageFrames):

@@ -1,4 +1,4 @@
-"""Training clips: cut from videos, made from stills, pasted together, or drawn.
+"""Training clips: cut from videos, made from stills, or drawn; `paste` and `alike` put several together.
 
 Every source is a map-style data set of `Clip`s. ``clips[i]`` depends on (seed, epoch, i) and on nothing else: not on the
 order, the number of workers or what was asked before, so training resumes anywhere.
@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +19,15 @@ from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
 from dmm_fast.data.annotated import DataError, Video
-from dmm_fast.data.augment import MIN_AREA, MIN_SHARE, Augment, Clip, affine_grid, areas, seen, tight, tight_boxes, to_uint8
-from dmm_fast.data.datasets import StillsDataset, VideoDataset
+from dmm_fast.data.augment import MIN_AREA, MIN_SHARE, Augment, Clip, areas, seen, tight, tight_boxes
+from dmm_fast.data.datasets import VideoDataset
+from dmm_fast.data.mined import Track
 from dmm_fast.data.synthetic import Scene
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import paste_combine
 
 __all__ = [
-    "Augment", "Clip", "ClipDataset", "Clips", "Mixture", "PasteClips", "StillClips", "SyntheticClips", "noisy_proposals",
+    "Augment", "Clip", "ClipDataset", "Clips", "Mixture", "StillClips", "SyntheticClips", "noisy_proposals",
 ]  # fmt: skip
 
 TOP = 20  # proposals of a frame that training sees
@@ -146,7 +146,10 @@ class Clips(Dataset):
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < self.length:
             raise IndexError(f"clip {index} of {self.length}")
-        return self.draw(index, np.random.default_rng([self.seed, self.epoch, index]))
+        return self.draw(index, self.rng(index))
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, index])
 
     def draw(self, index: int, rng: np.random.Generator) -> Clip:
         """A clip from ``rng``; index says which video where there is a choice."""
@@ -165,7 +168,8 @@ class ClipDataset(Clips):
     """Clips of ``frames`` annotated frames from videos, in turn.
 
     skips: annotated frames from one to the next, drawn for each step. reverse: chance of a clip that runs backwards.
-    objects: at most so many of a clip's, chosen at random. noisy: share of clips with simulated proposals; where the
+    objects: at most so many of a clip's, chosen at random. mined: share of clips that show, besides annotated objects, others
+    that the proposals follow (`dmm_fast.data.mined`), as far as there are any, ``objects`` in all. noisy: share of clips with simulated proposals; where the
     data set has no others, all. missed: share of frames, and in the others of proposals, that the detector is made to
     miss. top: proposals of a frame at most. length: clips in an epoch, default one per video.
     """
@@ -178,6 +182,7 @@ class ClipDataset(Clips):
         skips: tuple[int, int] = (1, 5),
         reverse: float = 0.5,
         objects: int = 8,
+        mined: float = 0.0,
         top: int = TOP,
         noisy: float = 0.0,
         missed: float = 0.0,
@@ -186,31 +191,58 @@ class ClipDataset(Clips):
         seed: int = 0,
     ):
         super().__init__(length or len(videos), augment, seed, 1.0 if videos.proposals is None else noisy, top)
-        self.missed = missed
+        self.missed, self.mined = missed, mined
+        if not 0 <= mined <= 1 or (mined and videos.proposals is None):
+            raise ValueError(f"mined is a share in [0, 1] of clips from videos with proposals, got {mined} of {videos!r}")
         if frames < 1 or not 1 <= skips[0] <= skips[1]:
             raise ValueError(f"a clip needs frames >= 1 and skips 1 <= least <= most, got {frames} and {skips}")
         self.videos, self.frames, self.skips, self.reverse, self.objects = videos, frames, skips, reverse, objects
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         video = self.videos.video(self.videos.names[index % len(self.videos)])
-        chosen, numbers = self._choose(video, rng)
+        tracks = video.tracks if self.mined and rng.random() < self.mined else []
+        chosen, numbers = self._choose(video, rng, tracks)
         ids = np.stack([video.truth(i) for i in chosen])  # [T, H, W]
         masks = torch.from_numpy(ids[:, None] == numbers[:, None, None])  # [T, N, H, W]
         frames = torch.from_numpy(np.stack(video.frames(chosen))).permute(0, 3, 1, 2).contiguous()
-        if video.has_proposals:
-            found = [video.proposals(i) for i in chosen]
+        there = [track for track in tracks if track.covers(chosen)]
+        there = [there[i] for i in rng.permutation(len(there))[: self.objects - len(numbers)]] if there else []
+        if video.has_proposals and (self.top or there):
+            found = [video.proposals(i, max(self.top, *(1 + track.proposal(i) for track in there), 0)) for i in chosen]
+            if there:
+                found, further = self._further(there, chosen, found, torch.from_numpy(ids > 0), rng)
+                masks = torch.cat([masks, further], 1)
             proposals = [self._found(given, rng) for given in found]
         else:
             proposals = [nothing(video.size)] * self.frames
-        return Clip(frames, masks, proposals, video.name)
+        return seen(Clip(frames, masks, proposals, video.name))
+
+    @staticmethod
+    def _further(
+        tracks: Sequence[Track], chosen: Sequence[int], found: Sequence[Proposals], taken: Tensor, rng: np.random.Generator
+    ) -> tuple[list[Proposals], Tensor]:
+        """The proposals and masks [T, K, H, W] of mined objects, less what is taken [T, H, W] or another's.
+
+        A linked proposal is its object's truth, so what training sees of it is made as imperfect as others are.
+        """
+        proposals, further = [], []
+        for frame, given, other in zip(chosen, found, taken):
+            rows = [track.proposal(frame) for track in tracks]
+            masks = given.masks[rows]
+            others = torch.cat([other[None], masks[:-1]]).cumsum(0).bool()
+            further.append(masks & ~others)
+            rough = given.masks.clone()
+            rough[rows] = _mask_head(masks, rng.uniform(0.2, 0.6, len(rows)), rng)
+            proposals.append(given._replace(masks=rough))
+        return proposals, torch.stack(further)
 
     def _found(self, given: Proposals, rng: np.random.Generator) -> Proposals:
         best = given.scores[: self.top]
         keep = torch.from_numpy((rng.random(len(best)) >= self.missed) & (rng.random() >= self.missed))
         return tight(given.masks[: self.top][keep], best[keep])
 
-    def _choose(self, video: Video, rng: np.random.Generator) -> tuple[list[int], np.ndarray]:
-        """Frames of a clip and the objects of its first, ids [N] uint8."""
+    def _choose(self, video: Video, rng: np.random.Generator, tracks: Sequence[Track]) -> tuple[list[int], np.ndarray]:
+        """Frames of a clip, some that a track covers if there are any, and the annotated objects of the first, ids [N] uint8."""
         known = video.annotated if video.dense else []
         if len(known) < self.frames:
             rule = "frames in which every object is annotated"
@@ -220,7 +252,11 @@ class ClipDataset(Clips):
             gaps = np.maximum(gaps - 1, 1)
         span = np.concatenate([[0], gaps.cumsum()])
         backwards = rng.random() < self.reverse
-        for start in rng.permutation(len(known) - span[-1]):
+        starts = rng.permutation(len(known) - span[-1])
+        if tracks:
+            covered = [any(track.covers([known[i] for i in start + span]) for track in tracks) for start in starts]
+            starts = starts[np.argsort(np.logical_not(covered), kind="stable")]
+        for start in starts:
             places = start + span
             chosen = [known[place] for place in (places[::-1] if backwards else places)]
             ids = video.truth(chosen[0])
@@ -320,133 +356,12 @@ class Mixture(Clips):
             source.set_epoch(epoch)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
-        source = self.sources[rng.choice(len(self.sources), p=self.weights)]
+        source = self.sources[self._pick(rng)]
         return source.draw(int(rng.integers(len(source))), rng)
 
+    def source_of(self, index: int) -> int:
+        """Which source a clip comes from."""
+        return self._pick(self.rng(index))
 
-# ------------------------------------------------------------------------------------------------------------ pasting
-
-
-class Layer(NamedTuple):
-    """An object to paste: where in the frame, and RGB and opacity in [0, 1], float [T, 4, h, w]."""
-
-    window: tuple[slice, slice]  # rows, columns
-    pixels: Tensor
-
-
-class PasteClips(Clips):
-    """Multi-object clips: objects of some videos pasted into others, along smooth paths, before and behind each other.
-
-    videos: where backgrounds (with their own objects and proposals) come from. donors: where objects come from; default
-    the same. pasted: how many, from .. to. same: chance that an object is pasted into the video it was cut from.
-    scale: of a pasted object. Ground truth is exact: what is hidden is not in a mask. Proposals are the background's,
-    less what is now hidden, and noisy ones of what was pasted. settings: of the clips that are cut (`ClipDataset`).
-    """
-
-    def __init__(
-        self,
-        videos: VideoDataset,
-        frames: int = 2,
-        *,
-        size: tuple[int, int] = (240, 427),
-        donors: VideoDataset | None = None,
-        pasted: tuple[int, int] = (1, 4),
-        same: float = 0.15,
-        scale: tuple[float, float] = (0.5, 1.5),
-        top: int = TOP,
-        augment: Augment | None = None,
-        length: int | None = None,
-        seed: int = 0,
-        **settings,
-    ):
-        super().__init__(length or len(videos), augment or Augment(size), seed, top=top)
-        if not 1 <= pasted[0] <= pasted[1] or not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"pasted and scale must be ranges above 0, got {pasted} and {scale}")
-        self.pasted, self.same, self.scale = pasted, same, scale
-        self.grounds = _cut(videos, frames, size, top=top, **settings)
-        self.donors = _cut(donors or videos, frames, size, top=0, **settings)
-
-    def make(self, index: int, rng: np.random.Generator) -> Clip:
-        ground = self.grounds.draw(index, rng)
-        count = rng.integers(self.pasted[0], self.pasted[1] + 1)
-        layers = [self._layer(index if rng.random() < self.same else None, rng) for _ in range(count)]
-        return seen(composite(ground, layers, rng, self.top))
-
-    def _layer(self, index: int | None, rng: np.random.Generator) -> Layer:
-        """An object of some video on its way."""
-        clip = self.donors.draw(int(rng.integers(len(self.donors))) if index is None else index, rng)
-        mask = clip.masks[:, rng.integers(clip.masks.size(1))]  # [T, H, W]
-        window, grid = _flight(mask, rng, self.scale)
-        # Less a pixel all around, or the object brings a rim of its old background along.
-        inner = 1 - F.max_pool2d(1 - mask[:, None].float(), 3, 1, 1)
-        return Layer(window, F.grid_sample(torch.cat([clip.frames.float(), inner], 1), grid, align_corners=False))
-
-
-def _cut(videos: VideoDataset, frames: int, size: tuple[int, int], **settings) -> Clips:
-    """Clips of a size to paste from and to; stills move."""
-    if isinstance(videos, StillsDataset):
-        return StillClips(videos, frames, motion=0.6, augment=Augment(size, 0, hue=0, grey=0, blur=0), **settings)
-    return ClipDataset(videos, frames, augment=Augment.none(size), **settings)
-
-
-def _flight(mask: Tensor, rng: np.random.Generator, scales: tuple[float, float]) -> tuple[tuple[slice, slice], Tensor]:
-    """A smooth path for the object of mask [T, H, W]: the window it stays in, and where each of the window's pixels comes
-    from, [T, h, w, 2] for `grid_sample`.
-
-    The object starts inside the frame, then moves, turns and grows steadily, besides its motion in its own video.
-    """
-    length, height, width = mask.shape
-    x0, y0, x1, y1 = tight_boxes(mask[:1])[0].tolist()
-    fits = 0.8 * min(width / (x1 - x0), height / (y1 - y0))
-    log_scale = math.log(min(math.exp(rng.uniform(*np.log(scales))), fits)) + rng.normal(0, 0.03) * np.arange(length)
-    angle = rng.normal(0, 0.15) + rng.normal(0, 0.05) * np.arange(length)
-    time = np.arange(length)[:, None]  # [T, 1]
-    step = min(height, width) * (rng.uniform(-0.08, 0.08, 2) * time + rng.normal(0, 0.01, 2) * time**2)
-    target = rng.uniform(0.15, 0.85, 2) * (width, height) + step  # [T, 2] x, y
-    mirror = rng.choice([-1, 1])
-    cos, sin = np.cos(angle) * np.exp(-log_scale), np.sin(angle) * np.exp(-log_scale)
-    linear = np.stack([mirror * cos, -mirror * sin, sin, cos], 1).reshape(length, 2, 2)
-    middle = np.array([x0 + x1, y0 + y1]) / 2
-    x0, y0, x1, y1 = tight_boxes(mask.any(0, keepdim=True))[0].tolist()
-    corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) - middle
-    places = target[:, None] + corners @ np.linalg.inv(linear).transpose(0, 2, 1)  # [T, 4, 2]
-    low = np.clip(places.min((0, 1)).astype(int) - 1, 0, (width - 1, height - 1))
-    high = np.clip(places.max((0, 1)).astype(int) + 2, low + 1, (width, height))
-    source = middle + (linear @ ((low + high) / 2 - target)[:, :, None])[..., 0]
-    window = slice(low[1], high[1]), slice(low[0], high[0])
-    return window, affine_grid(linear, source, (height, width), (int(high[1] - low[1]), int(high[0] - low[0])))
-
-
-def composite(ground: Clip, layers: Sequence[Layer], rng: np.random.Generator, top: int = TOP) -> Clip:
-    """Paint layers over a clip, back to front; some may be behind the clip's own objects."""
-    own = ground.masks.any(1)  # [T, H, W]
-    behind = rng.integers(len(layers) + 1) if rng.random() < 0.5 else 0  # so many layers
-    frames, cover = ground.frames.float(), torch.zeros(own.shape, dtype=torch.int16)  # the pasted object on top, from 1
-    for number, (window, pixels) in enumerate(layers, 1):
-        alpha, part = pixels[:, 3], frames[(..., *window)]  # [T, h, w], [T, 3, h, w]
-        if number <= behind:
-            alpha = alpha * ~own[(..., *window)]
-        part += alpha[:, None] * (pixels[:, :3] - part)
-        cover[(..., *window)][alpha > 0.5] = number
-    pasted = cover[:, None] == torch.arange(1, len(layers) + 1)[:, None, None]  # [T, K, H, W]
-    open_ = cover == 0
-    masks = torch.cat([ground.masks & open_[:, None], pasted], 1)
-    proposals = [
-        _merge(_uncovered(given, clear), noisy_proposals(new, rng, top=top, clutter=2), top)
-        for given, clear, new in zip(ground.proposals, open_, pasted)
-    ]
-    return Clip(to_uint8(frames), masks, proposals, f"{ground.name}+{len(layers)}")
-
-
-def _uncovered(given: Proposals, clear: Tensor) -> Proposals:
-    """What a detector would still find where only ``clear`` [H, W] is left of the frame."""
-    left = given.masks & clear
-    keep = areas(left) > 0.3 * areas(given.masks)
-    return tight(left[keep], given.scores[keep])
-
-
-def _merge(one: Proposals, other: Proposals, top: int) -> Proposals:
-    """Both, best first, at most ``top``."""
-    boxes, scores, masks = (torch.cat(parts) for parts in zip(one, other))
-    best = scores.argsort(descending=True)[:top]
-    return Proposals(boxes[best], scores[best], masks[best])
+    def _pick(self, rng: np.random.Generator) -> int:
+        return int(rng.choice(len(self.sources), p=self.weights))

@@ -56,12 +56,12 @@ class ProposalFile:
         """How many of these frames have at least one proposal."""
         return sum(_key(stem) in self._entries for stem in stems)
 
-    def frame(self, stem: str, size: tuple[int, int] | None = None) -> Proposals:
+    def frame(self, stem: str, size: tuple[int, int] | None = None, top: int | None = None) -> Proposals:
         """Proposals of one frame, best first; none at all is an empty result, not an error.
 
-        size is the frame's (H, W): masks of another size are refused, polygons need it.
+        size is the frame's (H, W): masks of another size are refused, polygons need it. top: fewer than the file's.
         """
-        entries, codes = self._read(stem, size)
+        entries, codes = self._read(stem, size, top)
         masks = [_fill_runs(lengths, *shape) for lengths, shape in codes]
         stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *(size or (0, 0)), dtype=torch.bool)
         boxes = self._boxes(entries, codes)
@@ -76,9 +76,12 @@ class ProposalFile:
             row[: len(lengths)] = lengths.cumsum()
         return Proposals(self._boxes(entries, codes), _scores(entries), torch.from_numpy(places))
 
-    def _read(self, stem: str, size: tuple[int, int] | None) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
+    def _read(
+        self, stem: str, size: tuple[int, int] | None, top: int | None = None
+    ) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
         """The frame's entries, best first, and of each the run lengths and size of its mask."""
-        entries = sorted(self._entries.get(_key(stem), []), key=lambda entry: -entry["score"])[: self.top]
+        entries = sorted(self._entries.get(_key(stem), []), key=lambda entry: -entry["score"])
+        entries = entries[: self.top if top is None else min(top, self.top)]
         codes: list[tuple[np.ndarray, tuple[int, int]]] = []
         for entry in entries:
             where = f"{self.path}, image_id {entry['image_id']!r}"

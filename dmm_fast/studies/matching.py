@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmm_fast.data.clips import Clip, PasteClips
+from dmm_fast.data.clips import Clip
 from dmm_fast.data.datasets import VideoDataset, open_dataset
+from dmm_fast.data.paste import PasteClips
 from dmm_fast.evaluation import boundary_f, jaccard
 from dmm_fast.learning.losses import greedy_target
 from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights

@@ -31,7 +31,7 @@ class Data:
 
     path, layout, split, proposals: as `open_dataset` takes them; the defaults of every source and of validation.
     frames: of a clip, the first of which gives the objects: 2 is one unrolled step, the paper's 2 steps are 3.
-    sources: {kind: clips, paste, stills or synthetic; weight; settings of that class in `dmm_fast.data.clips`}, and any of path,
+    sources: {kind: clips, paste, alike, stills or synthetic; weight; settings of that class in `dmm_fast.data`}, and any of path,
     layout, split, names, proposals that are not the defaults. clips: in an epoch; default one for each video.
     augment: settings of `dmm_fast.data.augment.Augment` for the sources that have none of their own; size is (H, W).
     held_out: names of videos that validate and are kept from every source. val_split: or a split that validates.

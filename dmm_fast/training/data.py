@@ -10,19 +10,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from dmm_fast.data.alike import AlikeClips
 from dmm_fast.data.augment import Augment, Clip
-from dmm_fast.data.clips import ClipDataset, Clips, Mixture, PasteClips, StillClips, SyntheticClips
+from dmm_fast.data.clips import ClipDataset, Clips, Mixture, StillClips, SyntheticClips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
+from dmm_fast.data.paste import PasteClips
 from dmm_fast.training.config import ConfigError, Data, TrainConfig, nearest
 from dmm_fast.training.team import Team
 
 KINDS: dict[str, Callable[..., Clips]] = {
-    "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
+    "alike": AlikeClips, "clips": ClipDataset, "paste": PasteClips, "stills": StillClips, "synthetic": SyntheticClips,
 }  # fmt: skip
 PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which videos
 
 
-def open_data(config: TrainConfig) -> tuple[Clips, VideoDataset | None]:
+def open_data(config: TrainConfig) -> tuple[Mixture, VideoDataset | None]:
     """The clips of the configuration's sources, and the videos that validate, if any."""
     data = config.data
     sources = [open_source(source, data, config.seed + number) for number, source in enumerate(data.sources)]

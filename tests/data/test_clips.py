@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from dmm_fast.data.annotated import DataError
 from dmm_fast.data.augment import MIN_SHARE, Augment, Clip, areas, tight
-from dmm_fast.data.clips import ClipDataset, Layer, Mixture, PasteClips, StillClips, SyntheticClips, composite, noisy_proposals
+from dmm_fast.data.clips import ClipDataset, Mixture, StillClips, SyntheticClips, noisy_proposals
 from dmm_fast.data.datasets import open_dataset
 from dmm_fast.data.masks import write_mask
+from dmm_fast.data.paste import Layer, PasteClips, composite
 from dmm_fast.proposals.coco import write_coco
 
 SIZE = (60, 100)
