@@ -10,6 +10,9 @@
 Over a data set J and F are means over objects, not over sequences; G = (J + F) / 2. Recall is the share of frames
 above 0.5; decay is the mean of the first quarter of the frames less that of the last. The public DAVIS tool keeps the
 quarters' edges as uint8, so its decay is wrong for sequences of more than 256 scored frames; here it is right.
+
+Identity: in every frame, the mask of an object lies on the true object with which its IoU is highest, if that is `HOLDS` or more. A switch
+is counted where it lies on another one than it last did, beginning with its own: going astray and coming back are two.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from dmm_fast.files import whole_file
 
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
 PROTOCOLS = {"davis": "inner", "vos": "inner", "segtrack": "after-first"}  # and the frames each scores
+
+HOLDS = 0.3  # IoU from which on a mask lies on an object
 
 FRAMES_PER_PROCESS = 512  # about what takes as long to score as a process takes to start
 
@@ -124,12 +129,13 @@ def _matches(points: np.ndarray, targets: np.ndarray, radius: int) -> int:
 
 
 class FrameScore(NamedTuple):
-    """J and F of one object in one frame, and where it occurs there."""
+    """J and F of one object in one frame, where it occurs there, and on which true object its mask lies, 0 for none."""
 
     j: float
     f: float
     in_gt: bool
     in_pred: bool
+    holds: int = 0
 
 
 ABSENT = FrameScore(1.0, 1.0, False, False)
@@ -142,13 +148,22 @@ def score_ids(pred: np.ndarray, gt: np.ndarray) -> dict[int, FrameScore]:
         for number, box in enumerate(find_objects(ids), start=1):
             if box is not None:
                 boxes[number].append(box)
-    radius = _radius(gt.shape)
+    radius, holds = _radius(gt.shape), held(pred, gt)
     scores = {}
     for number in sorted(boxes):
         window = _window(boxes[number])
         p, g = pred[window] == number, gt[window] == number
-        scores[number] = FrameScore(jaccard(p, g), _boundary_f(p, g, radius), bool(g.any()), bool(p.any()))
+        j, f = jaccard(p, g), _boundary_f(p, g, radius)
+        scores[number] = FrameScore(j, f, bool(g.any()), bool(p.any()), holds.get(number, 0))
     return scores
+
+
+def held(pred: np.ndarray, gt: np.ndarray) -> dict[int, int]:
+    """The true object on which each predicted mask lies, for those that lie on one; id maps, uint8 [H, W]. See `HOLDS`."""
+    pairs = np.bincount(pred.ravel() * np.int32(256) + gt.ravel(), minlength=65536).reshape(256, 256)  # pixels
+    either = pairs.sum(1)[:, None] + pairs.sum(0) - pairs
+    iou = (pairs / np.maximum(either, 1))[:, 1:VOID]
+    return {int(number): 1 + int(iou[number].argmax()) for number in np.flatnonzero(iou.max(1) >= HOLDS) if number}
 
 
 def _window(boxes: list[tuple[slice, slice]]) -> tuple[slice, ...]:
@@ -194,7 +209,9 @@ def _score_frame(frame: _Frame) -> dict[int, FrameScore]:
     scores = {int(number): ABSENT._replace(in_pred=True) for number in np.unique(pred) if number > len(masks)}
     for number, mask in enumerate(masks, start=1):
         mine = pred == number
-        scores[number] = FrameScore(jaccard(mine, mask), boundary_f(mine, mask), bool(mask.any()), bool(mine.any()))
+        overlaps = [jaccard(mine, other) if mine.any() else 0.0 for other in masks]
+        holds = 1 + int(np.argmax(overlaps)) if max(overlaps) >= HOLDS else 0
+        scores[number] = FrameScore(jaccard(mine, mask), boundary_f(mine, mask), bool(mask.any()), bool(mine.any()), holds)
     return scores
 
 
@@ -300,21 +317,28 @@ _HINT = "where 255 is the one object, score with foreground=True (--foreground)"
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """One object of one sequence: J and F, float64 [T], of the frames that count for it."""
+    """One object of one sequence: J and F, float64 [T], of the frames that count for it, and on which object its mask lies, int [T]."""
 
     sequence: str
     object: int
     frames: tuple[str, ...]
     j: np.ndarray
     f: np.ndarray
+    holds: np.ndarray
 
     @property
     def row(self) -> dict[str, Any]:
-        """Means, recalls and decays, all in [0, 1] but decay in [-1, 1]."""
+        """Means, recalls and decays, all in [0, 1] but decay in [-1, 1]; and identity switches."""
         row: dict[str, Any] = {"sequence": self.sequence, "object": self.object, "frames": len(self.frames), "G": 0.0}
         for name, values in (("J", self.j), ("F", self.f)):
             row |= {name: float(values.mean()), f"{name}_recall": float((values > 0.5).mean()), f"{name}_decay": decay(values)}
-        return row | {"G": (row["J"] + row["F"]) / 2}
+        return row | {"G": (row["J"] + row["F"]) / 2, "switches": switches(self.object, self.holds)}
+
+
+def switches(object: int, holds: np.ndarray) -> int:
+    """How often the mask of an object goes from one true object to another, its own at first; holds: [T], 0 for none."""
+    path = np.concatenate([[object], holds[holds > 0]])
+    return int(np.count_nonzero(path[1:] != path[:-1]))
 
 
 def decay(values: np.ndarray) -> float:
@@ -343,6 +367,7 @@ def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], pro
                 tuple(sequence.frames[t].stem for t in counted),
                 np.array([rows[t].j for t in counted]),
                 np.array([rows[t].f for t in counted]),
+                np.array([rows[t].holds for t in counted], int),
             )
         )
     return result
@@ -365,7 +390,7 @@ def _frame_means(scores: list[dict[int, FrameScore]], objects: list[int]) -> np.
 
 def _summary(objects: list[ObjectScore]) -> dict[str, float]:
     rows = [score.row for score in objects]
-    names = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
+    names = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay", "switches")
     means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     return {"G": (means["J"] + means["F"]) / 2, **means}
 
@@ -399,6 +424,7 @@ class Report:
                 "frames": score.frames,
                 "J": score.j.tolist(),
                 "F": score.f.tolist(),
+                "holds": score.holds.tolist(),
             }
             for score in self.objects
         ]

@@ -17,7 +17,17 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from dmm_fast.data.masks import write_mask
-from dmm_fast.evaluation import EvaluationError, boundary_f, boundary_map, decay, evaluate, jaccard, score_ids
+from dmm_fast.evaluation import (
+    EvaluationError,
+    boundary_f,
+    boundary_map,
+    decay,
+    evaluate,
+    held,
+    jaccard,
+    score_ids,
+    switches,
+)
 
 EXACT = dict(rel=0, abs=1e-9)
 
@@ -45,6 +55,45 @@ def lagged(source: Path, target: Path, lag: int) -> Path:
     for t, file in enumerate(files):
         (target / file.name).symlink_to(files[max(t - lag, 0)])
     return target
+
+
+# ------------------------------------------------------------------------------------------------------------ identity
+
+
+def test_held():
+    """The true object with the highest IoU, from .3 on; background and void are nobody."""
+    gt = ids("111220 111220 000333")
+    assert held(gt, gt) == {1: 1, 2: 2, 3: 3}
+    assert held(ids("222110 222110 000444"), gt) == {1: 2, 2: 1, 4: 3}  # 1 and 2 exchanged
+    assert held(ids("111110 111110 000000"), gt) == {1: 1}  # both: more of the larger
+    assert held(ids("100000 000000 000330"), gt) == {3: 3}  # 1/6 is too little, 2/3 is not
+    assert held(ids("000000 000000 111000"), gt) == {}
+    assert held(ids("110"), np.array([[255, 255, 0]], np.uint8)) == {}
+    random = np.random.default_rng(0).integers(0, 5, (2, 40, 50)).astype(np.uint8)
+    random[0, :30] = random[1, :30]  # so that some are alike
+    for number, found in held(*random).items():
+        overlaps = [jaccard(random[0] == number, random[1] == other) for other in range(1, 5)]
+        assert max(overlaps) == overlaps[found - 1] >= 0.3
+
+
+@pytest.mark.parametrize(
+    "holds, count", [([1, 1, 1], 0), ([0, 0], 0), ([], 0), ([2], 1), ([1, 2, 0, 2, 1], 2), ([0, 3, 2, 3], 3), ([1, 0, 1], 0)]
+)
+def test_switches(holds, count):
+    assert switches(1, np.array(holds, int)) == count
+
+
+@pytest.mark.parametrize("protocol", ["davis", "vos"])
+def test_switches_in_a_report(tmp_path, protocol):
+    """Two objects that are taken for each other in the second half of the video."""
+    truth = ids("110022 110022")
+    swapped = np.array([0, 2, 1], np.uint8)[truth]
+    write_sequence(tmp_path / "gt/video", [truth] * 8)
+    write_sequence(tmp_path / "pred/video", [truth] * 4 + [swapped] * 4)
+    report = evaluate(tmp_path / "gt", tmp_path / "pred", protocol)
+    assert [row["switches"] for row in report.per_object] == [1, 1] and report.summary["switches"] == 1
+    assert report.objects[0].holds.tolist() == [1, 1, 1, 2, 2, 2]
+    assert report.table().splitlines()[0].split()[-1] == "switches"
 
 
 # ------------------------------------------------------------------------------------------------------- J and F alone
@@ -146,7 +195,7 @@ def test_random_masks_against_the_definition(seed: int):
     for number, score in scores.items():
         a, b = pred == number, gt == number
         inter, union = sum((a & b).ravel().tolist()), sum((a | b).ravel().tolist())
-        assert score == (
+        assert score[:4] == (
             pytest.approx(inter / union, **EXACT),
             pytest.approx(literal_f(a, b, radius), **EXACT),
             bool(b.any()),
