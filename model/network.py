@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from dmm_fast import ops  # noqa: F401  registers torch.ops.dmm.*
 
+from . import efficientnet
 from .config import Config
+from .efficientnet import EfficientNetLite0
 from .features import roi_means
 from .masks import cover, mask_boxes, overlap, scaled
 from .refinement import HeavyRefinement, LightRefinement, doubled
@@ -16,8 +18,14 @@ from .state import Affinity, Candidates, Output, Proposals, State, empty_like, m
 def make_backbone(
     name: str, pretrained: bool, levels: int = 4
 ) -> tuple[nn.Module, list[int], list[int], list[float], list[float]]:
-    """A timm backbone and its coarsest levels (4: conv2-5; 5: the stem too): module, channels, strides, mean, std."""
-    import timm  # slow to import, and not needed without a backbone
+    """A timm backbone and its coarsest levels (4: conv2-5; 5: the stem too): module, channels, strides, mean, std.
+
+    pretrained: with its ImageNet weights. Without them the packaged network's backbone needs no timm.
+    """
+    if name == "tf_efficientnet_lite0" and not pretrained:
+        own = EfficientNetLite0(levels)
+        return own, own.channels, efficientnet.STRIDES[-levels:], efficientnet.MEAN, efficientnet.STD
+    import timm  # slow to import
 
     if not timm.is_model(name):
         raise ValueError(f"DMMNet: timm has no backbone {name!r}")

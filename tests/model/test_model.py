@@ -4,6 +4,8 @@ step in eager, TorchScript and torch.export."""
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,7 +24,9 @@ from dmm_fast.model import (
     save_weights,
 )
 from dmm_fast.model.features import roi_means
+from dmm_fast.model.inference import folded
 from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
+from dmm_fast.model.network import make_backbone
 from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -643,3 +647,34 @@ def test_imagenet_weights_offline(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match="ImageNet weights of backbone 'resnet18' are not in the local cache"):
         DMMNet(Config(backbone="resnet18"), pretrained=True)
+
+
+@pytest.mark.parametrize("levels, size", [(5, (208, 368)), (4, (241, 427))])
+def test_the_packaged_backbone_is_timms(levels, size):
+    import timm
+
+    torch.manual_seed(0)
+    name = "tf_efficientnet_lite0"
+    theirs = timm.create_model(name, features_only=True, out_indices=tuple(range(-levels, 0))).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics as after training
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    ours, *about = make_backbone(name, False, levels)
+    load_weights(ours, theirs.state_dict())
+    ours, theirs = ours.double().eval(), theirs.double()
+    settings = timm.data.resolve_model_data_config(theirs)
+    expected = [theirs.feature_info.channels(), theirs.feature_info.reduction(), *(list(settings[k]) for k in ("mean", "std"))]
+    assert about == expected
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        for network in (ours, folded(ours), torch.jit.script(ours)):
+            for mine, level in zip(network(image), theirs(image), strict=True):
+                torch.testing.assert_close(mine, level)
+
+
+def test_the_packaged_network_starts_without_timm():
+    program = (
+        "import sys, dmm_fast; dmm_fast.Segmenter(); print([name for name in ('timm', 'torchvision') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
