@@ -174,7 +174,7 @@ class AlikeClips(Clips):
 
     def _cover(self, cast: list[Actor], ground: Clip, rng: np.random.Generator) -> list[Actor]:
         """Something that covers an object for a while: returns it, or sends one of the cast."""
-        room = np.array(size_of(ground)[::-1]) / 4
+        room = np.array(size_of(ground)[::-1]) / 5
         objects = [actor for actor in cast if actor.wanted and (actor.reach < room).all()]
         if not objects and (own := _own(ground, rng)):
             objects = [Actor(own, given=True, places=own.origin + own.corner)]
