@@ -51,9 +51,7 @@ class _Frame(NamedTuple):
     masks: Tensor  # [M, cells] 0 or 1
 
 
-def mine(
-    proposals: Iterable[Proposals], truth: Iterable[np.ndarray | None], size: tuple[int, int], best: float
-) -> list[Track]:
+def mine(proposals: Iterable[Proposals], truth: Iterable[np.ndarray | None], size: tuple[int, int], best: float) -> list[Track]:
     """Tracks through a video's frames (H, W), the longest first, no two of which overlap.
 
     proposals: of each frame, best first, masks as run-length codes. truth: ids of each frame, None where it is not annotated: what
