@@ -18,7 +18,6 @@ from dmm_fast.data.datasets import StillsDataset, VideoDataset
 from dmm_fast.data.paste import Layer, Path, composite, cut, painted
 from dmm_fast.data.paths import covering, drifting, leaving, passing
 
-EVENTS = ("twins", "strangers", "crossings", "covers", "exits")
 SMALLEST = 0.006  # of the frame: a pasted object's area at least
 
 
@@ -31,10 +30,7 @@ class Cutout(NamedTuple):
     reach: np.ndarray  # [2] how far it extends from there in any frame
     corner: np.ndarray  # [2] of the window in its clip
 
-    def span(self, start: int, length: int) -> Cutout:
-        return self.between(slice(start, start + length))
-
-    def between(self, frames: slice | list[int]) -> Cutout:
+    def take(self, frames: slice | list[int]) -> Cutout:
         return self._replace(pixels=self.pixels[frames], mask=self.mask[frames], origin=self.origin[frames])
 
 
@@ -106,8 +102,9 @@ class AlikeClips(Clips):
         self.twins, self.crossings, self.covers, self.exits, self.strangers = twins, crossings, covers, exits, strangers
         self.videos, self.size = videos, size
         self.grounds = _clips(videos, frames, size, top=top, **settings)
-        # Donors show a few frames more: a twin may be seen at another time.
-        self.donors = _clips(donors or videos, frames + frames // 2, size, top=0, **settings)
+        self.donors = _clips(donors or videos, frames, size, top=0, **settings)
+        # A few frames more, for twins that are seen at another time.
+        self.longer = _clips(donors or videos, frames + frames // 2, size, top=0, **settings)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         ground = shrink(self.grounds.draw(index, rng), self.size)
@@ -132,20 +129,20 @@ class AlikeClips(Clips):
         if rng.random() < self.twins:
             copies = 1 if rng.random() < 0.75 else 2
             own = _own(ground, rng) if rng.random() < 0.5 or count == 1 else None
-            first = Actor(own, given=True) if own else self._actor(size, rng)
+            first = Actor(own, given=True) if own else self._actor(self.longer, size, rng)
             cast = [first, *(_twin(first, self.frames, size, rng) for _ in range(min(copies, count - 1 + bool(own))))]
         while sum(not actor.given for actor in cast) < count:
-            cast.append(self._actor(size, rng))
+            cast.append(self._actor(self.donors, size, rng))
         for actor in cast:
             actor.depth = rng.random()
             if not actor.given:
-                actor.cutout = actor.cutout if len(actor.cutout.mask) == self.frames else actor.cutout.span(0, self.frames)
+                actor.cutout = actor.cutout.take(slice(self.frames))
                 actor.wanted = actor is cast[0] or rng.random() >= self.strangers
         return cast
 
-    def _actor(self, size: tuple[int, int], rng: np.random.Generator) -> Actor:
+    def _actor(self, donors: Clips, size: tuple[int, int], rng: np.random.Generator) -> Actor:
         """An object of some video."""
-        clip = shrink(self.donors.draw(int(rng.integers(len(self.donors))), rng), self.size)
+        clip = shrink(donors.draw(int(rng.integers(len(donors))), rng), self.size)
         cutout = _cutout(clip, int(rng.integers(clip.masks.size(1))))
         factor = size[0] / clip.frames.size(2) * math.exp(rng.uniform(*np.log(self.scale)))
         return Actor(cutout, _fitting(cutout, factor, size))
@@ -177,7 +174,7 @@ class AlikeClips(Clips):
 
     def _cover(self, cast: list[Actor], ground: Clip, rng: np.random.Generator) -> list[Actor]:
         """Something that covers an object for a while: returns it, or sends one of the cast."""
-        room = np.array(size_of(ground)[::-1]) / 4
+        room = np.array(size_of(ground)[::-1]) / 5
         objects = [actor for actor in cast if actor.wanted and (actor.reach < room).all()]
         if not objects and (own := _own(ground, rng)):
             objects = [Actor(own, given=True, places=own.origin + own.corner)]
@@ -264,9 +261,9 @@ def _twin(first: Actor, length: int, size: tuple[int, int], rng: np.random.Gener
     later = len(cutout.mask) - length
     kind = rng.random()
     if kind < 0.25 and later:
-        cutout = cutout.span(later, length)
+        cutout = cutout.take(slice(later, None))
     elif kind < 0.4:
-        cutout = cutout.between(list(range(length - 1, -1, -1)))
+        cutout = cutout.take(list(range(length))[::-1])
     if int(areas(cutout.mask[:1])) < MIN_AREA:
         cutout = first.cutout
     scale = first.scale * (1 if rng.random() < 0.5 else math.exp(rng.uniform(-0.25, 0.25)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dmm_fast.data.masks import VOID, MaskWarning, check_size, read_binary, read_ids, read_mask
-from dmm_fast.data.mined import Track, mine
+from dmm_fast.data.mined import SCORE, Track, mine
 from dmm_fast.data.video import ImageFrames, VideoFrames, image_size
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import TOP
@@ -138,7 +138,10 @@ class Video:
     @cached_property
     def tracks(self) -> list[Track]:
         """What the proposals follow besides the annotated objects, longest first; found when first asked for."""
-        return mine([self._coco.runs(stem, self.size) for stem in self.stems], map(self.ids, range(len(self))), self.size)
+        file = self._coco
+        least = SCORE * file.best
+        found = [file.runs(stem, self.size, least) for stem in self.stems]
+        return mine(found, map(self.ids, range(len(self))), self.size, file.best)
 
 
 class StillFrame(ImageFrames):

@@ -20,14 +20,15 @@ from dmm_fast.ops.assignment import linear_assignment
 from dmm_fast.ops.vision import decode_runs
 
 CELLS = 96  # of the longer side of the grid on which masks are compared
-SCORE, MEAN_SCORE = (
-    0.14,
-    0.38,
-)  # of a linked proposal at least, and of a track on average, of the video's best (detectors' scales differ)
+SCORE = 0.14  # of a linked proposal at least, of the video's best: detectors have scales of their own
+MEAN_SCORE = 0.38  # of a track on average
 AREA = 0.004, 0.3  # of the frame: less is hard to tell from clutter, more is the scene
 LINK = 0.4  # IoU of a track's neighbours in time at least
 APART = 0.15  # of the smaller mask, that two objects may have in common
 LENGTH = 10  # frames
+
+
+Chain = list[tuple[int, int]]  # of (frame, candidate), frame after frame
 
 
 class Track(NamedTuple):
@@ -50,24 +51,21 @@ class _Frame(NamedTuple):
     masks: Tensor  # [M, cells] 0 or 1
 
 
-def mine(proposals: Iterable[Proposals], truth: Iterable[np.ndarray | None], size: tuple[int, int]) -> list[Track]:
+def mine(proposals: Iterable[Proposals], truth: Iterable[np.ndarray | None], size: tuple[int, int], best: float) -> list[Track]:
     """Tracks through a video's frames (H, W), the longest first, no two of which overlap.
 
     proposals: of each frame, best first, masks as run-length codes. truth: ids of each frame, None where it is not annotated: what
-    overlaps an annotated object is left out.
+    overlaps an annotated object is left out. best: the highest score in the video.
     """
     scale = CELLS / max(size)
     grid = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    proposals = list(proposals)
-    best = max((float(found.scores.max()) for found in proposals if len(found.scores)), default=0.0)
-    least, mean = SCORE * best, MEAN_SCORE * best
-    frames = [_candidates(found, ids, least, size, grid) for found, ids in zip(proposals, truth, strict=True)]
-    chains: list[list[tuple[int, int]]] = []  # of (frame, candidate)
-    alive: list[list[tuple[int, int]]] = []
+    frames = [_candidates(found, ids, SCORE * best, size, grid) for found, ids in zip(proposals, truth, strict=True)]
+    chains: list[Chain] = []
+    alive: list[Chain] = []
     for number, frame in enumerate(frames):
         links = _links(frames[number - 1], frame) if alive else torch.full((0,), -1)
         # alive[i] is the chain that ends in the last frame's candidate i.
-        following: list[list[tuple[int, int]]] = [[(number, i)] for i in range(len(frame.rows))]
+        following: list[Chain] = [[(number, i)] for i in range(len(frame.rows))]
         for chain, link in zip(alive, links.tolist()):
             if link < 0:
                 chains.append(chain)
@@ -75,13 +73,16 @@ def mine(proposals: Iterable[Proposals], truth: Iterable[np.ndarray | None], siz
                 following[link] = [*chain, (number, link)]
         alive = following
     tracks: list[Track] = []
-    kept: list[list[tuple[int, int]]] = []
-    for chain in sorted((chain for chain in chains + alive if len(chain) >= LENGTH), key=len, reverse=True):
+    kept: list[Chain] = []
+    for whole in sorted(chains + alive, key=len, reverse=True):
+        chain = _longest([link for link in whole if not _collides(link, kept, frames)])
+        if len(chain) < LENGTH:
+            continue
         score = float(np.mean([float(frames[number].scores[i]) for number, i in chain]))
-        if score >= mean and not any(_collide(chain, other, frames) for other in kept):
+        if score >= MEAN_SCORE * best:
             kept.append(chain)
             tracks.append(Track(chain[0][0], tuple(int(frames[number].rows[i]) for number, i in chain), score))
-    return tracks
+    return sorted(tracks, key=lambda track: -len(track.links))
 
 
 def _candidates(found: Proposals, ids: np.ndarray | None, least: float, size: tuple[int, int], grid: tuple[int, int]) -> _Frame:
@@ -117,8 +118,19 @@ def _links(one: _Frame, other: _Frame) -> Tensor:
     return choice
 
 
-def _collide(chain: list[tuple[int, int]], other: list[tuple[int, int]], frames: Sequence[_Frame]) -> bool:
-    """Whether two tracks overlap in a frame they share."""
-    place = dict(other)
-    pairs = [(frames[number].masks[i], frames[number].masks[place[number]]) for number, i in chain if number in place]
-    return any(float(_shared(a[None], b[None])) > APART for a, b in pairs)
+def _collides(link: tuple[int, int], kept: Sequence[Chain], frames: Sequence[_Frame]) -> bool:
+    """Whether a frame's candidate overlaps one of a track that is kept."""
+    number, i = link
+    others = [chain[number - chain[0][0]][1] for chain in kept if chain[0][0] <= number <= chain[-1][0]]
+    masks = frames[number].masks
+    return bool(others) and float(_shared(masks[[i]], masks[others]).max()) > APART
+
+
+def _longest(links: Chain) -> Chain:
+    """The longest part of a chain without a gap."""
+    best: Chain = []
+    start = 0
+    for end in range(1, len(links) + 1):
+        if end == len(links) or links[end][0] != links[end - 1][0] + 1:
+            best, start = max(best, links[start:end], key=len), end
+    return best

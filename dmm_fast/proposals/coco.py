@@ -52,6 +52,11 @@ class ProposalFile:
     def image_ids(self) -> list[str]:
         return list(self._entries)
 
+    @property
+    def best(self) -> float:
+        """The highest score of all."""
+        return max((entry["score"] for entries in self._entries.values() for entry in entries), default=0.0)
+
     def covers(self, stems: Iterable[str]) -> int:
         """How many of these frames have at least one proposal."""
         return sum(_key(stem) in self._entries for stem in stems)
@@ -67,9 +72,12 @@ class ProposalFile:
         boxes = self._boxes(entries, codes)
         return Proposals(boxes, _scores(entries), stack)
 
-    def runs(self, stem: str, size: tuple[int, int] | None = None) -> Proposals:
-        """As `frame`, with the masks as run-length codes int32 [M, R], which a network decodes where and as far as it needs."""
-        entries, codes = self._read(stem, size)
+    def runs(self, stem: str, size: tuple[int, int] | None = None, least: float = -math.inf) -> Proposals:
+        """As `frame`, with the masks as run-length codes int32 [M, R], which a network decodes where and as far as it needs.
+
+        least: without those of lower scores.
+        """
+        entries, codes = self._read(stem, size, least=least)
         longest = max((len(lengths) for lengths, _ in codes), default=1)
         places = np.full((len(codes), longest), NO_RUN, np.int32)
         for row, (lengths, _) in zip(places, codes):
@@ -77,11 +85,11 @@ class ProposalFile:
         return Proposals(self._boxes(entries, codes), _scores(entries), torch.from_numpy(places))
 
     def _read(
-        self, stem: str, size: tuple[int, int] | None, top: int | None = None
+        self, stem: str, size: tuple[int, int] | None, top: int | None = None, least: float = -math.inf
     ) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
         """The frame's entries, best first, and of each the run lengths and size of its mask."""
-        entries = sorted(self._entries.get(_key(stem), []), key=lambda entry: -entry["score"])
-        entries = entries[: self.top if top is None else min(top, self.top)]
+        entries = [entry for entry in self._entries.get(_key(stem), []) if entry["score"] >= least]
+        entries = sorted(entries, key=lambda entry: -entry["score"])[: self.top if top is None else min(top, self.top)]
         codes: list[tuple[np.ndarray, tuple[int, int]]] = []
         for entry in entries:
             where = f"{self.path}, image_id {entry['image_id']!r}"

@@ -32,6 +32,8 @@ def write_sheet(
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise ConfigError(f"{path}: a sheet is a .jpg or .png file")
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"{path}: there is no directory {Path(path).parent}")
     if count < 1:
         raise ConfigError(f"train: a sheet shows at least one clip, got {count}")
     clips, _ = open_data(config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dmm_fast.model.masks import mask_boxes
 
-from dmm_fast.data.augment import MIN_AREA, Augment, Clip, areas, seen, shrink, tight, tight_boxes
+from dmm_fast.data.augment import MIN_AREA, Augment, Clip, areas, move_masks, seen, shrink, tight, tight_boxes
 
 SIZE = (60, 100)
 GEOMETRY = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "grey": 0, "blur": 0}
@@ -137,3 +137,19 @@ def test_no_proposals_and_bad_ranges():
     assert [len(found.scores) for found in Augment()(clip, np.random.default_rng(0)).proposals] == [0, 0, 0]
     with pytest.raises(ValueError, match="zoom must be a range of positive factors"):
         Augment(zoom=(2, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 19])
+def test_masks_move_as_grid_sample_moves_them(count):
+    noise = torch.rand(count, 40, 67) > 0.4
+    masks = (
+        noise if count < 8 else torch.nn.functional.interpolate(torch.rand(1, count, 5, 7), (40, 67), mode="bicubic")[0] > 0.5
+    )
+    grid = torch.nn.functional.affine_grid(
+        torch.tensor([[[0.9, 0.3, 0.2], [-0.2, 1.1, -0.1]]]), [1, 1, 50, 61], align_corners=False
+    )
+    grid = grid[0] + 0.02 * torch.randn(50, 61, 2)  # some of it outside
+    expected = torch.nn.functional.grid_sample(masks[None].float(), grid[None], align_corners=False)[0] > 0.5
+    moved = move_masks(masks, grid)
+    assert moved.dtype == torch.bool and moved.shape == (count, 50, 61)
+    assert (moved != expected).sum() <= 2  # where a value is 0.5 up to rounding
