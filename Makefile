@@ -44,7 +44,9 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
+# For this machine's GPUs; DMM_CUDA_ARCHITECTURES=all compiles for every one, as CI does.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "compiling the C++ and CUDA sources: some minutes the first time"
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake and puts them inside the package. Everything else is in pyproject.toml.
 
 Environment: FORCE_CUDA=1 fails unless the CUDA kernels can be built, FORCE_CUDA=0 leaves them out; by default they are built
-where nvcc is found and the torch at hand is a CUDA build. DMM_CUDA_ARCHITECTURES (for instance "90-real;120") narrows the list.
+where nvcc is found and the torch at hand is a CUDA build. DMM_CUDA_ARCHITECTURES is "all", the default of a wheel, or a list for
+CMake such as "90-real;120". An editable install is for this machine: by default its GPUs, or 8.0 and PTX where none is visible.
 """
 
 import json
@@ -45,12 +46,29 @@ def cuda_decision(torch):
     return False, missing
 
 
+def cuda_architectures(torch, inplace):
+    """(DMM_CUDA_ARCHITECTURES, why). One takes a sixth of the time of all; its PTX serves newer GPUs too."""
+    if wish := os.environ.get("DMM_CUDA_ARCHITECTURES"):
+        return wish, "DMM_CUDA_ARCHITECTURES"
+    if not inplace:
+        return "all", "a wheel"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = sorted({torch.cuda.get_device_capability(index) for index in range(count)})
+    served = [f"{major}{minor}" for major, minor in found if major >= 8]
+    which = "the GPUs here" if served else "no GPU from 8.0 on is visible; any newer one takes the PTX"
+    return ";".join(served) or "80", f"{which}. DMM_CUDA_ARCHITECTURES=all: every one"
+
+
 class CMakeBuild(build_ext):
     def run(self):
         import torch
 
         with_cuda, why = cuda_decision(torch)
         print(f"dmm_fast: CUDA kernels {'on' if with_cuda else 'off'} ({why})", file=sys.stderr)
+        architectures = None
+        if with_cuda:
+            architectures, chosen = cuda_architectures(torch, self.inplace)
+            print(f"dmm_fast: CUDA architectures {architectures} ({chosen})", file=sys.stderr)
         build = ROOT / "build" / ("cuda" if with_cuda else "cpu")
         # pip's cmake and ninja sit beside the interpreter, which need not be on PATH
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -62,9 +80,7 @@ class CMakeBuild(build_ext):
         if not (build / "CMakeCache.txt").exists() and shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         if with_cuda:
-            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
-            if architectures := os.environ.get("DMM_CUDA_ARCHITECTURES"):
-                configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DDMM_CUDA_ARCHITECTURES={architectures}"]
         subprocess.run(configure, check=True)
         log = subprocess.run(
             ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], text=True, stdout=subprocess.PIPE,
@@ -77,7 +93,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
         if not with_cuda:
             (target / "libdmm_cuda.so").unlink(missing_ok=True)
-        facts = {"torch": torch.__version__, "nvcc": nvcc_release() if with_cuda else None, "cuda_decision": why}
+        nvcc = nvcc_release() if with_cuda else None
+        facts = {"torch": torch.__version__, "nvcc": nvcc, "cuda_decision": why, "cuda_architectures": architectures}
         (target / "build.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def get_outputs(self):

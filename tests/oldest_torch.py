@@ -51,7 +51,7 @@ def commands(torch: Path, build: Path) -> list[tuple[str, list[str]]]:
     configure = ["cmake", "-S", ROOT, "-B", build, f"-DTORCH_DIR={torch}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
                  f"-DDMM_CUDA={'ON' if with_cuda else 'OFF'}"]  # fmt: skip
     if with_cuda:
-        configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_CUDA_ARCHITECTURES=80-virtual"]
+        configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DDMM_CUDA_ARCHITECTURES=80-virtual"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     found = []
     for entry in json.loads((build / "compile_commands.json").read_text()):

@@ -43,6 +43,14 @@ def tracking():
     return load("track")
 
 
+@pytest.fixture
+def keypoints():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+    yield load("keypoints")
+    torch.set_num_threads(threads)
+
+
 # ------------------------------------------------------------------------------------------------------- set_prediction
 
 
@@ -205,3 +213,48 @@ def test_a_real_clip(tracking, data, tmp_path, capsys):
     ours = capsys.readouterr().out.splitlines()[1]
     assert ours.startswith("this tracker") and int(ours.split("switches ")[1].split(",")[0]) <= 1
     assert float(ours.split("mean IoU ")[1].split(",")[0]) > 0.65
+
+
+# ------------------------------------------------------------------------------------------------------------ keypoints
+
+
+def test_views_share_some_of_their_points(keypoints):
+    torch.manual_seed(0)
+    views = keypoints.draw(64, points=16, noise=0.0)
+    rows, columns = views.truth.sum(2), views.truth.sum(1)
+    assert rows.max() == columns.max() == 1  # one-to-one
+    counts = rows.sum(1)
+    assert counts.min() >= 6 and counts.max() <= 14 and len(counts.unique()) > 3
+    scene, left, right = views.truth.nonzero(as_tuple=True)
+    torch.testing.assert_close(views.left[1][scene, left], views.right[1][scene, right])  # the same point, seen without noise
+
+
+def test_figures_of_matches(keypoints):
+    truth = torch.eye(4, dtype=torch.bool)[None].clone()
+    truth[0, 3] = False  # the last has no partner
+    assert keypoints.f1(torch.tensor([[0, 1, 2, -1]]), truth) == (1, 1, 1)
+    precision, recall, _ = keypoints.f1(torch.tensor([[0, 2, -1, 3]]), truth)
+    assert precision == pytest.approx(1 / 3) and recall == pytest.approx(1 / 3)
+    assert keypoints.average_precision(truth.float(), truth)[0] == 1
+    half = torch.tensor([[[0.9, 0.0], [0.0, 0.5]]])
+    wrong = torch.tensor([[[False, False], [False, True]]])
+    assert keypoints.average_precision(half, wrong)[0] == 0.5  # the one that is true comes second
+    error, bins = keypoints.reliability(truth.float(), truth)
+    assert error == 0 and bins == [(0, 0), (1, 1)]
+    assert keypoints.reliability(torch.zeros(1, 4, 4), truth)[0] == 0.75  # all are said to be alone, three are not
+
+
+def test_keypoints_learn_through_the_layer_by_the_squared_error(keypoints, monkeypatch):
+    """The logarithm has no gradient at X = 0, nor where a row sum is above 1: docs/examples.md."""
+    monkeypatch.setitem(keypoints.WAYS, "match, logarithm", ("match", keypoints.logarithm))
+    results = keypoints.contest(["match, squared error", "match, logarithm"], seeds=1, steps=160, scenes=64)
+    (square,), (logarithm,) = results.values()
+    assert square["F1"] > 0.8 and square["AP"] > 0.9 and square["exact"]["F1"] > 0.75
+    assert logarithm["F1"] < 0.7
+
+
+def test_both_layers_are_compared_and_drawn(keypoints, tmp_path, capsys):
+    results = keypoints.main(["--quick", "--seeds", "2", "--figure", str(tmp_path / "figure.svg")])
+    said = capsys.readouterr().out
+    assert list(results) == ["match, squared error", "sinkhorn, squared error"] and said.count("±") == 16
+    assert "</svg>" in (tmp_path / "figure.svg").read_text()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dmm_fast.ops.library import built_facts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 CHECK = """
@@ -43,7 +45,9 @@ def run(*command, **options) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
+    built = built_facts().get("cuda_architectures")  # what is compiled already is used again
+    environment = {**os.environ, "DMM_CUDA_ARCHITECTURES": built} if built else None
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT, env=environment)
     (path,) = folder.glob("*.whl")
     return path
 

@@ -17,7 +17,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def built_facts() -> dict:
-    """What the build wrote down about itself: torch, nvcc (None: no CUDA kernels) and why."""
+    """What the build wrote down about itself: torch, nvcc (None: no CUDA kernels) and why, CUDA architectures."""
     path = FOLDER / "build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
