@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from dmm_fast.data.timeline import read_timeline
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")
+HELD = 8  # pictures that wait for an earlier one
 T = TypeVar("T")
 
 
@@ -41,6 +46,8 @@ class ImageFrames:
     """A directory of images in natural order (frame2 before frame10), all of one size."""
 
     fps: float | None = None
+    missing: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,45 +80,167 @@ class ImageFrames:
 
 
 class VideoFrames:
-    """A video file, decoded as a stream; frames are named 00000, 00001, ... A damaged file may end early."""
+    """A video file, decoded as a stream; frames are named 00000, 00001, ... in the order in which they are shown.
+
+    A frame that cannot be decoded keeps its number: the last good picture stands for it (before the first good one, that).
+    `missing` and `damaged` hold the numbers of such frames and of those decoded from damaged data, as far as they have been
+    read; `notes` says what is wrong with the file. `timeline` has the time of every frame, `aspect` the width of a pixel by its
+    height, `turns` the quarter turns counter-clockwise that stand a frame upright; frames are read upright.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        _, frame = next(self.read(), (None, None))
-        if frame is None:
-            raise FramesError(f"{path}: this video has no frames")
-        self.size = frame.shape[:2]
         with _open_video(path) as container:
             stream = container.streams.video[0]
             self.fps = float(stream.average_rate) if stream.average_rate else None
-            # Some containers do not say how many frames they hold; packets are counted without decoding.
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        self.stems = [f"{index:05d}" for index in range(count)]
+            self.timeline = read_timeline(container, stream)
+        self.missing: set[int] = set()
+        self.damaged: set[int] = set()
+        self._even = True  # a packet is a frame
+        first = self._begin()
+        self.turns = round(first.rotation / 90) % 4  # from the file's display matrix
+        upright = (first.height, first.width) if self.turns % 2 == 0 else (first.width, first.height)
+        self.size: tuple[int, int] = upright
+        with _open_video(path) as container:
+            stream = container.streams.video[0]
+            aspect = Fraction(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+        self.aspect = 1 / aspect if self.turns % 2 else aspect
+        self.stems = [f"{index:05d}" for index in range(len(self.timeline.times))]
 
     def __len__(self) -> int:
         return len(self.stems)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is wrong with the file, as far as it has been read."""
+        found, timeline = [], self.timeline
+        if self.missing:
+            found.append(f"{_numbers(self.missing)} cannot be decoded: the last good picture stands for "
+                         f"{'it' if len(self.missing) == 1 else 'them'}")  # fmt: skip
+        if damaged := (self.damaged | timeline.corrupt) - self.missing:
+            found.append(f"{_numbers(damaged)}: the data is damaged, the picture may be")
+        for index, seconds in timeline.jumps:
+            found.append(f"the clock jumps by {seconds:.2f} s after frame {index:05d}; frames are numbered on")
+        if timeline.before:
+            found.append(f"{timeline.before} packets before the first frame cannot be decoded and have no numbers: the recording "
+                         "starts between two key frames")  # fmt: skip
+        if timeline.pauses:
+            found.append(f"longer than the other frames: {_numbers(timeline.pauses)}; if frames are missing there, they have no numbers")
+        if timeline.cut:
+            length, promised = timeline.cut
+            rest = "the rest cannot be read" if promised is None else f"its header promises {promised:.2f} s"
+            found.append(f"the file ends early, after {length:.2f} s and {len(self)} frames: {rest}")
+        return [f"{self.path.name}: {note}" for note in found]
+
+    def _begin(self):
+        """The first picture; what the first few say of the numbers of the others."""
+        pictures = list(islice(self._pictures(), 4))
+        count = len(self.timeline.times)
+        if not pictures:
+            raise FramesError(f"{self.path}: " + (f"none of its {count} frames can be decoded" if count else "this video has no frames"))
+        skipped = [n for n in range(pictures[-1].number) if n not in {p.number for p in pictures} | self.timeline.lost]
+        if skipped and not (pictures[-1].errors or self.timeline.corrupt):
+            lead = pictures[0].number
+            if skipped[-1] < lead:  # the recording starts between two key frames
+                self.timeline.drop_first(lead)
+            else:  # packets that are no frames, such as fields of interlaced ones
+                self.timeline.timed = self._even = False
+        return pictures[0].frame
+
     def read(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+        index, image, last = 0, None, None  # decoded and dropped up to start: seeking is not exact in every format
+        for number, _, picture in self._pictures():
+            for missed in range(index, number):
+                self.missing.add(missed)
+                if missed >= start:
+                    image = self._upright(last or picture, missed) if image is None else image
+                    yield f"{missed:05d}", image
+            last, image, index = picture, None, number + 1
+            if picture.is_corrupt:
+                self.damaged.add(number)
+            if number >= start:
+                image = self._upright(picture, number)
+                yield f"{number:05d}", image
+        if self._errors or self.timeline.corrupt or self.timeline.lost:
+            for missed in range(index, len(self)):
+                self.missing.add(missed)
+                if missed >= start:
+                    image = self._upright(last, missed) if image is None else image
+                    yield f"{missed:05d}", image
+
+    def _upright(self, picture: Any, number: int) -> np.ndarray:
+        image = np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), self.turns))
+        if image.shape[:2] != self.size:
+            sizes = "is {1}x{0}, the first is {3}x{2}".format(*image.shape[:2], *self.size)
+            raise FramesError(f"{self.path}: frame {number:05d} {sizes}; all frames of a video must have one size")
+        return image
+
+    def _pictures(self) -> Iterator[Picture]:
+        """What the decoder gives, by number. Beside lost frames it loses their order too; a few are held back until it fits."""
+        held: list[Picture] = []
+        index = 0
+        for picture in self._decode():
+            heapq.heappush(held, picture)
+            while held and (held[0].number <= index or len(held) > HELD):
+                if (earliest := heapq.heappop(held)).number >= index:  # else its time has passed
+                    yield earliest
+                    index = earliest.number + 1
+        yield from sorted(held)
+
+    def _decode(self, threads: str = "AUTO") -> Iterator[Picture]:
         from av import FFmpegError
 
+        index, self._errors = 0, 0
         with _open_video(self.path) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            index = 0
-            try:
-                for frame in container.decode(stream):
-                    if index >= start:  # decoded and dropped up to there: seeking is not exact in every format
-                        turns = round(frame.rotation / 90)  # counter-clockwise, from the file's display matrix
-                        yield f"{index:05d}", np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-                    index += 1
-            except FFmpegError as error:
-                raise FramesError(f"{self.path}: damaged at frame {index} ({error.strerror})") from None
+            stream.thread_type = threads
+            packets = container.demux(stream)
+            while True:
+                try:
+                    if (packet := next(packets, None)) is None:
+                        break
+                    for frame in packet.decode():
+                        index = self._number(frame.pts, index)
+                        yield Picture(index, self._errors, frame)
+                        index += 1
+                except FFmpegError:
+                    self._errors += 1
+                    index += not self.timeline.timed  # about where the frame would be shown
+        if threads == "AUTO" and self._even and index < len(self.timeline.stamps):
+            yield from self._decode("SLICE")  # at the end of a damaged file several threads lose what they hold
+
+    def _number(self, stamp: int | None, index: int) -> int:
+        """The number of a picture that is expected to have `index`."""
+        stamps = self.timeline.stamps
+        if not self.timeline.timed or stamp is None or (index < len(stamps) and stamps[index] == stamp):
+            return index
+        places = np.flatnonzero(stamps == stamp)  # more than one where the clock was set back
+        return int(places[np.abs(places - index).argmin()]) if len(places) else index
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
         wanted = set(indices)
         for index, (stem, frame) in enumerate(self.read()):
             if index in wanted:
                 yield index, stem, frame
+
+
+class Picture(NamedTuple):
+    number: int
+    errors: int  # of the decoder, up to it
+    frame: Any  # av.VideoFrame
+
+
+def _numbers(frames: Iterable[int], most: int = 8) -> str:
+    """ "frame 00003", "frames 00003, 00007 to 00010"."""
+    runs: list[list[int]] = []
+    for number in sorted(frames):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    named = [f"{a:05d}" if a == b else f"{a:05d} to {b:05d}" for a, b in runs[:most]]
+    rest = f" and {sum(b - a + 1 for a, b in runs[most:])} more" if len(runs) > most else ""
+    return f"frame{'s' * (runs[0][0] != runs[-1][1])} " + ", ".join(named) + rest
 
 
 def _open_video(path: Path):
