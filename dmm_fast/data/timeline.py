@@ -56,10 +56,13 @@ def read_timeline(container, stream) -> Timeline:
             end = max(end, (packet.pts or 0) + (packet.duration or 0))
     except FFmpegError:  # the rest of the file cannot be read
         whole = False
-    if not stamps or None in stamps or container.format.name == "avi":  # AVI's follow the order of decoding
+    if not stamps or None in stamps:
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         step = np.arange(len(stamps), dtype=np.int64)
         timeline = Timeline(step, 1 / rate, False, step, True, corrupt=set(np.flatnonzero(corrupt).tolist()))
+    elif container.format.name == "avi":  # its time stamps follow the order of decoding
+        timeline = _by_stamps(np.sort(np.array(stamps, np.int64)), [], np.array(corrupt), stream.time_base)
+        timeline.timed = False
     else:
         timeline = _by_stamps(np.array(stamps, np.int64), decoded, np.array(corrupt), stream.time_base)
         if not whole or container.format.name not in LOSSY:
@@ -93,6 +96,8 @@ def _by_stamps(stamps: np.ndarray, decoded: list, corrupt: np.ndarray, unit: Fra
 
 def _restarts(stamps: np.ndarray, decoded: list, unit: Fraction) -> list[int]:
     """Packets before which the clock goes back."""
+    if not decoded:
+        return []
     known = np.array([index for index, time in enumerate(decoded) if time is not None], np.int64)
     if len(known) < len(decoded) / 2:  # order alone: back by more than what follows from the order of decoding
         return (np.flatnonzero(np.diff(stamps) * float(unit) < -LONGEST_GAP) + 1).tolist()

@@ -16,10 +16,15 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from PIL import Image, ImageOps
 
+from dmm_fast.data.sound import Sound
 from dmm_fast.data.timeline import read_timeline
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")
+ALPHA = {  # with alpha: codec, pixel format, options
+    ".mov": ("prores_ks", "yuva444p10le", {"profile": "4444"}),
+    ".webm": ("libvpx-vp9", "yuva420p", {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"}),
+}
 HELD = 8  # pictures that wait for an earlier one
 T = TypeVar("T")
 
@@ -103,6 +108,8 @@ class VideoFrames:
         self.size: tuple[int, int] = upright
         with _open_video(path) as container:
             stream = container.streams.video[0]
+            start = Fraction(container.start_time or 0, 1_000_000)  # in microseconds
+            self.begin = max(start, Fraction(0))  # the time stamp of the file's first second
             aspect = Fraction(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
         self.aspect = 1 / aspect if self.turns % 2 else aspect
         self.stems = [f"{index:05d}" for index in range(len(self.timeline.times))]
@@ -243,13 +250,15 @@ def _numbers(frames: Iterable[int], most: int = 8) -> str:
     return f"frame{'s' * (runs[0][0] != runs[-1][1])} " + ", ".join(named) + rest
 
 
-def _open_video(path: Path):
+def _open_video(path: Path) -> Any:
     import av
 
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
-        raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror})") from None
+        cut = b"ftyp" in path.open("rb").read(16)
+        hint = "; this MP4 lacks its index, which is written last: was the recording or the download cut short?" if cut else ""
+        raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror}){hint}") from None
     if not container.streams.video:
         container.close()
         raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
@@ -318,56 +327,144 @@ class Behind:
             self.wait()
 
 
-def check_video_name(path: str | os.PathLike, coming: Path | None = None) -> None:
+def check_video_name(path: str | os.PathLike, coming: Path | None = None, alpha: bool = False) -> None:
     """Raise FramesError where a VideoWriter could not write this path, before hours are spent on its frames.
 
-    coming: a directory that will be there by then.
+    coming: a directory that will be there by then. alpha: for a video with alpha.
     """
-    if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
-        raise FramesError(f"{path}: a video's name must end in {', '.join(VIDEO_SUFFIXES)}")
+    suffixes = tuple(ALPHA) if alpha else VIDEO_SUFFIXES
+    if Path(path).suffix.lower() not in suffixes:
+        raise FramesError(f"{path}: the name of a video{' with alpha' * alpha} must end in {', '.join(suffixes)}")
     folder = Path(path).parent.resolve()
     if not folder.is_dir() and (coming is None or folder != coming.resolve()):
         raise FramesError(f"{path}: there is no directory {Path(path).parent}")
 
 
 class VideoWriter:
-    """Writes uint8 [H, W, 3] RGB frames to an H.264 file (MPEG-4 where this FFmpeg has no H.264 encoder).
+    """Writes uint8 [H, W, 3] RGB frames to an H.264 file (MPEG-4 where this FFmpeg has no H.264 encoder), or [H, W, 4] RGBA
+    frames, with alpha=True, to ProRes 4444 (.mov) or VP9 (.webm).
 
-    The file appears under its name when the writer closes without an error. Odd sizes lose no pixels: the last row or
-    column is doubled, since the video formats store colour for 2x2 pixels.
+    like: a video whose frames these are, one by one; their times, the shape of its pixels and its sound are kept, and `notes`
+    says what of the sound was not. Else there are `fps` frames a second. The file appears under its name when the writer closes
+    without an error. Odd sizes lose no pixels: the last row or column is doubled, since the video formats store colour for 2x2
+    pixels.
     """
 
-    def __init__(self, path: str | os.PathLike, size: tuple[int, int], fps: float = 25.0):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        size: tuple[int, int],
+        fps: float = 25.0,
+        like: ImageFrames | VideoFrames | None = None,
+        alpha: bool = False,
+    ):
         import av
 
-        check_video_name(path)
-        self.path, self.size = Path(path), tuple(size)
+        check_video_name(path, alpha=alpha)
+        self.path, self.size, self._alpha = Path(path), tuple(size), alpha
         self._part = self.path.with_name(f"{self.path.stem}.part{self.path.suffix}")
         height, width = self.size
         self._pad = ((0, height % 2), (0, width % 2), (0, 0))
+        codec, pixels, options = _encoder(self.path.suffix.lower(), alpha)
+        like = like if isinstance(like, VideoFrames) else None
+        rate = Fraction(fps).limit_denominator(1001)
+        self._times = _times(like, rate, codec, self.path)
         self._container = av.open(str(self._part), "w")
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._stream = self._container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        self._stream.width, self._stream.height = width + width % 2, height + height % 2
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+        try:
+            self._stream = self._container.add_stream(codec, rate=Fraction(like.fps or rate).limit_denominator(1001) if like else rate)
+            self._stream.width, self._stream.height = width + width % 2, height + height % 2
+            self._stream.pix_fmt, self._stream.options = pixels, options
+            self._stream.codec_context.time_base = self._unit = self._times.unit
+            if like and like.aspect != 1:
+                self._stream.codec_context.sample_aspect_ratio = like.aspect
+            jumps = like is not None and bool(like.timeline.jumps)
+            self._sound = Sound(like.path, self._container, self._times.origin) if like and not jumps else None
+        except BaseException:
+            self._container.close()
+            self._part.unlink(missing_ok=True)
+            raise
+        self.notes = list(self._sound.notes if self._sound else ["the clock of the video jumps: the sound is left out"] * jumps)
+        self._index, self._last = 0, -1
 
     def write(self, frame: np.ndarray) -> None:
         import av
 
-        if frame.shape != (*self.size, 3) or frame.dtype != np.uint8:
-            raise ValueError(f"frame must be uint8 {(*self.size, 3)}, got {frame.dtype} {frame.shape}")
-        padded = np.pad(frame, self._pad, mode="edge")
-        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
+        shape = (*self.size, 4 if self._alpha else 3)
+        if frame.shape != shape or frame.dtype != np.uint8:
+            raise ValueError(f"frame must be uint8 {shape}, got {frame.dtype} {frame.shape}")
+        picture = av.VideoFrame.from_ndarray(np.pad(frame, self._pad, mode="edge"), format="rgba" if self._alpha else "rgb24")
+        picture.pts = self._last = max(self._times(self._index), self._last + 1)  # rounded, two may coincide
+        picture.time_base = self._unit
+        self._index += 1
+        if self._sound:
+            self._sound.until(self._last * self._unit)
+        self._container.mux(self._stream.encode(picture))
 
     def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
+        try:
+            if kind is None:
+                self._container.mux(self._stream.encode())
+                if self._sound:
+                    self._sound.finish()
+                    self.notes = self._sound.notes
+            elif self._sound:
+                self._sound.close()
+        finally:
+            self._container.close()
         if kind is None:
             os.replace(self._part, self.path)
         else:
             self._part.unlink(missing_ok=True)
+
+
+def _encoder(suffix: str, alpha: bool) -> tuple[str, str, dict[str, str]]:
+    """Codec, pixel format and options."""
+    from av import codecs_available
+
+    if not alpha:
+        codec = "libx264" if "libx264" in codecs_available else "mpeg4"
+        return codec, "yuv420p", {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+    codec, pixels, options = ALPHA[suffix]
+    if codec not in codecs_available:
+        raise FramesError(f"this FFmpeg has no encoder {codec}, which a {suffix} with alpha needs; "
+                          f"encoders with alpha here: {alpha_suffix() or 'none, save cutout instead'}")  # fmt: skip
+    return codec, pixels, options
+
+
+def alpha_suffix() -> str | None:
+    """Of a video with alpha that this FFmpeg can write: .mov (ProRes 4444), else .webm (VP9), else None."""
+    from av import codecs_available
+
+    return next((suffix for suffix, (codec, *_) in ALPHA.items() if codec in codecs_available), None)
+
+
+class _Times:
+    """When a writer shows its frames: `unit` seconds times what a call gives, from `origin` on."""
+
+    def __init__(self, unit: Fraction, stamps: np.ndarray | None = None, source: Fraction = Fraction(1), origin: Fraction = Fraction(0)):
+        self.unit, self.origin, self._stamps, self._source = unit, origin, stamps, source
+
+    def __call__(self, index: int) -> int:
+        if self._stamps is None:
+            return index
+        if index >= len(self._stamps):
+            raise FramesError(f"frame {index} of a video of {len(self._stamps)}")
+        return round((int(self._stamps[index]) * self._source - self.origin) / self.unit)
+
+
+def _times(like: VideoFrames | None, rate: Fraction, codec: str, path: Path) -> _Times:
+    if like is None or not len(like):
+        return _Times(1 / rate)
+    timeline = like.timeline
+    if path.suffix.lower() == ".avi":  # holds one rate
+        if not timeline.regular or timeline.pauses or timeline.jumps:
+            raise FramesError(f"{path}: an .avi holds one frame rate, {like.path.name} has several; choose .mp4, .mkv or .mov")
+        step = int(np.median(np.diff(timeline.times))) if len(like) > 1 else 1
+        return _Times(Fraction(step * timeline.time_base).limit_denominator(60000), origin=like.begin)
+    unit = timeline.time_base
+    if codec == "mpeg4" and unit.denominator > 65535:
+        unit = Fraction(1, 60000)
+    return _Times(unit, timeline.times, timeline.time_base, like.begin)

@@ -368,7 +368,7 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
         ),
     ]:
         fails(capsys, changed(good, **changes), *messages)
-    fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: a video's name must end in .mp4")
+    fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: the name of a video must end in .mp4")
     fails(capsys, [*good, "--backbone", "resnet50"], "resnet50", "weights")
     fails(capsys, [*good, "--preset", "davis", "--weights", tmp_path / "w.safetensors"], "w.safetensors")
     for device in ("cuda:99", "gpu"):
