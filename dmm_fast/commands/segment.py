@@ -22,9 +22,9 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "segment", run, "segment a video from its first masks",
         "Segment a video from its first masks.\n\n"
-        "Writes to OUT: one palette PNG per frame, contact-sheet.png, what --save asks for, and report.json with the matched proposal, its score,\n"
-        "the runner-up's score and whether the object was lost, for each frame and object. The report is written last. If\n"
-        "a run stops before that, repeat the command with --resume.",
+        "Writes to OUT: one palette PNG per frame, contact-sheet.png, what --save asks for, and report.json with the matched\n"
+        "proposal, its score, the runner-up's score and whether the object was lost, for each frame and object. The report\n"
+        "is written last. If a run stops before that, repeat the command with --resume.",
         ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
          "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
         ("dmm-fast segment clip.mp4 --masks first.png --out result --overlay result.mp4 --device cuda",

@@ -278,9 +278,13 @@ def without_strays(path: str | os.PathLike, ids: np.ndarray, clean: bool = False
             f"{path}: an anti-aliased or interpolated picture: {strays}, along the outlines; save the mask as an indexed PNG "
             f"without anti-aliasing, resize it with nearest neighbour only, or give them to their neighbours (--clean-masks)"
         )
-    cleaned = remove_strays(ids, strays)
-    if find_strays(cleaned).smoothed:
-        raise MaskError(f"{path}: still looks anti-aliased or interpolated after cleaning ({strays}); save it again without")
+    cleaned, left = ids, strays
+    for _ in range(3):  # what lay between two stray ids may now lie between two others
+        cleaned = remove_strays(cleaned, left)
+        if not (left := find_strays(cleaned)).smoothed:
+            break
+    else:
+        raise MaskError(f"{path}: still looks anti-aliased or interpolated after cleaning: {left}; save it again without")
     gone = sorted(set(np.unique(ids).tolist()) - set(np.unique(cleaned).tolist()))
     removed = f"; ids {_listed(gone)} are gone" if gone else ""
     return cleaned, [f"cleaned: {strays}, along the outlines, given to the nearest other id{removed}"]

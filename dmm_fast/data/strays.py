@@ -14,7 +14,7 @@ from scipy import ndimage
 
 REACH = 7  # pixels: the window in which both sides of an outline are looked for
 PIECES, PIECE = 32, 4.0  # so many pieces of stray ids, of so few pixels each, are no objects
-LINED = 0.28  # of the outlines' pixels; fewer are pieces of objects behind others
+LINED = 0.35  # of the outlines' pixels; fewer are pieces of objects behind others
 
 
 @dataclass(frozen=True)
@@ -93,5 +93,6 @@ def _mixed(ids: np.ndarray) -> np.ndarray:
 
 
 def _outline(ids: np.ndarray) -> int:
-    """Pairs of neighbours with different ids."""
-    return int(np.count_nonzero(ids[1:] != ids[:-1]) + np.count_nonzero(ids[:, 1:] != ids[:, :-1]))
+    """Pairs of neighbours between whose ids there is another."""
+    far = (np.abs(np.diff(ids.astype(np.int16), axis=axis)) > 1 for axis in (0, 1))
+    return int(sum(map(np.count_nonzero, far)))

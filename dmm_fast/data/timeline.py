@@ -36,7 +36,9 @@ class Timeline:
         """Forget the first frames: the recording starts between two key frames."""
         self.before += count
         self.stamps, self.times = self.stamps[count:], self.times[count:]
-        self.lost, self.corrupt = ({index - count for index in frames if index >= count} for frames in (self.lost, self.corrupt))
+        self.lost, self.corrupt = (
+            {index - count for index in frames if index >= count} for frames in (self.lost, self.corrupt)
+        )
         self.jumps = [(index - count, seconds) for index, seconds in self.jumps if index >= count]
         self.pauses = [index - count for index in self.pauses if index >= count]
 

@@ -132,7 +132,9 @@ class VideoFrames:
             found.append(f"{timeline.before} packets before the first frame cannot be decoded and have no numbers: the recording "
                          "starts between two key frames")  # fmt: skip
         if timeline.pauses:
-            found.append(f"longer than the other frames: {_numbers(timeline.pauses)}; if frames are missing there, they have no numbers")
+            found.append(
+                f"longer than the other frames: {_numbers(timeline.pauses)}; if frames are missing there, they have no numbers"
+            )
         if timeline.cut:
             length, promised = timeline.cut
             rest = "the rest cannot be read" if promised is None else f"its header promises {promised:.2f} s"
@@ -144,7 +146,9 @@ class VideoFrames:
         pictures = list(islice(self._pictures(), 4))
         count = len(self.timeline.times)
         if not pictures:
-            raise FramesError(f"{self.path}: " + (f"none of its {count} frames can be decoded" if count else "this video has no frames"))
+            raise FramesError(
+                f"{self.path}: " + (f"none of its {count} frames can be decoded" if count else "this video has no frames")
+            )
         skipped = [n for n in range(pictures[-1].number) if n not in {p.number for p in pictures} | self.timeline.lost]
         if skipped and not (pictures[-1].errors or self.timeline.corrupt):
             lead = pictures[0].number
@@ -258,7 +262,9 @@ def _open_video(path: Path) -> Any:
     except av.FFmpegError as error:
         cut = b"ftyp" in path.open("rb").read(16)
         hint = "; this MP4 lacks its index, which is written last: was the recording or the download cut short?" if cut else ""
-        raise FramesError(f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror}){hint}") from None
+        raise FramesError(
+            f"{path}: neither a directory of frames nor a video that FFmpeg reads ({error.strerror}){hint}"
+        ) from None
     if not container.streams.video:
         container.close()
         raise FramesError(f"{path}: neither a directory of frames nor a video: the file has no video stream")
@@ -371,7 +377,9 @@ class VideoWriter:
         self._times = _times(like, rate, codec, self.path)
         self._container = av.open(str(self._part), "w")
         try:
-            self._stream = self._container.add_stream(codec, rate=Fraction(like.fps or rate).limit_denominator(1001) if like else rate)
+            self._stream = self._container.add_stream(
+                codec, rate=Fraction(like.fps or rate).limit_denominator(1001) if like else rate
+            )
             self._stream.width, self._stream.height = width + width % 2, height + height % 2
             self._stream.pix_fmt, self._stream.options = pixels, options
             self._stream.codec_context.time_base = self._unit = self._times.unit
@@ -444,7 +452,9 @@ def alpha_suffix() -> str | None:
 class _Times:
     """When a writer shows its frames: `unit` seconds times what a call gives, from `origin` on."""
 
-    def __init__(self, unit: Fraction, stamps: np.ndarray | None = None, source: Fraction = Fraction(1), origin: Fraction = Fraction(0)):
+    def __init__(
+        self, unit: Fraction, stamps: np.ndarray | None = None, source: Fraction = Fraction(1), origin: Fraction = Fraction(0)
+    ):
         self.unit, self.origin, self._stamps, self._source = unit, origin, stamps, source
 
     def __call__(self, index: int) -> int:

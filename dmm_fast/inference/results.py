@@ -215,12 +215,22 @@ def check_kinds(save: list[str]) -> list[str]:
 
 def result_files(out: Path, report: dict[str, Any]) -> dict[str, Path]:
     """Where a run's results are, by kind."""
-    names = {"binary": "binary/*/*.png", "cutout": "cutout/*.png", "alpha-video": f"alpha{alpha_suffix()}", "tracks": "tracks*.json"}
+    names = {
+        "binary": "binary/*/*.png",
+        "cutout": "cutout/*.png",
+        "alpha-video": f"alpha{alpha_suffix()}",
+        "tracks": "tracks*.json",
+    }
     return {kind: out / names[kind] for kind in report["results"]}
 
 
 def write_results(
-    frames: Frames, folder: RunFolder, report: dict[str, Any], kinds: list[str], video: Path | None = None, progress: bool = False
+    frames: Frames,
+    folder: RunFolder,
+    report: dict[str, Any],
+    kinds: list[str],
+    video: Path | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """Make the results of a run whose masks are on disk: `kinds` of KINDS, the contact sheet, the overlay at `video`.
 

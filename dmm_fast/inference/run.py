@@ -136,9 +136,11 @@ def _finished(
     kinds = [kind for kind in kinds if kind not in report.get("results", [])]
     wanted = Path(video) if video is not None and not Path(video).exists() else None
     if kinds or wanted:
-        report["notes"] += write_results(frames, folder, report, kinds, wanted, progress)
+        notes = write_results(frames, folder, report, kinds, wanted, progress)
         report["results"] = [*report.get("results", []), *kinds]
-        folder.write_report(report)
+        report["notes"] += notes
+        if kinds or notes:
+            folder.write_report(report)
     return report
 
 
@@ -179,7 +181,7 @@ class _Run:
     def forward(self, progress: bool, save_every: float) -> None:
         self.progress = progress
         if progress and not self.next:
-            for note in self.notes:
+            for note in self.notes[1:]:
                 tqdm.write(f"note: {note}", sys.stderr)  # now, not after hours
         bar = tqdm(total=len(self.frames), initial=self.next, unit=" frames", disable=None if progress else True)
         source = iter(prefetch(self.frames.read(self.next)))

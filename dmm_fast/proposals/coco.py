@@ -81,7 +81,11 @@ class ProposalFile:
         if len(set(places) - {None}) < len(stems):
             places = list(range(len(stems)))  # not numbered: the frame's place in the clip
         if offset is not None:
-            return self._shift(dict(zip(places, keys)), offset, stems, "as asked with --image-id-offset") if offset else self._left(stems)
+            return (
+                self._shift(dict(zip(places, keys)), offset, stems, "as asked with --image-id-offset")
+                if offset
+                else self._left(stems)
+            )
         stray = self._entries.keys() - set(keys)
         if len(found) == len(set(keys)) or (found and not stray) or len(numbers) < len(self._entries) or not numbers:
             if not found:
@@ -89,11 +93,10 @@ class ProposalFile:
                 raise ProposalError(f"{self.path}: no proposals for these frames: image_id must be a frame's name such as "
                                     f"{stems[0]!r}, the file holds {example}")  # fmt: skip
             return self._left(stems)
-        for names in (dict(zip(places, keys)), dict(enumerate(keys))):
+        for names, how in ((dict(zip(places, keys)), ""), (dict(enumerate(keys)), " by their place in the clip")):
             lowest, highest = min(numbers), max(numbers)
             fitting = [s for s in range(min(names) - lowest, max(names) - highest + 1) if all(n + s in names for n in numbers)]
             if len(fitting) == 1:
-                how = "" if names.get(places[0]) == keys[0] else " by their place in the clip"
                 return self._shift(names, fitting[0], stems, f"no other constant brings every id to a frame{how}")
             if fitting:
                 raise ProposalError(
@@ -104,7 +107,10 @@ class ProposalFile:
         if not found:
             raise ProposalError(f"{self.path}: no proposals for these frames: image ids {min(numbers)} to {max(numbers)}, frames "
                                 f"{stems[0]} to {stems[-1]}; image_id must be a frame's name or number (--image-id-offset N is added to them)")  # fmt: skip
-        return [*self._left(stems), f"{self.path.name}: if image ids count from another number than the frames, --image-id-offset N is added to them"]
+        return [
+            *self._left(stems),
+            f"{self.path.name}: if image ids count from another number than the frames, --image-id-offset N is added to them",
+        ]
 
     def _shift(self, names: dict[Any, str], offset: int, stems: list[str], why: str) -> list[str]:
         """Read image id n as the frame numbered n + offset."""
@@ -189,7 +195,9 @@ def _load(path: Path) -> list:
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         return _results_of(path, content)
     if not isinstance(content, list):
-        raise ProposalError(f"{path}: a COCO file is a list of results, or a data set with images and annotations, got {_short(content)}")
+        raise ProposalError(
+            f"{path}: a COCO file is a list of results, or a data set with images and annotations, got {_short(content)}"
+        )
     return content
 
 
@@ -210,7 +218,9 @@ def _results_of(path: Path, dataset: dict) -> list[dict]:
     results = []
     for number, entry in enumerate(dataset["annotations"]):
         if not isinstance(entry, dict) or entry.get("image_id") not in named:
-            raise ProposalError(f"{path}: annotation {number} needs the image_id of one of {len(named)} images, got {_short(entry)}")
+            raise ProposalError(
+                f"{path}: annotation {number} needs the image_id of one of {len(named)} images, got {_short(entry)}"
+            )
         score = 1.0 if entry.get("score") is None else entry["score"]
         results.append({**entry, "image_id": named[entry["image_id"]], "score": score})
     return results
