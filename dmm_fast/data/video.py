@@ -383,7 +383,12 @@ class VideoWriter:
             self._stream.width, self._stream.height = width + width % 2, height + height % 2
             self._stream.pix_fmt, self._stream.options = pixels, options
             self._stream.codec_context.time_base = self._unit = self._times.unit
-            if like and like.aspect != 1:
+            if (
+                like and like.aspect != 1 and self.path.suffix.lower() == ".webm"
+            ):  # PyAV cannot write its shape of a pixel: square
+                self._stream.width = 2 * round(self._stream.width * max(like.aspect, 1) / 2)
+                self._stream.height = 2 * round(self._stream.height / min(like.aspect, 1) / 2)
+            elif like and like.aspect != 1:
                 self._stream.codec_context.sample_aspect_ratio = like.aspect
             jumps = like is not None and bool(like.timeline.jumps)
             self._sound = Sound(like.path, self._container, self._times.origin) if like and not jumps else None

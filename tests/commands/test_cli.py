@@ -153,7 +153,11 @@ def test_objects_that_come_late(clip, tmp_path):
     assert report["objects"]["4"]["given"] == "00002" and report["objects"]["1"]["given"] == "00005"
     assert report["objects"]["1"]["frames"] == LENGTH - 6
     notes = " ".join(report["notes"])
-    assert "frames 00000 to 00001 (2 frames) lie before the first mask, that of frame 00002" in notes and "00005: new object 1" in notes and "1 of 3 masks" in notes
+    assert (
+        "frames 00000 to 00001 (2 frames) lie before the first mask, that of frame 00002" in notes
+        and "00005: new object 1" in notes
+        and "1 of 3 masks" in notes
+    )
 
 
 def test_masks_as_one_file_per_object(clip, finished, tmp_path):

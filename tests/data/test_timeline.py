@@ -93,7 +93,9 @@ def test_a_video_that_is_cut_says_so(tmp_path, name):
 def test_an_mp4_without_its_index_says_what_it_lacks(tmp_path):
     path = make_video(tmp_path / "clip.mp4")
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(FramesError, match="lacks its index, which is written last: was the recording or the download cut short"):
+    with pytest.raises(
+        FramesError, match="lacks its index, which is written last: was the recording or the download cut short"
+    ):
         open_frames(path)
 
 
