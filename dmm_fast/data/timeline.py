@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 LONGEST_GAP = 10  # seconds; a longer one is a jump of the clock, not lost frames
-LOSSY = {"mpegts", "mpeg", "flv"}  # containers without an index: what is lost leaves no trace but the gap
+LOSSY = {"mpegts", "mpeg"}  # containers without an index: what is lost leaves no trace but the gap
 
 
 @dataclass
@@ -84,7 +84,7 @@ def _by_stamps(stamps: np.ndarray, decoded: list, corrupt: np.ndarray, unit: Fra
     order = np.concatenate([piece[np.argsort(stamps[piece], kind="stable")] for piece in pieces])
     stamps, corrupt = stamps[order], corrupt[order]
     steps = np.diff(stamps)
-    jump = (steps * float(unit) > LONGEST_GAP) | (steps <= 0)
+    jump = (steps * float(unit) > LONGEST_GAP) | (steps < 0)
     usual = max(1, int(np.median(steps[~jump]))) if (~jump).any() else 1
     times = stamps[0] + np.concatenate([[0], np.where(jump, usual, steps).cumsum()])
     regular = bool(np.mean(np.abs(steps[~jump] - usual) <= 0.25 * usual) >= 2 / 3) if (~jump).any() else True

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -121,9 +121,13 @@ class VideoFrames:
     def notes(self) -> list[str]:
         """What is wrong with the file, as far as it has been read."""
         found, timeline = [], self.timeline
-        if self.missing:
-            found.append(f"{_numbers(self.missing)} cannot be decoded: the last good picture stands for "
-                         f"{'it' if len(self.missing) == 1 else 'them'}")  # fmt: skip
+        for frames, what in (
+            (self.missing - timeline.lost, "cannot be decoded"),
+            (self.missing & timeline.lost, "missing in the file"),
+        ):
+            if frames:
+                good = "the first good picture stands" if 0 in frames else "the last good picture stands"
+                found.append(f"{_numbers(frames)} {what}: {good} for {'it' if len(frames) == 1 else 'them'}")
         if damaged := (self.damaged | timeline.corrupt) - self.missing:
             found.append(f"{_numbers(damaged)}: the data is damaged, the picture may be")
         for index, seconds in timeline.jumps:
@@ -141,14 +145,13 @@ class VideoFrames:
             found.append(f"the file ends early, after {length:.2f} s and {len(self)} frames: {rest}")
         return [f"{self.path.name}: {note}" for note in found]
 
-    def _begin(self):
+    def _begin(self) -> Any:
         """The first picture; what the first few say of the numbers of the others."""
         pictures = list(islice(self._pictures(), 4))
-        count = len(self.timeline.times)
         if not pictures:
-            raise FramesError(
-                f"{self.path}: " + (f"none of its {count} frames can be decoded" if count else "this video has no frames")
-            )
+            packets = len(self.timeline.times)
+            why = f"none of its {packets} frames can be decoded" if packets else "this video has no frames"
+            raise FramesError(f"{self.path}: {why}")
         skipped = [n for n in range(pictures[-1].number) if n not in {p.number for p in pictures} | self.timeline.lost]
         if skipped and not (pictures[-1].errors or self.timeline.corrupt):
             lead = pictures[0].number
@@ -160,7 +163,7 @@ class VideoFrames:
 
     def read(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         index, image, last = 0, None, None  # decoded and dropped up to start: seeking is not exact in every format
-        for number, _, picture in self._pictures():
+        for number, *_, picture in self._pictures():
             for missed in range(index, number):
                 self.missing.add(missed)
                 if missed >= start:
@@ -172,7 +175,7 @@ class VideoFrames:
             if number >= start:
                 image = self._upright(picture, number)
                 yield f"{number:05d}", image
-        if self._errors or self.timeline.corrupt or self.timeline.lost:
+        if self._even:
             for missed in range(index, len(self)):
                 self.missing.add(missed)
                 if missed >= start:
@@ -190,18 +193,18 @@ class VideoFrames:
         """What the decoder gives, by number. Beside lost frames it loses their order too; a few are held back until it fits."""
         held: list[Picture] = []
         index = 0
-        for picture in self._decode():
-            heapq.heappush(held, picture)
-            while held and (held[0].number <= index or len(held) > HELD):
+        for picture in chain(self._decode(), [None]):
+            if picture is not None:
+                heapq.heappush(held, picture)
+            while held and (held[0].number <= index or len(held) > HELD or picture is None):
                 if (earliest := heapq.heappop(held)).number >= index:  # else its time has passed
                     yield earliest
                     index = earliest.number + 1
-        yield from sorted(held)
 
     def _decode(self, threads: str = "AUTO") -> Iterator[Picture]:
         from av import FFmpegError
 
-        index, self._errors = 0, 0
+        index, self._errors, serial = 0, 0, count()
         with _open_video(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = threads
@@ -212,7 +215,7 @@ class VideoFrames:
                         break
                     for frame in packet.decode():
                         index = self._number(frame.pts, index)
-                        yield Picture(index, self._errors, frame)
+                        yield Picture(index, next(serial), self._errors, frame)
                         index += 1
                 except FFmpegError:
                     self._errors += 1
@@ -237,6 +240,7 @@ class VideoFrames:
 
 class Picture(NamedTuple):
     number: int
+    serial: int  # so that pictures can be ordered
     errors: int  # of the decoder, up to it
     frame: Any  # av.VideoFrame
 

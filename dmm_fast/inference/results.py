@@ -237,7 +237,8 @@ def write_results(
     -> what the user should know of them. Raises FramesError where a frame or a video cannot be read or written.
     """
     with ExitStack() as stack:
-        sheet = stack.enter_context(Sheet(frames, folder, report))
+        sheet = Sheet(frames, folder, report)
+        stack.enter_context(sheet)
         results: list[Result] = [stack.enter_context(KINDS[kind](frames, folder, report)) for kind in kinds]
         if video is not None:
             results.append(stack.enter_context(Overlay(frames, video)))

@@ -284,7 +284,7 @@ class _Run:
     def finish(self, kinds: list[str], video: str | os.PathLike | None, settings: dict[str, Any]) -> dict[str, Any]:
         rows = self.folder.rows()
         height, width = self.frames.size
-        report = {
+        report: dict[str, Any] = {
             "dmm_fast": version("dmm_fast"),
             "settings": settings,
             "size": [height, width],

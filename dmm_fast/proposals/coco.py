@@ -77,9 +77,8 @@ class ProposalFile:
         keys = [_key(stem) for stem in stems]
         found = set(keys) & self._entries.keys()
         numbers = [int(key) for key in self._entries if key.lstrip("-").isdigit()]
-        places = [_number(stem) for stem in stems]
-        if len(set(places) - {None}) < len(stems):
-            places = list(range(len(stems)))  # not numbered: the frame's place in the clip
+        counted = [number for stem in stems if (number := _number(stem)) is not None]
+        places = counted if len(set(counted)) == len(stems) else list(range(len(stems)))  # by name, or the place in the clip
         if offset is not None:
             return (
                 self._shift(dict(zip(places, keys)), offset, stems, "as asked with --image-id-offset")
