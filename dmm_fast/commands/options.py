@@ -142,4 +142,4 @@ def summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
                   "where one hides the other; --decision assign gives each its own")  # fmt: skip
     for name, path in files.items():
         if path is not None:
-            print(f"{name:8}{path}")
+            print(f"{name:12}{path}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dmm_fast.data.strays import find_strays, remove_strays
 from dmm_fast.files import whole_file
 
 VOID = 255
@@ -259,19 +260,53 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int] | None = None) -> n
     return ids
 
 
-def read_first_masks(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+def without_strays(path: str | os.PathLike, ids: np.ndarray, clean: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Refuse ids [H, W] that anti-aliasing, interpolation or compression has made (see `find_strays`), or clean them away.
+
+    clean: stray pixels get the nearest id that was drawn. -> ids and what was done. Raises `MaskError`.
+    """
+    strays = find_strays(ids)
+    if not strays.smoothed:
+        return ids, []
+    if strays.dithered:
+        raise MaskError(
+            f"{path}: dithered or compressed with loss: its areas are patterns of several ids ({strays}), so which is meant "
+            f"is unknown; save the mask as an indexed PNG without dithering and anti-aliasing"
+        )
+    if not clean:
+        raise MaskError(
+            f"{path}: an anti-aliased or interpolated picture: {strays}, along the outlines; save the mask as an indexed PNG "
+            f"without anti-aliasing, resize it with nearest neighbour only, or give them to their neighbours (--clean-masks)"
+        )
+    cleaned, left = ids, strays
+    for _ in range(3):  # what lay between two stray ids may now lie between two others
+        cleaned = remove_strays(cleaned, left)
+        if not (left := find_strays(cleaned)).smoothed:
+            break
+    else:
+        raise MaskError(f"{path}: still looks anti-aliased or interpolated after cleaning: {left}; save it again without")
+    gone = sorted(set(np.unique(ids).tolist()) - set(np.unique(cleaned).tolist()))
+    removed = f"; ids {_listed(gone)} are gone" if gone else ""
+    return cleaned, [f"cleaned: {strays}, along the outlines, given to the nearest other id{removed}"]
+
+
+def read_first_masks(
+    path: str | os.PathLike, size: tuple[int, int] | None = None, clean: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """The masks that start a video, from one id map or a directory: ids uint8 [H, W] and notes for the user.
 
     A directory holds one id map, or one mask per object, disjoint; a mask's name gives its id where all names are
     numbers in 1..254, else ids count 1, 2, ... in name order. Besides `read_mask`'s conversions, an RGB mask in flat
-    colours on black is numbered in reading order. Notes tell every conversion, gaps in the ids and ids that look
-    interpolated. Raises `MaskError` also where there is no object.
+    colours on black is numbered in reading order. Notes tell every conversion, gaps in the ids and ids that are hardly
+    seen. Stray ids are refused, or cleaned away (`without_strays`). Raises `MaskError` also where there is no object.
     """
     path = Path(path)
     files = _mask_files(path) if path.is_dir() else [path]
     if len(files) > 1:
         return _read_object_files(path, files, size)
     ids, notes = _object_ids(files[0], size, number_colours=True)
+    ids, cleaned = without_strays(files[0], ids, clean)
+    notes += cleaned
     objects = np.unique(ids[ids > 0]).tolist()
     if not objects:
         raise MaskError(f"{files[0]}: no object: every pixel is background" + "".join(f" ({note})" for note in notes))

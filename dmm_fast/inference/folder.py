@@ -12,6 +12,7 @@ from dmm_fast.files import whole_file
 from dmm_fast.inference.segmenter import Segmenter
 
 REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
+RESULTS = ("binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
 
 
 class RunError(ValueError):
@@ -49,17 +50,29 @@ class RunFolder:
 
     def report(self) -> dict[str, Any]:
         """The report of a finished run with the same settings."""
-        report = json.loads((self.path / REPORT).read_text())
+        report = self._report()
         self._check_settings(report["settings"], "finished")
+        return report
+
+    def _report(self) -> dict[str, Any]:
+        try:
+            report = json.loads((self.path / REPORT).read_text())
+        except ValueError:
+            report = None
+        if not isinstance(report, dict) or not {"dmm_fast", "settings", "frames"} <= report.keys():
+            raise RunError(f"{self.path}: holds a {REPORT} that no run has written; choose another --out")
         return report
 
     def find(self, stems: list[str], resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a run from the start; changes nothing."""
-        if self.finished and not overwrite:
-            raise RunError(f"{self.path}: holds a finished run; --overwrite replaces it")
-        if not (self.finished or self._work.exists()):
-            if foreign := [stem for stem in stems if self.mask(stem).exists()]:
-                raise RunError(f"{self.path}: holds {foreign[0]}.png, which no run has written; choose another --out")
+        if (self.path / REPORT).exists():
+            report = self._report()
+            if self.finished and not overwrite:
+                whose = f"{report['settings'].get('frames')}, {len(report['frames'])} frames"
+                raise RunError(f"{self.path}: holds a finished run ({whose}); --overwrite replaces it")
+        elif not self._work.exists() and (others := self._others(stems)):
+            rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise RunError(f"{self.path}: holds {others[0]}{rest}, which no run has written; choose another --out")
         if overwrite or not self._progress.exists():
             return None
         checkpoint = json.loads(self._progress.read_text())
@@ -69,6 +82,14 @@ class RunFolder:
             raise RunError(f"{self.path}: holds an unfinished run ({done}); {advice}")
         self._check_settings(json.loads(self._settings.read_text()), "unfinished")
         return checkpoint
+
+    def _others(self, stems: list[str]) -> list[str]:
+        """What a run's results would replace or lie among: PNGs and results that are not a run's."""
+        if not self.path.is_dir():
+            return []
+        masks = [name for name in (f"{stem}.png" for stem in stems) if (self.path / name).exists()]
+        return list(dict.fromkeys([*masks, *sorted(file.name for file in self.path.glob("*.png")),
+                                   *(name for name in RESULTS if (self.path / name).exists())]))  # fmt: skip
 
     def begin(self, stems: list[str], checkpoint: dict[str, Any] | None) -> None:
         """Make OUT ready for a run."""
@@ -90,10 +111,14 @@ class RunFolder:
 
     def _clear(self, stems: list[str]) -> None:
         """Remove what runs wrote, the report first: no moment shows a folder that looks finished with masks missing."""
+        before = self._report()["frames"] if (self.path / REPORT).exists() else self.rows() if self._rows.exists() else []
         (self.path / REPORT).unlink(missing_ok=True)
         self._work.mkdir(parents=True, exist_ok=True)
-        for file in [self.path / SHEET, *map(self.mask, stems), *self._work.iterdir()]:
+        masks = {self.mask(stem) for stem in [*stems, *(row["frame"] for row in before)]}  # an earlier run's may be more
+        for file in [self.path / SHEET, *masks, *self._work.iterdir()]:
             file.unlink(missing_ok=True)
+        for result in (self.path / name for name in RESULTS):
+            shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
     def append(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -110,15 +135,19 @@ class RunFolder:
                 old.unlink()
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._rows.read_text().splitlines()]
+        lines = self._rows.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
 
     def finish(self, report: dict[str, Any]) -> None:
         self._file.close()
+        self.write_report(report)
+        shutil.rmtree(self._work)
+
+    def write_report(self, report: dict[str, Any]) -> None:
         head = json.dumps({name: value for name, value in report.items() if name != "frames"}, indent=1)
         rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame
         with whole_file(self.path / REPORT) as part:
             part.write_text(f'{head[:-2]},\n "frames": [\n{rows}\n]\n}}\n')
-        shutil.rmtree(self._work)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmm_fast.data.masks import MaskWarning, read_first_masks, read_mask
+from dmm_fast.data.masks import MaskWarning, read_first_masks, read_mask, without_strays
 from dmm_fast.data.video import ImageFrames, VideoFrames
 from dmm_fast.inference.folder import RunError
 
@@ -19,11 +19,12 @@ class GivenMasks:
 
     A file gives the objects of the first frame, or of the frame of that name. A directory gives, by frame name,
     masks of any frames: what is new in a later one appears there, and 0 there is not background. A directory of which
-    no file has the name of a frame holds the first frame's masks, one file per object.
+    no file has the name of a frame holds the first frame's masks, one file per object. clean: stray ids of smoothed masks
+    are given to their neighbours, not refused.
     """
 
-    def __init__(self, path: Path, frames: ImageFrames | VideoFrames):
-        self.path, self.size = path, frames.size
+    def __init__(self, path: Path, frames: ImageFrames | VideoFrames, clean: bool = False):
+        self.path, self.size, self.clean = path, frames.size, clean
         self.notes: list[str] = []
         if not path.exists():
             raise RunError(f"{path}: no such mask file or directory")
@@ -36,10 +37,13 @@ class GivenMasks:
             self._files = {frames.stems[0]: path}
         elif extra := len(by_stem) - len(self._files):
             self.notes.append(f"{path}: {extra} of {len(by_stem)} masks do not have the name of a frame and are not used")
-        first = next(stem for stem in frames.stems if stem in self._files)
-        if first != frames.stems[0]:
-            self.notes.append(f"the first mask is that of frame {first}; frames before it have no objects")
-        self.read(first, first=True)  # so that a bad mask is reported at once, not after the model has loaded
+        start = next(index for index, stem in enumerate(frames.stems) if stem in self._files)
+        self.before: list[str] = frames.stems[:start]  # frames before the first mask: nothing is followed there
+        if self.before:
+            first, which = frames.stems[start], span(self.before)
+            self.notes.append(f"{which} lie before the first mask, that of frame {first}: no object is followed there, "
+                              "their masks are empty")  # fmt: skip
+        self.read(frames.stems[start], first=True)  # so that a bad mask is reported at once, not after the model has loaded
 
     def __contains__(self, stem: str) -> bool:
         return stem in self._files
@@ -47,8 +51,14 @@ class GivenMasks:
     def read(self, stem: str, first: bool) -> tuple[np.ndarray, list[str]]:
         """-> ids uint8 [H, W] and notes; first: there must be an object."""
         if first:
-            return read_first_masks(self._files[stem], self.size)
+            return read_first_masks(self._files[stem], self.size, self.clean)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MaskWarning)
             ids = read_mask(self._files[stem], self.size)
-        return ids, [str(warning.message) for warning in caught]
+        ids, cleaned = without_strays(self._files[stem], ids, self.clean)
+        return ids, [*(str(warning.message) for warning in caught), *cleaned]
+
+
+def span(stems: list[str]) -> str:
+    """Frames of one stretch, for a message: "frame 00003", "frames 00000 to 00005 (6 frames)"."""
+    return f"frame {stems[0]}" if len(stems) == 1 else f"frames {stems[0]} to {stems[-1]} ({len(stems)} frames)"

@@ -1,6 +1,7 @@
 """From a clip and its first masks to masks on disk: what ``dmm-fast segment`` runs.
 
-The folder OUT holds one palette PNG per frame, ``contact-sheet.png`` and ``report.json``. While a run goes on, or after
+The folder OUT holds one palette PNG per frame, ``contact-sheet.png``, ``report.json`` and what else was asked for (see
+`results`). While a run goes on, or after
 it was cut short, OUT also holds ``unfinished/`` with what a later run needs to go on from there; the report is written
 last, so a folder without it is never mistaken for a finished one.
 """
@@ -10,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmm_fast.data.masks import read_mask, write_mask
-from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, VideoWriter, check_video_name, open_frames, prefetch
-from dmm_fast.inference.folder import SHEET, RunError, RunFolder
+from dmm_fast.data.masks import write_mask
+from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, check_video_name, open_frames, prefetch
+from dmm_fast.inference.folder import RunError, RunFolder
 from dmm_fast.inference.given import GivenMasks
-from dmm_fast.inference.overlay import ContactSheet, overlay
-from dmm_fast.inference.segmenter import ObjectResult, Segmenter
+from dmm_fast.inference.report import by_object, row_of, speed
+from dmm_fast.inference.results import check_kinds, write_results
+from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Config, Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
-from dmm_fast.proposals.base import ProposalError
 from dmm_fast.proposals.coco import read_coco
 from dmm_fast.proposals.sources import is_detector, open_proposer
 
@@ -49,6 +51,9 @@ def segment(
     *,
     proposals: str | os.PathLike = "small",
     detector_weights: str | os.PathLike = "DEFAULT",
+    image_id_offset: int | None = None,
+    clean_masks: bool = False,
+    save: Sequence[str] = ("masks",),
     video: str | os.PathLike | None = None,
     preset: str | None = None,
     backbone: str | None = None,
@@ -68,34 +73,39 @@ def segment(
     """Segment a clip; returns the report that is also written to OUT/report.json.
 
     frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
-    frames (see `GivenMasks`). proposals: a COCO results file or a detector (see `open_proposer`). video: an overlay
-    video to write.
+    frames (see `GivenMasks`). clean_masks: give the stray ids of smoothed masks to their neighbours; else they are refused.
+    proposals: a COCO file or a detector (see `open_proposer`). image_id_offset: added to the file's image ids to give the
+    frames' numbers; without one, ids that are off by a constant are found out (see `ProposalFile.align`).
+    save: kinds of results, of masks (always), binary, cutout, alpha-video, tracks. video: an overlay video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
     graph: whether the step runs as a CUDA graph, precision: of the convolutions (see `Segmenter`); the report says what it was.
     save_every: seconds between saved states.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
     """
+    kinds = check_kinds(list(save))
     source, out = open_frames(frames), Path(out)
-    given = GivenMasks(Path(masks), source)
+    given = GivenMasks(Path(masks), source, clean_masks)
     if video is not None:
         check_video_name(video, coming=out)
     budget = online_budget(online) if online is not None else None
     settings = {
         "frames": str(source.path.resolve()),
         "masks": str(given.path.resolve()),
+        "clean_masks": clean_masks,
         "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
         "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
         "precision": precision,
+        "image_id_offset": image_id_offset,
         "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
     }  # fmt: skip
     _check_out(out, source, given)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
-        return _finished(source, folder, video)
+        return _finished(source, folder, kinds, video, progress)
     checkpoint = folder.find(source.stems, resume, overwrite)
-    propose = _proposal_source(proposals, detector_weights, source, device)
+    propose, notes = _proposal_source(proposals, detector_weights, image_id_offset, source, device)
     detector = propose.proposer if isinstance(propose, Live) else None
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
@@ -113,16 +123,24 @@ def segment(
     if budget is not None and segmenter.config.backbone == "none":
         raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
     folder.begin(source.stems, checkpoint)
-    run = _Run(source, given, propose, segmenter, folder, checkpoint, budget)
+    run = _Run(source, given, propose, segmenter, folder, checkpoint, budget, [*given.notes, *notes])
     run.forward(progress, save_every)
-    return run.finish(video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
+    return run.finish(kinds, video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
 
 
-def _finished(frames: ImageFrames | VideoFrames, folder: RunFolder, video: str | os.PathLike | None) -> dict[str, Any]:
-    """The report of a run that has ended; its overlay is drawn if it is asked for only now."""
+def _finished(
+    frames: ImageFrames | VideoFrames, folder: RunFolder, kinds: list[str], video: str | os.PathLike | None, progress: bool
+) -> dict[str, Any]:
+    """The report of a run that has ended; results that are asked for only now are made from its masks."""
     report = folder.report()
-    if video is not None and not Path(video).exists():
-        _draw(frames, folder, report, video)
+    kinds = [kind for kind in kinds if kind not in report.get("results", [])]
+    wanted = Path(video) if video is not None and not Path(video).exists() else None
+    if kinds or wanted:
+        notes = write_results(frames, folder, report, kinds, wanted, progress)
+        report["results"] = [*report.get("results", []), *kinds]
+        report["notes"] += notes
+        if kinds or notes:
+            folder.write_report(report)
     return report
 
 
@@ -150,17 +168,21 @@ class _Run:
         folder: RunFolder,
         checkpoint: dict | None,
         online: dict[str, float] | None,
+        notes: list[str],
     ):
         self.frames, self.given, self.propose, self.segmenter, self.folder = frames, given, propose, segmenter, folder
         self.online = online
         checkpoint = checkpoint or {"next": 0, "seconds": {}, "notes": [], "started": False}
         self.next: int = checkpoint["next"]
         self.seconds: dict[str, float] = defaultdict(float, checkpoint["seconds"])
-        self.notes: list[str] = checkpoint["notes"] or [segmenter.note, *given.notes]
+        self.notes: list[str] = checkpoint["notes"] or [segmenter.note, *notes]
         self.started: bool = checkpoint["started"]
 
     def forward(self, progress: bool, save_every: float) -> None:
         self.progress = progress
+        if progress and not self.next:
+            for note in self.notes[1:]:
+                tqdm.write(f"note: {note}", sys.stderr)  # now, not after hours
         bar = tqdm(total=len(self.frames), initial=self.next, unit=" frames", disable=None if progress else True)
         source = iter(prefetch(self.frames.read(self.next)))
         saved = time.monotonic()
@@ -194,15 +216,18 @@ class _Run:
             with self._clock("step"):
                 result = self.segmenter.step(frame, proposals)
             ids = np.array(result.ids)
-            objects = [_row(entry) for entry in result.objects]
+            objects = [row_of(entry) for entry in result.objects]
         if stem in self.given:
             self._take_in(stem, frame, ids, objects)
+        row: dict[str, Any] = {"frame": stem, "objects": objects}
+        if self.next in self.frames.missing:
+            row["picture"] = "missing"  # it could not be decoded; another stands for it
         with self._clock("write"):  # what of it holds up the next frame
-            self.behind(self._write, stem, ids, objects)
+            self.behind(self._write, row, ids)
 
-    def _write(self, stem: str, ids: np.ndarray, objects: list[dict]) -> None:
-        write_mask(self.folder.mask(stem), ids)
-        self.folder.append({"frame": stem, "objects": objects})
+    def _write(self, row: dict[str, Any], ids: np.ndarray) -> None:
+        write_mask(self.folder.mask(row["frame"]), ids)
+        self.folder.append(row)
 
     def _take_in(self, stem: str, frame: np.ndarray, ids: np.ndarray, objects: list[dict]) -> None:
         """Start with the masks given for this frame, or add those of them that are new."""
@@ -256,41 +281,24 @@ class _Run:
         yield
         self.seconds[name] += time.perf_counter() - begin
 
-    def finish(self, video: str | os.PathLike | None, settings: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, kinds: list[str], video: str | os.PathLike | None, settings: dict[str, Any]) -> dict[str, Any]:
         rows = self.folder.rows()
         height, width = self.frames.size
-        report = {
+        report: dict[str, Any] = {
             "dmm_fast": version("dmm_fast"),
             "settings": settings,
             "size": [height, width],
-            "notes": self.notes,
-            "speed": _speed(len(rows), self.seconds),
-            "objects": _by_object(rows),
+            "notes": [*self.notes, *self.frames.notes],
+            "speed": speed(len(rows), self.seconds),
+            "results": kinds,
+            "objects": by_object(rows),
             "frames": rows,
         }
-        _draw(self.frames, self.folder, report, video)
+        report["notes"] += write_results(
+            self.frames, self.folder, report, kinds, Path(video) if video is not None else None, self.progress
+        )
         self.folder.finish(report)
         return report
-
-
-def _draw(
-    frames: ImageFrames | VideoFrames, folder: RunFolder, report: dict[str, Any], video: str | os.PathLike | None
-) -> None:
-    """The contact sheet and the overlay video, from the masks on disk: so a resumed run has all frames too."""
-    rows, count = report["frames"], len(report["objects"])
-    title = f"{frames.path.name}: {len(rows)} frames, {count} object{'s' * (count != 1)}"
-    sheet = ContactSheet(len(rows), frames.size, title)
-    if video is None:
-        for index, stem, frame in frames.pick(sheet.wanted):
-            sheet.add(frame, read_mask(folder.mask(stem)), stem, _remark(rows[index]))
-    else:
-        with VideoWriter(video, frames.size, frames.fps or 24) as writer:
-            for index, (stem, frame) in enumerate(prefetch(frames.read())):
-                ids = read_mask(folder.mask(stem))
-                writer.write(overlay(frame, ids))
-                if index in sheet.wanted:
-                    sheet.add(frame, ids, stem, _remark(rows[index]))
-    sheet.save(folder.path / SHEET)
 
 
 def _check_out(out: Path, frames: ImageFrames | VideoFrames, given: GivenMasks) -> None:
@@ -326,23 +334,18 @@ class Live:
 
 
 def _proposal_source(
-    proposals: str | os.PathLike, weights: str | os.PathLike, frames: ImageFrames | VideoFrames, device: str
-) -> Callable:
-    """(stem, frame) -> Proposals."""
+    proposals: str | os.PathLike,
+    weights: str | os.PathLike,
+    offset: int | None,
+    frames: ImageFrames | VideoFrames,
+    device: str,
+) -> tuple[Callable, list[str]]:
+    """(stem, frame) -> Proposals, and what the user should know of them."""
     if is_detector(proposals):
-        return Live(open_proposer(proposals, weights, device=device))
+        return Live(open_proposer(proposals, weights, device=device)), []
     file = read_coco(proposals)
-    if not file.covers(frames.stems):
-        found = f"{file.image_ids[0]!r}" if len(file) else "nothing"
-        raise ProposalError(f"{proposals}: no proposals for these frames: image_id must be a frame's name such as "
-                            f"{frames.stems[0]!r}, the file holds {found}")  # fmt: skip
-    return lambda stem, frame: file.runs(stem, frame.shape[:2])
-
-
-# ------------------------------------------------------------------------------------------------------ given masks
-
-
-# ------------------------------------------------------------------------------------------------- the folder on disk
+    notes = file.align(frames.stems, offset)
+    return lambda stem, frame: file.runs(stem, frame.shape[:2]), notes
 
 
 @contextlib.contextmanager
@@ -365,50 +368,3 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# --------------------------------------------------------------------------------------------------------- the report
-
-
-def _speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
-    total = sum(seconds.values())
-    return {
-        "frames": count,
-        "fps": round(count / total, 2) if total else None,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    }
-
-
-def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
-    """Per object: the frame it was given in, frames followed, in how many of those it was lost or shared its proposal
-    with another object (one of the two is then hidden), mean score where it was not lost."""
-    given = {entry["id"]: row["frame"] for row in rows for entry in row["objects"] if "given" in entry}
-    summary = {}
-    for label, frame in given.items():
-        followed = [e for row in rows for e in row["objects"] if e["id"] == label and "given" not in e]
-        scores = [entry["score"] for entry in followed if not entry["lost"]]
-        summary[str(label)] = {
-            "given": frame,
-            "frames": len(followed),
-            "lost": len(followed) - len(scores),
-            "shared": sum(label in _sharing(row) for row in rows),
-            "mean_score": round(float(np.mean(scores)), 4) if scores else None,
-        }
-    return summary
-
-
-def _row(found: ObjectResult) -> dict[str, Any]:
-    score, runner_up = (round(value, 4) + 0.0 for value in (found.score, found.runner_up))  # + 0.0: no "-0.0"
-    return {"id": found.id, "proposal": found.proposal, "score": score, "runner_up": runner_up, "lost": found.lost}
-
-
-def _remark(row: dict) -> str:
-    lost = [entry["id"] for entry in row["objects"] if entry.get("lost")]
-    parts = (("lost", lost), ("one mask for", _sharing(row)))
-    return "; ".join(f"{what} {', '.join(map(str, ids))}" for what, ids in parts if ids)
-
-
-def _sharing(row: dict) -> list[int]:
-    """Objects of a frame that matched a proposal which another object matched too."""
-    taken = Counter(entry.get("proposal") for entry in row["objects"])
-    return [e["id"] for e in row["objects"] if e.get("proposal") is not None and taken[e["proposal"]] > 1]

@@ -59,7 +59,8 @@ def build_info() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "built against torch": built.get("torch"),
-        "CUDA library": library.CUDA_MISSING or f"loaded, built with nvcc {built.get('nvcc')} for {built.get('cuda_architectures')}",
+        "CUDA library": library.CUDA_MISSING
+        or f"loaded, built with nvcc {built.get('nvcc')} for {built.get('cuda_architectures')}",
         "GPUs": gpus,
         "backends": backends,
         "optional packages": optional,

@@ -1,8 +1,7 @@
-"""Mask proposals: COCO results files, written by any detector, and a live torchvision Mask R-CNN.
+"""Mask proposals in COCO's formats: results, written by any detector, or a data set.
 
-Both give :class:`dmm_fast.model.Proposals`: boxes [M, 4] (xyxy, pixels of the frame), scores [M], and masks that are
-run-length codes (int32 [M, R], from a file; or whole frames, bool [M, H, W]) or soft masks inside their boxes (float32
-[M, 28, 28], from the detector), so that nothing needs an M x H x W array.
+They come as :class:`dmm_fast.model.Proposals`: boxes [M, 4] (xyxy, pixels of the frame), scores [M], and masks that are
+run-length codes (int32 [M, R]; or whole frames, bool [M, H, W]), so that nothing needs an M x H x W array.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,13 @@ from dmm_fast.proposals.base import TOP, ProposalError, full_masks
 
 
 def read_coco(path: str | os.PathLike, top: int = TOP) -> ProposalFile:
-    """Open a COCO results file: a JSON list of {image_id, score, segmentation, bbox?}, image_id = the frame's stem.
+    """Open a COCO file of masks, either
 
-    Raises ProposalError for a file that is missing, cut short or not such a list.
+    results: a JSON list of {image_id, score, segmentation, bbox?}, image_id = the frame's stem or number; or
+    a data set: {images, annotations}, where an image's file_name tells the frame and a missing score counts as 1.
+    Segmentations are polygons or run-length codes, compressed or not.
+
+    Raises ProposalError for a file that is missing, cut short or neither of these.
     """
     return ProposalFile(path, top)
 
@@ -40,7 +44,8 @@ class ProposalFile:
     def __init__(self, path: str | os.PathLike, top: int = TOP):
         self.path, self.top = Path(path), top
         self._entries: dict[str, list[dict]] = {}
-        for number, entry in enumerate(_load_results(self.path)):
+        self._of: dict[str, str] = {}  # frames whose entries have another image id; see `align`
+        for number, entry in enumerate(_load(self.path)):
             if not isinstance(entry, dict) or "image_id" not in entry or not _is_number(entry.get("score")):
                 raise ProposalError(f"{path}: entry {number} needs image_id and a finite score, got {_short(entry)}")
             self._entries.setdefault(_key(entry["image_id"]), []).append(entry)
@@ -59,7 +64,80 @@ class ProposalFile:
 
     def covers(self, stems: Iterable[str]) -> int:
         """How many of these frames have at least one proposal."""
-        return sum(_key(stem) in self._entries for stem in stems)
+        return sum(self._name(stem) in self._entries for stem in stems)
+
+    def _name(self, stem: str) -> str:
+        key = _key(stem)
+        return self._of.get(key, key)
+
+    def align(self, stems: list[str], offset: int | None = None) -> list[str]:
+        """Find out which frames of a clip the image ids mean; -> what the user should know.
+
+        Ids that are the frames' names are used as they are; those left over, and frames without proposals, are told. Where both
+        are left, exporters have often counted from another number: if one constant, and no other, brings every id to a frame
+        (by its number, or by its place in the clip), it is used, and said so. offset: that constant, 0 for none.
+
+        Raises ProposalError where no id is a frame's, and where several constants would do.
+        """
+        keys = [_key(stem) for stem in stems]
+        found = set(keys) & self._entries.keys()
+        numbers = [int(key) for key in self._entries if key.lstrip("-").isdigit()]
+        counted = [number for stem in stems if (number := _number(stem)) is not None]
+        places = counted if len(set(counted)) == len(stems) else list(range(len(stems)))  # by name, or the place in the clip
+        if offset is not None:
+            return (
+                self._shift(dict(zip(places, keys)), offset, stems, "as asked with --image-id-offset")
+                if offset
+                else self._left(stems)
+            )
+        stray = self._entries.keys() - set(keys)
+        if len(found) == len(set(keys)) or (found and not stray) or len(numbers) < len(self._entries) or not numbers:
+            if not found:
+                example = f"{self.image_ids[0]!r}" if len(self) else "nothing"
+                raise ProposalError(f"{self.path}: no proposals for these frames: image_id must be a frame's name such as "
+                                    f"{stems[0]!r}, the file holds {example}")  # fmt: skip
+            return self._left(stems)
+        for names, how in ((dict(zip(places, keys)), ""), (dict(enumerate(keys)), " by their place in the clip")):
+            lowest, highest = min(numbers), max(numbers)
+            fitting = [s for s in range(min(names) - lowest, max(names) - highest + 1) if all(n + s in names for n in numbers)]
+            if len(fitting) == 1:
+                return self._shift(names, fitting[0], stems, f"no other constant brings every id to a frame{how}")
+            if fitting:
+                raise ProposalError(
+                    f"{self.path}: image ids {lowest} to {highest} for frames {stems[0]} to {stems[-1]}: they are off by a constant, "
+                    f"but {_listed(fitting)} would all do; --image-id-offset N says which is added to them (-1 for ids that count "
+                    f"from 1, 0 to take them as they are)"
+                )
+        if not found:
+            raise ProposalError(f"{self.path}: no proposals for these frames: image ids {min(numbers)} to {max(numbers)}, frames "
+                                f"{stems[0]} to {stems[-1]}; image_id must be a frame's name or number (--image-id-offset N is added to them)")  # fmt: skip
+        return [
+            *self._left(stems),
+            f"{self.path.name}: if image ids count from another number than the frames, --image-id-offset N is added to them",
+        ]
+
+    def _shift(self, names: dict[Any, str], offset: int, stems: list[str], why: str) -> list[str]:
+        """Read image id n as the frame numbered n + offset."""
+        numbers = {int(key): key for key in self._entries if key.lstrip("-").isdigit()}
+        self._of = {key: numbers.get(number - offset, "") for number, key in names.items()}
+        first = next((key for key in map(_key, stems) if self._of.get(key)), None)
+        if first is None:
+            raise ProposalError(f"{self.path}: with --image-id-offset {offset} no image id is that of a frame")
+        stem = next(stem for stem in stems if _key(stem) == first)
+        return [f"{self.path.name}: image ids do not count as the frames do; {offset:+d} is added to each ({why}): image id "
+                f"{self._of[first]} is frame {stem}", *self._left(stems)]  # fmt: skip
+
+    def _left(self, stems: list[str]) -> list[str]:
+        """Frames without proposals, and image ids without a frame."""
+        empty = [stem for stem in stems if self._name(stem) not in self._entries]
+        used = {self._name(stem) for stem in stems}
+        stray = [key for key in self._entries if key not in used]
+        told = []
+        if empty:
+            told.append(f"{self.path.name}: no proposals for {len(empty)} of {len(stems)} frames: {_listed(empty)}")
+        if stray:
+            told.append(f"{self.path.name}: {len(stray)} of {len(self)} image ids are not those of a frame: {_listed(stray)}")
+        return told
 
     def frame(self, stem: str, size: tuple[int, int] | None = None, top: int | None = None) -> Proposals:
         """Proposals of one frame, best first; none at all is an empty result, not an error.
@@ -88,7 +166,7 @@ class ProposalFile:
         self, stem: str, size: tuple[int, int] | None, top: int | None = None, least: float = -math.inf
     ) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
         """The frame's entries, best first, and of each the run lengths and size of its mask."""
-        entries = [entry for entry in self._entries.get(_key(stem), []) if entry["score"] >= least]
+        entries = [entry for entry in self._entries.get(self._name(stem), []) if entry["score"] >= least]
         entries = sorted(entries, key=lambda entry: -entry["score"])[: self.top if top is None else min(top, self.top)]
         codes: list[tuple[np.ndarray, tuple[int, int]]] = []
         for entry in entries:
@@ -111,30 +189,68 @@ def _scores(entries: list[dict]) -> Tensor:
     return torch.tensor([entry["score"] for entry in entries], dtype=torch.float32)  # [M]
 
 
-def _load_results(path: Path) -> list:
+def _load(path: Path) -> list:
+    """The entries of a file, those of a data set as results: each with the frame's file name as its image_id, and a score."""
     try:
-        results = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ProposalError(f"{path}: no such proposals file") from None
     except IsADirectoryError:
-        raise ProposalError(f"{path}: a directory; proposals are one COCO results file (JSON)") from None
+        raise ProposalError(f"{path}: a directory; proposals are one COCO file (JSON)") from None
     except UnicodeDecodeError:
-        raise ProposalError(f"{path}: not a text file; proposals are a COCO results file (JSON)") from None
+        raise ProposalError(f"{path}: not a text file; proposals are a COCO file (JSON)") from None
     except json.JSONDecodeError as error:
-        cut = "" if error.doc.rstrip().endswith("]") else " (the file stops in the middle: was it written to the end?)"
+        cut = "" if error.doc.rstrip().endswith(("]", "}")) else " (the file stops in the middle: was it written to the end?)"
         raise ProposalError(f"{path}: not valid JSON: {error}{cut}") from None
-    if isinstance(results, dict) and "annotations" in results:
-        raise ProposalError(f"{path}: a COCO data set with 'annotations'; proposals are a COCO results list with scores")
-    if not isinstance(results, list):
-        raise ProposalError(f"{path}: a COCO results file is a JSON list, got {_short(results)}")
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        return _results_of(path, content)
+    if not isinstance(content, list):
+        raise ProposalError(
+            f"{path}: a COCO file is a list of results, or a data set with images and annotations, got {_short(content)}"
+        )
+    return content
+
+
+def _results_of(path: Path, dataset: dict) -> list[dict]:
+    images = dataset.get("images")
+    if not isinstance(images, list):
+        kind = "a YouTube-VIS file" if "videos" in dataset else "a COCO data set"
+        raise ProposalError(f"{path}: {kind} without 'images', which tell the frames of its annotations")
+    named: dict[Any, str] = {}
+    paths: dict[str, str] = {}  # by the frame they name
+    for number, image in enumerate(images):
+        if not isinstance(image, dict) or type(image.get("id")) not in (int, str):
+            raise ProposalError(f"{path}: image {number} needs an id, got {_short(image)}")
+        file = str(image.get("file_name", image["id"])).replace("\\", "/")
+        named[image["id"]] = name = file.rpartition("/")[2]
+        if (other := paths.setdefault(_key(name), file)) != file:
+            raise ProposalError(f"{path}: {other} and {file} are the same frame of two videos; give one file per video")
+    results = []
+    for number, entry in enumerate(dataset["annotations"]):
+        if not isinstance(entry, dict) or entry.get("image_id") not in named:
+            raise ProposalError(
+                f"{path}: annotation {number} needs the image_id of one of {len(named)} images, got {_short(entry)}"
+            )
+        score = 1.0 if entry.get("score") is None else entry["score"]
+        results.append({**entry, "image_id": named[entry["image_id"]], "score": score})
     return results
+
+
+def _number(stem: str) -> int | None:
+    """The last number in a frame's name."""
+    found = re.findall(r"\d+", stem)
+    return int(found[-1]) if found else None
+
+
+def _listed(values: list, most: int = 6) -> str:
+    return ", ".join(map(str, values[:most])) + (f", ... {values[-1]}" if len(values) > most else "")
 
 
 def _key(image_id: Any) -> str:
     """Frame stems and image ids meet here: 7, "7" and "00007" name the same frame; so do "a.jpg" and "a"."""
     text = str(image_id)
     stem, dot, suffix = text.rpartition(".")
-    if dot and suffix.lower() in ("jpg", "jpeg", "png", "bmp", "webp"):
+    if dot and suffix.lower() in ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm"):
         text = stem
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
@@ -294,6 +410,3 @@ def _result(stem: str, box: Tensor, score: Tensor, mask: Tensor) -> dict:
     segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
     bbox = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
     return {"image_id": stem, "category_id": 1, "score": float(score), "bbox": bbox, "segmentation": segmentation}
-
-
-# --------------------------------------------------------------------------------------------------- a live detector

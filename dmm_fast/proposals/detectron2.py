@@ -13,6 +13,11 @@ from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import TOP, ProposalError
 
 INSTALL = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+OTHERS = "--proposals small (in the package), torchvision, or FILE.json with another detector's masks"
+
+
+def _ways(config: str) -> str:
+    return f"Give a local copy with --proposals detectron2:{config}:FILE, or another detector: {OTHERS}"
 
 
 class Detectron2Proposer:
@@ -21,7 +26,8 @@ class Detectron2Proposer:
     config: a file, or a name of detectron2's model zoo such as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml.
     weights: a file or address; by default the zoo's, or those that the file names.
 
-    Raises ProposalError where detectron2 is missing, does not know the config, or the model gives no masks.
+    Raises ProposalError where detectron2 is missing, does not know the config, its weights are neither here nor to be had, or
+    the model gives no masks.
     """
 
     def __init__(
@@ -38,16 +44,22 @@ class Detectron2Proposer:
             from detectron2.config import get_cfg
             from detectron2.engine import DefaultPredictor
         except ImportError as error:
-            raise ProposalError(f"detectron2 cannot be imported ({error}). It is built from source: {INSTALL}") from None
+            raise ProposalError(
+                f"detectron2 cannot be imported ({error}). It is built from source: {INSTALL}. Without it: {OTHERS}"
+            ) from None
         cfg = get_cfg()
         if Path(config).is_file():
-            cfg.merge_from_file(config)
+            try:
+                cfg.merge_from_file(config)
+            except OSError as error:
+                raise ProposalError(f"{config}: a file that it is based on cannot be read ({error})") from None
         else:
             try:
                 cfg.merge_from_file(model_zoo.get_config_file(config))
                 weights = weights or model_zoo.get_checkpoint_url(config)
             except RuntimeError as error:
-                raise ProposalError(f"{config}: neither a file nor in detectron2's model zoo ({error})") from None
+                raise ProposalError(f"{config}: neither a file nor in detectron2's model zoo ({error}); names there are such as "
+                                    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml") from None  # fmt: skip
         if weights is not None:
             cfg.MODEL.WEIGHTS = weights
         cfg.MODEL.DEVICE = str(device)
@@ -55,7 +67,16 @@ class Detectron2Proposer:
         cfg.TEST.DETECTIONS_PER_IMAGE = 2 * top  # the same region may come once for each of two classes
         if short_side is not None:
             cfg.INPUT.MIN_SIZE_TEST = short_side
-        self.predictor, self.top, self.overlap = DefaultPredictor(cfg), top, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
+        if not cfg.MODEL.WEIGHTS:
+            raise ProposalError(f"{config}: names no weights, so the model would be random; {_ways(config)}")
+        try:
+            self.predictor = DefaultPredictor(cfg)
+        except (OSError, AssertionError) as error:  # of a download, of a missing file
+            file = cfg.MODEL.WEIGHTS
+            raise ProposalError(
+                f"detectron2's weights {file} are not here and cannot be downloaded ({error}). {_ways(config)}"
+            ) from None
+        self.top, self.overlap = top, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
 
     def __call__(self, frame: np.ndarray | Tensor) -> Proposals:
         """frame uint8 [H, W, 3] RGB (array) or [3, H, W] (tensor) -> at most ``top`` proposals, best first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -106,7 +107,10 @@ def detector_weights(weights: str | os.PathLike) -> dict[str, Tensor]:
         return _coco_weights()
     path = Path(weights)
     if not path.is_file():
-        raise ProposalError(f"{path}: no such file of detector weights")
+        raise ProposalError(
+            f"{path}: no such file of detector weights; without --detector-weights COCO's are downloaded, and --proposals small "
+            "is a detector in the package"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -124,9 +128,10 @@ def _coco_weights() -> dict[str, Tensor]:
     wanted = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, a wrong hash, a file cut short
+        state = f"at {wanted} are damaged; delete that file" if wanted.exists() else "are not here and cannot be downloaded"
         raise ProposalError(
-            f"Mask R-CNN's COCO weights are not here and cannot be downloaded ({error}). Put {url} at {wanted}, "
-            "or name a local copy with --detector-weights FILE, "
+            f"Mask R-CNN's COCO weights {state} ({_short(str(error))}). Put {url} at {wanted}, "
+            "or name a local copy with --detector-weights FILE, use the packaged detector with --proposals small, "
             "or bring another detector's masks with --proposals FILE.json"
         ) from None

@@ -20,6 +20,8 @@ from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.data.video import VideoWriter, open_frames
 from dmm_fast.inference import run as segmenting
 from dmm_fast.inference.demo import make_clip
+from dmm_fast.inference.folder import SHEET
+from dmm_fast.inference.report import by_object, remark
 from dmm_fast.inference.run import segment
 
 SIZE, LENGTH = (96, 160), 9
@@ -54,7 +56,7 @@ def command(clip, out, *more):
 
 def contents(out):
     """Masks by name and the report, less what differs from run to run."""
-    masks = {path.name: read_mask(path).tobytes() for path in out.glob("*.png") if path.name != segmenting.SHEET}
+    masks = {path.name: read_mask(path).tobytes() for path in out.glob("*.png") if path.name != SHEET}
     report = json.loads((out / "report.json").read_text())
     return masks, {name: report[name] for name in ("frames", "objects", "notes")}
 
@@ -123,9 +125,9 @@ def test_a_proposal_of_two_objects_is_told(capsys):
 
     row = {"frame": "b", "objects": [entry(1, 3), entry(2, 3), entry(3, 0), entry(4, None), entry(5, None)]}
     given = {"frame": "a", "objects": [{"id": label, "given": True} for label in range(1, 6)]}
-    objects = segmenting._by_object([given, row])
+    objects = by_object([given, row])
     assert [objects[str(label)]["shared"] for label in range(1, 6)] == [1, 1, 0, 0, 0]
-    assert segmenting._remark(row) == "lost 4, 5; one mask for 1, 2" and segmenting._remark(given) == ""
+    assert remark(row) == "lost 4, 5; one mask for 1, 2" and remark(given) == ""
     summarise({"notes": [], "objects": objects, "speed": {"seconds": {}, "frames": 2, "fps": 1.0}}, {})
     assert capsys.readouterr().out.count("one proposal with another object in 1 of 1 frames") == 2
 
@@ -151,7 +153,11 @@ def test_objects_that_come_late(clip, tmp_path):
     assert report["objects"]["4"]["given"] == "00002" and report["objects"]["1"]["given"] == "00005"
     assert report["objects"]["1"]["frames"] == LENGTH - 6
     notes = " ".join(report["notes"])
-    assert "first mask is that of frame 00002" in notes and "00005: new object 1" in notes and "1 of 3 masks" in notes
+    assert (
+        "frames 00000 to 00001 (2 frames) lie before the first mask, that of frame 00002" in notes
+        and "00005: new object 1" in notes
+        and "1 of 3 masks" in notes
+    )
 
 
 def test_masks_as_one_file_per_object(clip, finished, tmp_path):
@@ -248,10 +254,10 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
 KILLED = """
     import os, signal, sys
     import dmm_fast.inference.run as s
-    from dmm_fast.inference import folder
+    from dmm_fast.inference import folder, results
     from pathlib import Path
     where, number, frames, masks, proposals, out = sys.argv[1:]
-    owner, name = {"save": (s.RunFolder, "save"), "draw": (s.ContactSheet, "save")}.get(where, (s, where))
+    owner, name = {"save": (s.RunFolder, "save"), "draw": (results.ContactSheet, "save")}.get(where, (s, where))
     original, calls = getattr(owner, name), []
     def dies(*arguments, **options):
         calls.append(1)
@@ -310,7 +316,7 @@ def test_killed_before_the_first_checkpoint(clip, finished, tmp_path, monkeypatc
 def test_finished_runs_are_not_touched_unless_asked(clip, finished, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    fails(capsys, command(clip, out), "holds a finished run; --overwrite replaces it")
+    fails(capsys, command(clip, out), f"holds a finished run ({frames(clip)}, {LENGTH} frames); --overwrite replaces it")
     stamp = (out / "report.json").stat().st_mtime_ns
     assert main(command(clip, out, "--resume")) == 0 and (out / "report.json").stat().st_mtime_ns == stamp
     assert main(command(clip, out, "--resume", "--overlay", out / "late.mp4")) == 0  # from the masks there
@@ -368,7 +374,7 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
         ),
     ]:
         fails(capsys, changed(good, **changes), *messages)
-    fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: a video's name must end in .mp4")
+    fails(capsys, [*good, "--overlay", tmp_path / "o.gif"], "o.gif: the name of a video must end in .mp4")
     fails(capsys, [*good, "--backbone", "resnet50"], "resnet50", "weights")
     fails(capsys, [*good, "--preset", "davis", "--weights", tmp_path / "w.safetensors"], "w.safetensors")
     for device in ("cuda:99", "gpu"):

@@ -166,11 +166,16 @@ def test_first_mask_notes(tmp_path: Path):
     path = tmp_path / "mask.png"
     write_mask(path, two_objects(3, 7))
     assert read_first_masks(path)[1] == ["gaps in the object ids: 3, 7; kept as they are"]
+    ids = two_objects()
+    ids[44, 5:20], ids[2, 40] = 3, 4
+    write_mask(path, ids)
+    assert read_first_masks(path)[1] == ["ids 3, 4 occur only as specks or thin lines: was the mask interpolated?"]
     ids = two_objects(1, 6)
     for x, number in enumerate((2, 3, 4, 5)):
         ids[20:40, 33 - x] = number  # as bilinear resizing of an id map leaves it
     write_mask(path, ids)
-    assert read_first_masks(path)[1] == ["ids 2, 3, 4, 5 occur only as specks or thin lines: was the mask interpolated?"]
+    with pytest.raises(MaskError, match=r"anti-aliased or interpolated picture: \d stray ids .*\(--clean-masks\)"):
+        read_first_masks(path)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from helpers.videos import make_video, seconds_of_sound, shown
 from PIL import Image
 
-from dmm_fast.data.video import Behind, FramesError, VideoWriter, natural_key, open_frames, prefetch
+from dmm_fast.data.video import Behind, FramesError, VideoWriter, alpha_suffix, natural_key, open_frames, prefetch
 
 
 def save(path, value=0, size=(6, 8)):
@@ -101,15 +104,20 @@ def test_other_containers_know_their_length(tmp_path, name):
     assert [(index, stem) for index, stem, _ in frames.pick({7, 2})] == [(2, "00002"), (7, "00007")]
 
 
+def turned(source, target):
+    """The same with a display matrix that says: turn a quarter clockwise."""
+    content = bytearray(source.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    target.write_bytes(content)
+    return target
+
+
 def test_telephone_videos_are_read_upright(tmp_path):
     """A file whose display matrix says: turn a quarter clockwise."""
     write_video(tmp_path / "clip.mp4", count=2)
     (_, lying), *_ = open_frames(tmp_path / "clip.mp4").read()
-    content = bytearray((tmp_path / "clip.mp4").read_bytes())
-    matrix = content.index(b"tkhd") + 44
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
-    (tmp_path / "turned.mp4").write_bytes(content)
-    frames = open_frames(tmp_path / "turned.mp4")
+    frames = open_frames(turned(tmp_path / "clip.mp4", tmp_path / "turned.mp4"))
     (_, upright), *_ = frames.read()
     assert frames.size == upright.shape[:2] == (64, 48)
     assert (upright == np.rot90(lying, -1)).all()
@@ -205,3 +213,114 @@ def test_what_runs_behind_keeps_its_order_and_tells_its_errors():
     with pytest.raises(KeyError), Behind() as behind:  # what went wrong before is not hidden
         behind(lambda: 1 / 0)
         raise KeyError
+
+
+# ------------------------------------------------------------------------------------------------- videos like others
+
+UNEVEN = [0, 3000, 6000, 18000, 21000, 40000, 47500, 50000, 60000, 75000, 80000, 90000]
+
+
+def copied(source, target, alpha=False):
+    """A video with the frames of another, as an overlay is written; what the writer had to note."""
+    frames = open_frames(source)
+    with VideoWriter(target, frames.size, like=frames, alpha=alpha) as writer:
+        for _, frame in frames.read():
+            writer.write(np.concatenate([frame, frame[..., :1]], 2) if alpha else frame)
+    return writer.notes
+
+
+@pytest.mark.parametrize("name", ["copy.mp4", "copy.mkv", "copy.mov"])
+@pytest.mark.parametrize("times", [None, UNEVEN])
+def test_frame_times_are_kept(tmp_path, name, times):
+    source = make_video(tmp_path / "clip.mp4", times)
+    assert copied(source, tmp_path / name) == []
+    assert shown(tmp_path / name) == pytest.approx(shown(source), abs=1e-3)
+
+
+def test_an_avi_holds_one_rate_only(tmp_path):
+    make_video(tmp_path / "even.mp4")
+    copied(tmp_path / "even.mp4", tmp_path / "even.avi")
+    assert open_frames(tmp_path / "even.avi").fps == pytest.approx(12)
+    make_video(tmp_path / "uneven.mp4", UNEVEN)
+    with pytest.raises(FramesError, match="an .avi holds one frame rate, uneven.mp4 has several; choose .mp4"):
+        copied(tmp_path / "uneven.mp4", tmp_path / "uneven.avi")
+    assert not list(tmp_path.glob("uneven*.avi"))
+
+
+def test_recordings_that_begin_late_begin_at_once(tmp_path):
+    make_video(tmp_path / "clip.ts", [90000 * 50 + 7500 * index for index in range(12)])
+    copied(tmp_path / "clip.ts", tmp_path / "copy.mp4")
+    assert shown(tmp_path / "copy.mp4") == pytest.approx([index / 12 for index in range(12)], abs=1e-3)
+
+
+@pytest.mark.parametrize("alpha, name", [(False, "copy.mp4"), (False, "copy.mkv"), (True, "copy.mov"), (True, "copy.webm")])
+def test_pixels_that_are_not_square_are_kept(tmp_path, alpha, name):
+    copied(make_video(tmp_path / "clip.mp4", aspect=Fraction(4, 3)), tmp_path / name, alpha)
+    frames = open_frames(tmp_path / name)
+    assert (frames.size, frames.aspect) == (((48, 86), 1) if name.endswith("webm") else ((48, 64), Fraction(4, 3)))
+
+
+def test_a_turned_video_with_flat_pixels_has_tall_ones(tmp_path):
+    source = turned(make_video(tmp_path / "clip.mp4", aspect=Fraction(4, 3)), tmp_path / "turned.mp4")
+    copied(source, tmp_path / "copy.mp4")
+    for path in (source, tmp_path / "copy.mp4"):
+        frames = open_frames(path)
+        assert (frames.size, frames.aspect) == ((64, 48), Fraction(3, 4)), path
+
+
+@pytest.mark.parametrize(
+    "sound, source, target, codec",
+    [
+        ("aac", "clip.mp4", "copy.mp4", "aac"),
+        ("aac", "clip.ts", "copy.mp4", "aac"),
+        ("aac", "clip.mp4", "copy.mkv", "aac"),
+        ("libopus", "clip.mkv", "copy.mp4", "opus"),
+        ("libopus", "clip.mkv", "copy.mov", "aac"),
+        ("pcm_s16le", "clip.mov", "copy.mp4", "aac"),
+        ("flac", "clip.mkv", "copy.mov", "aac"),
+    ],
+)
+def test_the_sound_is_kept(tmp_path, sound, source, target, codec):
+    """Copied where the container holds it, else transcoded, and said so."""
+    notes = copied(make_video(tmp_path / source, UNEVEN, sound=sound), tmp_path / target)
+    assert notes == (
+        [] if codec in sound else [f".{target[-3:]} cannot hold sound as {sound.removeprefix('lib')}: transcoded to aac"]
+    )
+    found, seconds = seconds_of_sound(tmp_path / target)
+    assert found == codec and seconds == pytest.approx(1, abs=0.05)
+    steps = np.diff(shown(tmp_path / target))
+    assert steps == pytest.approx(np.diff(UNEVEN) / 90000, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["copy.mov", "copy.webm"])
+def test_alpha_videos(tmp_path, name):
+    """ProRes 4444 and VP9, with the sound and the alpha that was written."""
+    source = make_video(tmp_path / "clip.mp4", UNEVEN, sound="aac")
+    notes = copied(source, tmp_path / name, alpha=True)
+    assert notes == ([] if name.endswith("mov") else [".webm cannot hold sound as aac: transcoded to opus"])
+    assert seconds_of_sound(tmp_path / name)[1] == pytest.approx(1, abs=0.05)
+    assert shown(tmp_path / name) == pytest.approx(shown(source), abs=2e-3)
+    red = np.stack([frame[..., 0] for _, frame in open_frames(source).read()]).astype(int)
+    assert np.abs(decoded_alpha(tmp_path / name) - red).mean() < 12
+
+
+def decoded_alpha(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if stream.codec_context.name == "vp9":  # FFmpeg's own decoder leaves the alpha out
+            codec = av.CodecContext.create("libvpx-vp9", "r")
+            frames = [f for packet in container.demux(stream) for f in codec.decode(packet if packet.size else None)]
+        else:
+            frames = list(container.decode(stream))
+        return np.stack([frame.to_ndarray(format="rgba")[..., 3] for frame in frames]).astype(int)
+
+
+def test_alpha_needs_an_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"libx264"})
+    with pytest.raises(
+        FramesError, match=r"no encoder prores_ks, which a \.mov with alpha needs; encoders with alpha here: none"
+    ):
+        VideoWriter(tmp_path / "clip.mov", (48, 64), alpha=True)
+    assert alpha_suffix() is None
+    with pytest.raises(FramesError, match=r"with alpha must end in \.mov, \.webm"):
+        VideoWriter(tmp_path / "clip.mp4", (48, 64), alpha=True)

@@ -108,8 +108,12 @@ def test_polygons(tmp_path):
         ('[{"image_id": "00000", "score": 0.5, "segm', "was it written to the end"),
         ("\x00\x01", "not valid JSON"),
         (b"\xff\xfe\x00", "not a text file"),
-        ('{"annotations": [], "images": []}', "a COCO data set"),
-        ('{"a": 1}', "is a JSON list"),
+        ('{"annotations": []}', "a COCO data set without 'images'"),
+        ('{"annotations": [], "videos": []}', "a YouTube-VIS file without 'images'"),
+        ('{"annotations": [], "images": [{"file_name": "a.jpg"}]}', "image 0 needs an id"),
+        ('{"annotations": [{"image_id": 2}], "images": [{"id": 1}]}', "annotation 0 needs the image_id of one of 1 images"),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": "a/0.jpg"}, {"id": 2, "file_name": "b/0.jpg"}]}', "two videos"),
+        ('{"a": 1}', "is a list of results, or a data set"),
         ('[{"image_id": 3}]', "entry 0 needs image_id and a finite score"),
         ('[{"image_id": 3, "score": "high"}]', "finite score"),
         ('[{"image_id": 3, "score": NaN}]', "finite score"),
@@ -306,3 +310,93 @@ def test_offline_says_which_file_it_wants_and_what_else_to_do(tmp_path, monkeypa
     message = str(caught.value)
     assert f"{tmp_path}/hub/checkpoints/maskrcnn_resnet50_fpn_v2_coco-" in message
     assert "--detector-weights FILE" in message and "--proposals FILE.json" in message and "\n" not in message
+
+
+def test_damaged_weights_in_the_cache_are_named(tmp_path, monkeypatch):
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints" / MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"PK\x03\x04torn")
+    with pytest.raises(ProposalError, match=f"at {cached} are damaged; delete that file"):
+        TorchvisionProposer()
+
+
+# ------------------------------------------------------------------------------------------------------- COCO data sets
+
+
+@pytest.mark.parametrize("encode", [compressed, uncompressed, None])
+@pytest.mark.parametrize("score", [None, 0.25])
+def test_a_data_set_tells_its_frames_by_file_name(tmp_path, encode, score):
+    mask = np.zeros(SIZE, bool)
+    mask[5:20, 5:25] = True
+    polygon = [[5, 5, 25, 5, 25, 20, 5, 20]]
+    images = [
+        {"id": 900 + index, "file_name": f"clip/{index:05d}.jpg", "height": SIZE[0], "width": SIZE[1]} for index in range(3)
+    ]
+    entry = {"id": 1, "image_id": 901, "category_id": 3, "iscrowd": 0, "segmentation": encode(mask) if encode else polygon}
+    content = {"images": images, "annotations": [entry if score is None else {**entry, "score": score}], "categories": []}
+    file = read_coco(save(tmp_path / "p.json", content))
+    found = file.frame("00001", SIZE)
+    assert found.scores.tolist() == [1.0 if score is None else score] and (found.masks[0].numpy() == mask).all()
+    stems = ["00000", "00001", "00002"]
+    assert file.align(stems) == ["p.json: no proposals for 2 of 3 frames: 00000, 00002"]
+    assert [len(file.frame(stem, SIZE).scores) for stem in stems] == [0, 1, 0]
+
+
+# -------------------------------------------------------------------------------------- image ids that count otherwise
+
+
+def ids_file(path, ids):
+    """One proposal per id; the id is its score."""
+    mask = random_masks(3)[2]
+    return read_coco(save(path, [result(mask, image_id, score=index + 1) for index, image_id in enumerate(ids)]))
+
+
+def met(file, stems):
+    """Of every frame the place of its entry in the file, from 1; 0 for none."""
+    return [int(file.frame(stem, SIZE).scores[0]) if len(file.frame(stem, SIZE).scores) else 0 for stem in stems]
+
+
+FIVE = [f"{index:05d}" for index in range(5)]
+
+
+@pytest.mark.parametrize(
+    "ids, stems, places, notes",
+    [
+        ([0, 1, 2, 3, 4], FIVE, [1, 2, 3, 4, 5], []),
+        (FIVE, FIVE, [1, 2, 3, 4, 5], []),
+        ([1, 2, 3, 4, 5], [f"{n:05d}" for n in range(1, 6)], [1, 2, 3, 4, 5], []),  # frames that are named from 1
+        ([1, 2, 3, 4, 5], FIVE, [1, 2, 3, 4, 5], ["-1 is added to each", "image id 1 is frame 00000"]),
+        ([1, 2, 4, 5], FIVE, [1, 2, 0, 3, 4], ["-1 is added to each", "no proposals for 1 of 5 frames: 00002"]),
+        ([0, 1, 2, 3, 4], [f"{n:05d}" for n in range(100, 105)], [1, 2, 3, 4, 5], ["+100 is added", "image id 0 is frame 00100"]),
+        ([1, 2, 3, 4, 5], [f"img_{n}" for n in range(7, 12)], [1, 2, 3, 4, 5], ["+6 is added", "image id 1 is frame img_7"]),
+        ([1, 2, 3], ["a", "b", "c"], [1, 2, 3], ["-1 is added", "image id 1 is frame a"]),
+        ([1, 2, 3], ["00000", "00005", "00010"], [1, 2, 3], ["by their place in the clip", "image id 1 is frame 00000"]),
+        ([0, 1, 3], FIVE, [1, 2, 0, 3, 0], ["no proposals for 2 of 5 frames: 00002, 00004"]),
+        (range(9), FIVE, [1, 2, 3, 4, 5], ["4 of 9 image ids are not those of a frame: 5, 6, 7, 8"]),  # a longer clip
+        ([0, 1, 2, 3, 77], FIVE, [1, 2, 3, 4, 0], ["no proposals for 1", "not those of a frame: 77", "--image-id-offset N"]),
+        (["00001", "zebra"], FIVE, [0, 1, 0, 0, 0], ["no proposals for 4 of 5", "not those of a frame: zebra"]),
+    ],
+)  # fmt: skip
+def test_which_frames_image_ids_mean(tmp_path, ids, stems, places, notes):
+    file = ids_file(tmp_path / "p.json", ids)
+    told = file.align(stems)
+    assert met(file, stems) == places
+    assert all(note in " ".join(told) for note in notes) and bool(told) == bool(notes), told
+
+
+def test_ambiguous_image_ids_need_an_answer(tmp_path):
+    file = ids_file(tmp_path / "p.json", [2, 3, 4, 5])
+    with pytest.raises(ProposalError, match=r"off by a constant, but -2, -1 would all do; --image-id-offset N"):
+        file.align(FIVE)
+    assert "as asked" in file.align(FIVE, -1)[0] and met(file, FIVE) == [0, 1, 2, 3, 4]
+    file.align(FIVE, -2)
+    assert met(file, FIVE) == [1, 2, 3, 4, 0]
+    with pytest.raises(ProposalError, match="with --image-id-offset 50 no image id is that of a frame"):
+        file.align(FIVE, 50)
+    file = ids_file(tmp_path / "q.json", [1, 2, 3, 4, 5])
+    assert "no proposals for 1 of 5 frames: 00000" in file.align(FIVE, 0)[0] and met(file, FIVE) == [0, 1, 2, 3, 4]
+    with pytest.raises(ProposalError, match=r"no proposals for these frames: image ids 70 to 90, frames 00000 to 00004"):
+        ids_file(tmp_path / "r.json", [70, 90]).align(FIVE)

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from functools import cache
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -420,10 +421,28 @@ def test_detectron2_from_files(detectron2, tmp_path):
     config.write_text("")
     open_proposer(f"detectron2:{config}:https://host/w.pkl")
     assert detectron2.made[-1].cfg.MODEL.WEIGHTS == "https://host/w.pkl"
-    open_proposer(f"detectron2:{config}")
-    assert detectron2.made[-1].cfg.MODEL.WEIGHTS == "" and detectron2.made[-1].cfg.files == [str(config)]
+    assert detectron2.made[-1].cfg.files == [str(config)]
+    with pytest.raises(
+        ProposalError, match=r"net.yaml: names no weights, so the model would be random.*detectron2:.*net.yaml:FILE"
+    ):
+        open_proposer(f"detectron2:{config}")
     with pytest.raises(ProposalError, match="neither a file nor in detectron2's model zoo"):
         open_proposer("detectron2:nothing.yaml")
+
+
+@pytest.mark.parametrize("error", [AssertionError("Checkpoint w.pkl not found!"), URLError("no network")])
+def test_detectron2_without_its_weights_says_which_and_what_else(detectron2, monkeypatch, error):
+    def fails(self, cfg):
+        raise error
+
+    monkeypatch.setattr(detectron2, "__init__", fails)
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+    with pytest.raises(ProposalError) as caught:
+        open_proposer(f"detectron2:{name}")
+    message = str(caught.value)
+    assert f"https://zoo/{name}.pkl" in message and f"--proposals detectron2:{name}:FILE" in message and "small" in message
+    with pytest.raises(ProposalError, match="weights w.pkl are not here"):
+        open_proposer(f"detectron2:{name}:w.pkl")
 
 
 def test_detectron2_that_is_missing_says_how_to_get_it(monkeypatch, capsys, dataset, tmp_path):

@@ -1,0 +1,260 @@
+"""What a run leaves beside its masks: the same whether it was killed or not, and what other tools expect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from helpers.videos import make_video, packets, pictures, seconds_of_sound, shown, spoil
+from PIL import Image
+from pycocotools import mask as coco
+from pycocotools.coco import COCO
+
+from dmm_fast.commands.main import main
+from dmm_fast.data.masks import read_ids, write_mask
+from dmm_fast.data.video import open_frames
+from dmm_fast.inference import results as module
+from dmm_fast.inference.folder import RunError
+from dmm_fast.inference.run import segment
+from dmm_fast.proposals.coco import read_coco
+
+EVERY = ("masks", "binary", "cutout", "alpha-video", "tracks")
+UNEVEN = [0, 3000, 6000, 18000, 21000, 40000, 47500, 50000, 60000, 75000, 80000, 90000]
+SIZE = (48, 64)
+
+
+def masks_at(index):
+    """The moving square, and an object that stands still."""
+    ids = np.zeros(SIZE, np.uint8)
+    ids[34:44, 4:16] = 7
+    ids[10:30, 2 * index : 2 * index + 20] = 2
+    return ids
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A video with uneven times, flat pixels and sound, its first masks, and proposals."""
+    folder = tmp_path_factory.mktemp("clip")
+    make_video(folder / "clip.mp4", UNEVEN, aspect=Fraction(4, 3), sound="aac")
+    write_mask(folder / "first.png", masks_at(0))
+    save_proposals(folder / "p.json")
+    return folder
+
+
+def save_proposals(path, first=0):
+    found = []
+    for index in range(12):
+        for label, score in ((2, 0.9), (7, 0.8)):
+            code = coco.encode(np.asfortranarray((masks_at(index) == label).astype(np.uint8)))
+            segmentation = {"size": list(SIZE), "counts": code["counts"].decode()}
+            found.append({"image_id": index + first, "score": score, "segmentation": segmentation})
+    path.write_text(json.dumps(found))
+
+
+def options(clip, out, **more):
+    return {"frames": clip / "clip.mp4", "masks": clip / "first.png", "out": out, "proposals": clip / "p.json",
+            "preset": "iou", **more}  # fmt: skip
+
+
+def digests(out):
+    """Every file of a run but the report, which has times in it."""
+    files = [file for file in out.rglob("*") if file.is_file() and file.name != "report.json"]
+    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def finished(clip, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    segment(**options(clip, out, save=EVERY, video=out / "overlay.mp4"))
+    return out
+
+
+def test_binary_masks_and_cutouts(clip, finished):
+    for index, (stem, frame) in enumerate(open_frames(clip / "clip.mp4").read()):
+        ids = read_ids(finished / f"{stem}.png")
+        assert (ids == masks_at(index)).all()
+        for label in (2, 7):
+            image = Image.open(finished / f"binary/{label}/{stem}.png")
+            assert image.mode == "L" and (np.asarray(image) == (ids == label) * 255).all()
+        cut = Image.open(finished / f"cutout/{stem}.png")
+        assert cut.mode == "RGBA" and (np.asarray(cut)[..., 3] == (ids > 0) * 255).all()
+        assert (np.asarray(cut)[..., :3] == frame * (ids > 0)[..., None]).all()
+    assert {path.name for path in (finished / "binary").iterdir()} == {"2", "7"}
+
+
+@pytest.mark.parametrize("name", ["overlay.mp4", "alpha.mov"])
+def test_videos_keep_times_pixels_and_sound(clip, finished, name):
+    assert shown(finished / name) == pytest.approx(shown(clip / "clip.mp4"), abs=1e-3)
+    frames = open_frames(finished / name)
+    assert (frames.size, frames.aspect) == (SIZE, Fraction(4, 3))
+    assert seconds_of_sound(finished / name)[1] == pytest.approx(1, abs=0.05)
+
+
+def test_tracks_are_read_by_coco_and_by_ourselves(clip, finished, capsys):
+    tracks = COCO(str(finished / "tracks.json"))
+    assert len(tracks.getImgIds()) == 12 and len(tracks.getAnnIds()) == 24
+    for annotation in tracks.loadAnns(tracks.getAnnIds()):
+        image = tracks.loadImgs(annotation["image_id"])[0]
+        mask = masks_at(image["frame_index"]) == annotation["track_id"]
+        assert (tracks.annToMask(annotation) == mask).all() and annotation["area"] == mask.sum()
+        y, x = mask.nonzero()
+        assert annotation["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+        assert image["file_name"] == f"{image['frame_index']:05d}.png" and image["width"] == 64 and annotation["score"] <= 1
+    again = read_coco(finished / "tracks.json")  # as proposals
+    stems = [f"{index:05d}" for index in range(12)]
+    assert again.align(stems) == []
+    masks = again.frame("00003", SIZE).masks.numpy()
+    assert sorted(mask.tobytes() for mask in masks) == sorted((masks_at(3) == label).tobytes() for label in (2, 7))
+
+
+def test_tracks_in_the_format_of_youtube_vis(finished):
+    content = json.loads((finished / "tracks-youtube-vis.json").read_text())
+    (video,) = content["videos"]
+    assert (video["length"], video["height"], video["width"], len(video["file_names"])) == (12, *SIZE, 12)
+    assert [category["id"] for category in content["categories"]] == [1]
+    assert [annotation["id"] for annotation in content["annotations"]] == [2, 7]
+    for annotation in content["annotations"]:
+        assert len(annotation["segmentations"]) == len(annotation["bboxes"]) == len(annotation["areas"]) == 12
+        for index, (code, area) in enumerate(zip(annotation["segmentations"], annotation["areas"])):
+            mask = masks_at(index) == annotation["id"]
+            assert (coco.decode(code) == mask).all() and area == mask.sum()
+
+
+def test_an_object_that_is_not_there_yet_has_no_track(clip, tmp_path):
+    write_mask(tmp_path / "00004.png", masks_at(4))
+    report = segment(**options(clip, tmp_path / "out", masks=tmp_path, save=["tracks", "binary"]))
+    content = json.loads((tmp_path / "out/tracks-youtube-vis.json").read_text())
+    for annotation in content["annotations"]:
+        assert annotation["segmentations"][:4] == annotation["bboxes"][:4] == annotation["areas"][:4] == [None] * 4
+        assert None not in annotation["segmentations"][4:]
+    assert not np.asarray(Image.open(tmp_path / "out/binary/7/00003.png")).any()
+    assert any("frames 00000 to 00003 (4 frames) lie before the first mask" in note for note in report["notes"])
+
+
+KILLED = """
+import os, signal, sys
+from dmm_fast.inference import results, run
+where, number, *paths = sys.argv[1:]
+owner, name = {"frame": (run, "write_mask"), "result": (results.Tracks, "add"), "end": (results.Cutout, "__exit__")}[where]
+original, calls = getattr(owner, name), []
+def dies(*arguments):
+    calls.append(1)
+    if len(calls) == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(owner, name, dies)
+frames, masks, proposals, out = paths
+run.segment(frames, masks, out, proposals=proposals, preset="iou", save_every=0,
+            save=["binary", "cutout", "alpha-video", "tracks"], video=out + "/overlay.mp4")
+"""
+
+
+@pytest.mark.parametrize("where, number", [("frame", 6), ("result", 7), ("end", 1)])
+def test_a_killed_run_that_resumes_leaves_the_same_files(clip, finished, tmp_path, where, number):
+    out = tmp_path / "out"
+    paths = [clip / "clip.mp4", clip / "first.png", clip / "p.json", out]
+    assert subprocess.run([sys.executable, "-c", KILLED, where, str(number), *map(str, paths)]).returncode == -9
+    segment(**options(clip, out, save=EVERY, video=out / "overlay.mp4", resume=True))
+    assert digests(out) == digests(finished)
+
+
+def test_a_finished_run_can_be_asked_for_more(clip, finished, tmp_path):
+    out = tmp_path / "out"
+    segment(**options(clip, out))
+    assert not (out / "binary").exists()
+    report = segment(**options(clip, out, save=["binary", "tracks"], resume=True))
+    assert report["results"] == ["binary", "tracks"] == json.loads((out / "report.json").read_text())["results"]
+    ours = digests(out)
+    assert {name: digests(finished)[name] for name in ours} == ours
+
+
+def test_results_of_a_folder_of_images(clip, finished, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(pictures()):
+        Image.fromarray(frame).save(tmp_path / f"frames/{index:05d}.jpg")
+    out = tmp_path / "out"
+    segment(**options(clip, out, frames=tmp_path / "frames", save=EVERY, video=tmp_path / "o.mp4"))
+    names = [image["file_name"] for image in json.loads((out / "tracks.json").read_text())["images"]]
+    assert names == [f"{index:05d}.jpg" for index in range(12)]
+    assert len(open_frames(out / "alpha.mov")) == len(open_frames(tmp_path / "o.mp4")) == 12
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(clip, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (tmp_path / "frames").mkdir()
+    for index in range(3):
+        Image.fromarray(pictures()[index]).save(tmp_path / f"frames/{index:05d}.png")
+    with pytest.raises(RunError, match=rf"holds a finished run \({clip}/clip.mp4, 12 frames\); --overwrite replaces it"):
+        segment(**options(clip, out, frames=tmp_path / "frames"))
+    segment(**options(clip, out, frames=tmp_path / "frames", overwrite=True))
+    assert {path.name for path in out.iterdir()} == {
+        "00000.png", "00001.png", "00002.png", "contact-sheet.png", "report.json", "overlay.mp4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["other.png", "tracks.json", "binary/1/00000.png", "report.json"])
+def test_the_results_of_others_are_told_before_anything_is_computed(clip, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("dmm_fast.inference.run.Segmenter", None)
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match=rf"out: holds a?.*{name.split('/')[0]}.*no run has written; choose another --out"):
+            segment(**options(clip, tmp_path / "out", overwrite=overwrite))
+    assert file.read_text() == "{}"
+
+
+def test_kinds_that_cannot_be_made_are_refused_at_once(clip, tmp_path, monkeypatch, capsys):
+    with pytest.raises(RunError, match="--save gif: the kinds are masks, binary, cutout, alpha-video, tracks"):
+        segment(**options(clip, tmp_path / "out", save=["gif"]))
+    monkeypatch.setattr(module, "alpha_suffix", lambda: None)
+    with pytest.raises(RunError, match="neither ProRes 4444 nor VP9"):
+        segment(**options(clip, tmp_path / "out", save=["alpha-video"]))
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- what is wrong with the input is told
+
+
+def test_the_report_and_the_summary_name_frames_that_cannot_be_decoded(clip, tmp_path, capsys):
+    damaged = make_video(tmp_path / "clip.mp4")
+    found = packets(damaged)
+    spoil(damaged, 5)
+    lost = sorted(stamp for stamp, *_ in found).index(found[5][0])
+    out = tmp_path / "out"
+    arguments = ["segment", damaged, "--masks", clip / "first.png", "--proposals", clip / "p.json", "--out", out,
+                 "--preset", "iou", "--overlay", tmp_path / "o.mp4"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    assert f"note: clip.mp4: frame {lost:05d} cannot be decoded: the last good picture stands for it" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert [row["frame"] for row in report["frames"] if row.get("picture") == "missing"] == [f"{lost:05d}"]
+    assert len(list(out.glob("0*.png"))) == len(open_frames(tmp_path / "o.mp4")) == 12
+
+
+def test_image_ids_that_count_from_one_are_told_in_time(clip, tmp_path, capsys):
+    save_proposals(tmp_path / "p.json", first=1)
+    arguments = ["segment", clip / "clip.mp4", "--masks", clip / "first.png", "--proposals", tmp_path / "p.json",
+                 "--out", tmp_path / "out", "--preset", "iou"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    shown = capsys.readouterr()
+    assert "-1 is added to each" in shown.err.partition("frames/s")[0] and "-1 is added to each" in shown.out
+    assert (read_ids(tmp_path / "out/00005.png") == masks_at(5)).all()
+
+
+def test_smoothed_masks_are_cleaned_when_asked(clip, tmp_path, capsys):
+    smooth = Image.fromarray(masks_at(0)[::2, ::2]).resize((64, 48), Image.Resampling.BILINEAR)
+    write_mask(tmp_path / "m.png", np.asarray(smooth))
+    arguments = ["segment", clip / "clip.mp4", "--masks", tmp_path / "m.png", "--proposals", clip / "p.json",
+                 "--out", tmp_path / "out", "--preset", "iou"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "--clean-masks" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([str(argument) for argument in [*arguments, "--clean-masks"]]) == 0
+    assert (read_ids(tmp_path / "out/00006.png") == masks_at(6)).all()
+    assert "cleaned: " in capsys.readouterr().out
