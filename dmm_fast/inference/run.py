@@ -81,21 +81,16 @@ def segment(
     if video is not None:
         check_video_name(video, coming=out)
     budget = online_budget(online) if online is not None else None
-    settings = {
-        "frames": str(source.path.resolve()),
-        "masks": str(given.path.resolve()),
-        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
-        "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
-        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
-        "precision": precision,
-        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
-    }  # fmt: skip
+    settings = run_settings(
+        source.path, given.path, proposals, detector_weights, weights, preset=preset, backbone=backbone, refine=refine,
+        matcher=matcher, decision=decision, online=online, precision=precision,
+    )  # fmt: skip
     _check_out(out, source, given)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
         return _finished(source, folder, video)
     checkpoint = folder.find(source.stems, resume, overwrite)
-    propose = _proposal_source(proposals, detector_weights, source, device)
+    propose = proposal_source(proposals, detector_weights, source, device)
     detector = propose.proposer if isinstance(propose, Live) else None
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
@@ -116,6 +111,25 @@ def segment(
     run = _Run(source, given, propose, segmenter, folder, checkpoint, budget)
     run.forward(progress, save_every)
     return run.finish(video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
+
+
+def run_settings(
+    frames: Path,
+    masks: Path,
+    proposals: str | os.PathLike,
+    detector_weights: str | os.PathLike,
+    weights: str | os.PathLike | None,
+    **model: Any,
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    return {
+        "frames": str(frames.resolve()),
+        "masks": str(masks.resolve()),
+        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
+        **model,
+        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
+        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
+    }
 
 
 def _finished(frames: ImageFrames | VideoFrames, folder: RunFolder, video: str | os.PathLike | None) -> dict[str, Any]:
@@ -194,7 +208,7 @@ class _Run:
             with self._clock("step"):
                 result = self.segmenter.step(frame, proposals)
             ids = np.array(result.ids)
-            objects = [_row(entry) for entry in result.objects]
+            objects = [row_of(entry) for entry in result.objects]
         if stem in self.given:
             self._take_in(stem, frame, ids, objects)
         with self._clock("write"):  # what of it holds up the next frame
@@ -264,8 +278,8 @@ class _Run:
             "settings": settings,
             "size": [height, width],
             "notes": self.notes,
-            "speed": _speed(len(rows), self.seconds),
-            "objects": _by_object(rows),
+            "speed": speed(len(rows), self.seconds),
+            "objects": by_object(rows),
             "frames": rows,
         }
         _draw(self.frames, self.folder, report, video)
@@ -325,7 +339,7 @@ class Live:
         load_weights(self.proposer.model.roi_heads, read_weights(path), str(path))
 
 
-def _proposal_source(
+def proposal_source(
     proposals: str | os.PathLike, weights: str | os.PathLike, frames: ImageFrames | VideoFrames, device: str
 ) -> Callable:
     """(stem, frame) -> Proposals."""
@@ -370,7 +384,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def _speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
+def speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
     total = sum(seconds.values())
     return {
         "frames": count,
@@ -379,7 +393,7 @@ def _speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
+def by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
     """Per object: the frame it was given in, frames followed, in how many of those it was lost or shared its proposal
     with another object (one of the two is then hidden), mean score where it was not lost."""
     given = {entry["id"]: row["frame"] for row in rows for entry in row["objects"] if "given" in entry}
@@ -397,7 +411,7 @@ def _by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def _row(found: ObjectResult) -> dict[str, Any]:
+def row_of(found: ObjectResult) -> dict[str, Any]:
     score, runner_up = (round(value, 4) + 0.0 for value in (found.score, found.runner_up))  # + 0.0: no "-0.0"
     return {"id": found.id, "proposal": found.proposal, "score": score, "runner_up": runner_up, "lost": found.lost}
 

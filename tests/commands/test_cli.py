@@ -123,7 +123,7 @@ def test_a_proposal_of_two_objects_is_told(capsys):
 
     row = {"frame": "b", "objects": [entry(1, 3), entry(2, 3), entry(3, 0), entry(4, None), entry(5, None)]}
     given = {"frame": "a", "objects": [{"id": label, "given": True} for label in range(1, 6)]}
-    objects = segmenting._by_object([given, row])
+    objects = segmenting.by_object([given, row])
     assert [objects[str(label)]["shared"] for label in range(1, 6)] == [1, 1, 0, 0, 0]
     assert segmenting._remark(row) == "lost 4, 5; one mask for 1, 2" and segmenting._remark(given) == ""
     summarise({"notes": [], "objects": objects, "speed": {"seconds": {}, "frames": 2, "fps": 1.0}}, {})
