@@ -49,7 +49,7 @@ class Project:
         for path in (self.masks, self.results, self.states, folder / "exports"):
             path.mkdir(exist_ok=True)
         self._numbers = {stem: index for index, stem in enumerate(clip.stems)}
-        stored = read_project(folder) or {"objects": [], "ends": {}}
+        stored = read_project(folder) or {"objects": [{"id": 1, "name": "Object 1"}], "ends": {}}
         self.names: dict[int, str] = {entry["id"]: entry["name"] for entry in stored["objects"]}
         self.ends = {self._numbers[stem]: set(ids) for stem, ids in stored["ends"].items() if stem in self._numbers}
         self.given: dict[int, set[int]] = {}

@@ -222,19 +222,26 @@ def _described(studio: Studio) -> dict[str, Any]:
     project, worker = studio.project, studio.worker
     assert project is not None and worker is not None
     height, width = project.clip.size
-    colours = object_colours()
     return {
         "seq": studio.feed.count,
         "clip": {"name": project.clip.path.name, "frames": len(project.clip), "width": width, "height": height,
                  "fps": project.clip.fps, "names": project.clip.stems[:1] + project.clip.stems[-1:]},
         "folder": str(project.folder),
         "objects": [{"id": label, "name": name} for label, name in sorted(project.names.items())],
-        "colours": colours.tolist(),
+        "colours": page_colours().tolist(),
         "timeline": project.timeline(),
         "run": worker.state,
         "exports": sorted(kind for kind, (_, name) in EXPORTS.items() if (project.folder / "exports" / name).exists()),
         "proposals": studio.settings.proposals if studio.settings.proposals in ("small", "torchvision") else "given",
     }  # fmt: skip
+
+
+def page_colours() -> np.ndarray:
+    """The palette's hues, softer, for a dark page: uint8 [256, 3]."""
+    first = [[239, 106, 91], [110, 199, 118], [232, 205, 88], [98, 146, 240], [202, 122, 218], [82, 198, 207], [188, 191, 199]]
+    soft = (0.68 * object_colours() + 0.32 * 176).astype(np.uint8)
+    soft[1 : 1 + len(first)] = first
+    return soft
 
 
 async def _upload(request: Request) -> Response:
@@ -321,6 +328,7 @@ async def _paint(request: Request) -> Response:
         if worker.running:  # what it makes would rest on the masks before
             worker.stop()
         project.paint(index, ids, given, ends)
+        worker.changed()
         studio.feed.put({"kind": "changed", "timeline": project.timeline(), "by": request.query_params.get("by", "")})
         return JSONResponse(project.about(index))
 

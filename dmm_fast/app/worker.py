@@ -58,7 +58,14 @@ class Worker:
         self._seconds: dict[str, float] = defaultdict(float)
         self._notes: list[str] = []
         self._following, self._handed = False, 0.0
-        self.state: dict[str, Any] = {"running": False, "message": "", "error": "", "fps": 0.0, "left": None}
+        self.state: dict[str, Any] = {
+            "done": project.status.count(DONE),
+            "running": False,
+            "message": "",
+            "error": "",
+            "fps": 0.0,
+            "left": None,
+        }
 
     # ------------------------------------------------------------------------------------------------- start and stop
 
@@ -82,8 +89,12 @@ class Worker:
         if self._thread is not None:
             self._thread.join()
 
+    def changed(self) -> None:
+        """The masks are no longer those of the last run."""
+        self._say(message="", left=None)
+
     def _say(self, **changes: Any) -> None:
-        self.state = {**self.state, **changes}
+        self.state = {**self.state, **changes, "done": self.project.status.count(DONE)}
         self.notify({"kind": "run", **self.state})
 
     def _work(self) -> None:

@@ -207,7 +207,7 @@ def test_what_cannot_be_opened(project, demo, tmp_path):
 
 
 def test_nothing_is_painted_for_unknown_objects(project, demo):
-    with pytest.raises(ProjectError, match="no object 1"):
+    with pytest.raises(ProjectError, match="no object 2"):
         project.paint(0, truth(demo, 0), [1])
     assert not list(project.masks.iterdir()) and list(project.status) == [OPEN] * LENGTH
 
