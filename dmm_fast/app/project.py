@@ -353,7 +353,7 @@ def open_project(folder: Path, clip: Path | None, progress: bool = False) -> Pro
     if stored is None:
         if clip is None:
             raise ProjectError(f"{folder}: no project here; name the clip: dmm-fast app VIDEO --project {folder}")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(entry != clip for entry in folder.iterdir())):
             raise ProjectError(f"{folder}: exists and is not a project; choose another --project")
     source = clip or Path(stored["clip"])  # type: ignore[index]
     if stored is not None and clip is None and not source.exists():

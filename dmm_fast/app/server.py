@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import shutil
 import socket
 import threading
 import webbrowser
@@ -265,7 +266,7 @@ async def _upload(request: Request) -> Response:
                 out.write(part)
         await run_in_threadpool(studio.open, folder, file)
     except BaseException:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(folder)  # which was new
         raise
     return JSONResponse({})
 
@@ -466,16 +467,20 @@ async def _exported(request: Request) -> Response:
 # --------------------------------------------------------------------------------------------------------- the socket
 
 
-def serve(studio: Studio, host: str, port: int | None, browser: bool) -> None:
-    """Until Ctrl-C. port: None for 8765 or, where that is taken, any."""
+def make_server(studio: Studio, host: str, port: int | None) -> tuple[uvicorn.Server, socket.socket, str]:
+    """A server, the socket it listens at, and the page's address. port: None for 8765 or, where that is taken, any."""
     listener = _listen(host, port)
-    port = listener.getsockname()[1]
-    token = secrets.token_urlsafe(24)
+    port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
     config = uvicorn.Config(create_app(studio, token, port), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     server = uvicorn.Server(config)
     studio.stopping = lambda: server.should_exit
-    name = f"[{host}]" if ":" in host else host
-    address = f"http://{name if host not in ('0.0.0.0', '::') else socket.gethostname()}:{port}/?token={token}"
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return server, listener, f"http://{shown}:{port}/?token={token}"
+
+
+def serve(studio: Studio, host: str, port: int | None, browser: bool) -> None:
+    """Until Ctrl-C."""
+    server, listener, address = make_server(studio, host, port)
     if studio.project is not None:
         print(f"project: {studio.project.folder}  ({len(studio.project.clip)} frames of {studio.project.clip.path})")
     print(f"open:    {address}\nCtrl-C ends it; everything is saved as you go.", flush=True)
@@ -492,6 +497,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, attempt))
+            listener.listen(128)
             return listener
         except OSError as fault:
             listener.close()

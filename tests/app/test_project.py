@@ -70,7 +70,9 @@ def results(project) -> list[bytes]:
     return [project.ids(index).tobytes() for index in range(len(project.clip))]
 
 
-@pytest.mark.parametrize("ids", [np.zeros((1, 1), np.uint8), np.arange(255, dtype=np.uint8)[None], np.zeros((4100, 4100), np.uint8)])
+@pytest.mark.parametrize(
+    "ids", [np.zeros((1, 1), np.uint8), np.arange(255, dtype=np.uint8)[None], np.zeros((4100, 4100), np.uint8)]
+)
 def test_runs_are_exact(ids):
     assert (runs.decode(runs.encode(ids), ids.shape) == ids).all()
 
