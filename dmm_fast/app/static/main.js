@@ -11,7 +11,7 @@ const KEPT = 24; // pictures
 
 const app = {
   clip: null, objects: [], colours: [], current: 0, frame: 0, about: null, mask: null, bitmap: null,
-  tool: 'pick', size: 12, taking: false, overlay: true, running: false,
+  tool: 'pick', size: 12, taking: false, overlay: true, running: false, saves: 0,
   rgb: (id) => app.colours[id] ?? [200, 200, 200],
   css: (id, alpha = 1) => `rgb(${app.rgb(id).join(' ')} / ${alpha})`,
   goto, stroke, giveProposal, addObject, pointed, zoomed,
@@ -119,6 +119,7 @@ function save({ given, ends }) {
     (error) => fail(new Error(`Not saved: ${error.message}`)),
   ).finally(() => {
     unsaved--;
+    app.saves++;
     if (!unsaved) { $('saved').textContent = 'Saved'; describeFrame(); describeButtons(); }
   });
   describeFrame();
