@@ -398,7 +398,7 @@ def _line(index: int, status: int, objects: list[dict[str, Any]]) -> str:
     return json.dumps({"frame": index, "status": status, "objects": objects}) + "\n"
 
 
-def _worst(statuses: bytes) -> int:
+def _worst(statuses: bytearray) -> int:
     return STALE if STALE in statuses else OPEN if OPEN in statuses else DONE
 
 

@@ -354,7 +354,7 @@ def _outlines(proposals: Callable[[int], Proposals], index: int, size: tuple[int
     shrink = min(1.0, OUTLINE / max(size))
     small = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
     chosen, masks = _scaled_masks(found, size, small)
-    items = []
+    items: list[dict[str, Any]] = []
     for number, mask in zip(chosen, masks):
         area = int(mask.sum())
         if 8 <= area < 0.95 * mask.size and not any(_same(mask, other["mask"]) for other in items):
@@ -380,7 +380,7 @@ def _scaled_masks(found: Proposals, size: tuple[int, int], small: tuple[int, int
 
 
 def _same(mask: np.ndarray, other: np.ndarray) -> bool:
-    return np.count_nonzero(mask & other) > 0.95 * np.count_nonzero(mask | other)
+    return int(np.count_nonzero(mask & other)) > 0.95 * np.count_nonzero(mask | other)
 
 
 def _turns(mask: np.ndarray) -> list[int]:

@@ -335,11 +335,11 @@ class Segmenter:
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file that a session with the same settings and weights has written by `save`."""
-        session, *rest = _read_session(path)
+        session, state, frame, ids = _read_session(path)
         mine = (self.config.to_dict(), self.matcher, self.decision)
         if (session["config"], session["matcher"], session["decision"]) != mine:
             raise ValueError(f"Segmenter.restore: {path} was written with other settings")
-        self._take(path, session, *rest, "these")
+        self._take(path, session, state, frame, ids, "these")
 
     def _take(self, path: Any, session: dict, state: State, frame: Tensor, ids: Tensor, weights: Any) -> None:
         if self._digest != session["weights"]:

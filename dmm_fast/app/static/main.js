@@ -42,7 +42,7 @@ async function load() {
     app.mask.load(runs);
     shown = frame;
     stage.show(null);
-    if (frame === target) describeFrame();
+    describeFrame();
     stage.redraw();
   }
   settle();
