@@ -11,10 +11,10 @@ const KEPT = 24; // pictures
 
 const app = {
   clip: null, objects: [], colours: [], current: 0, frame: 0, about: null, mask: null, bitmap: null,
-  tool: 'pick', size: 12, taking: false, overlay: true, running: false, saves: 0,
+  tool: 'pick', size: 12, mode: 'give', overlay: true, running: false, saves: 0,
   rgb: (id) => app.colours[id] ?? [200, 200, 200],
   css: (id, alpha = 1) => `rgb(${app.rgb(id).join(' ')} / ${alpha})`,
-  goto, stroke, giveProposal, addObject, pointed, zoomed,
+  goto, stroke, giveProposal, addObject, pointed, zoomed, fail,
 };
 const pictures = new Map(); // 'frame width' -> ImageBitmap
 let stage, timeline, target = 0, loading = null, shown = null;
@@ -139,11 +139,12 @@ async function turnBack(from, to, side, state) {
 const undo = () => turnBack(history.done, history.undone, 'before', 'was');
 const redo = () => turnBack(history.undone, history.done, 'after', 'is');
 
-async function giveProposal(number, taking = false) {
+async function giveProposal(number, how) {
   const frame = shown, runs = await api.proposal(frame, number);
   if (!app.current) await addObject();
   if (shown !== frame) return;
-  const before = app.mask.ids.slice(), take = taking || app.taking;
+  const before = app.mask.ids.slice(), take = how === 'take';
+  if (how === 'replace') app.mask.erase(app.current);
   const rect = app.mask.stamp(runs, take ? 0 : app.current, take ? app.current : -1);
   stroke(before, rect);
   stage.redraw();
@@ -287,6 +288,8 @@ function describeTool() {
   const painting = app.tool === 'brush' || app.tool === 'eraser';
   $('size-box').hidden = !painting;
   $('mode-box').hidden = app.tool === 'eraser' || app.tool === 'hand';
+  $('replace').hidden = app.tool !== 'pick';
+  if (app.mode === 'replace' && app.tool !== 'pick') mode('give');
   $('give').textContent = app.tool === 'pick' ? 'Give' : 'Add';
   stage.canvas.style.cursor = { pick: 'pointer', hand: 'grab', polygon: 'crosshair' }[app.tool] ?? 'none';
   pointed(null);
@@ -475,21 +478,20 @@ function strength(value) {
   stage.redraw();
 }
 
-function take(on) {
-  app.taking = on;
-  $('give').setAttribute('aria-pressed', !on);
-  $('take').setAttribute('aria-pressed', on);
+function mode(name) {
+  app.mode = name;
+  for (const each of ['give', 'take', 'replace']) $(each).setAttribute('aria-pressed', each === name);
 }
 
 const KEYS = {
   v: () => tool('pick'), b: () => tool('brush'), e: () => tool('eraser'), p: () => tool('polygon'), h: () => tool('hand'),
-  g: () => stage.give(false), G: () => stage.give(true), n: () => addObject(), x: () => endHere(), r: run, f: () => stage.fit(),
+  g: () => stage.give(), G: () => stage.give('take'), c: () => stage.give('replace'), n: () => addObject(), x: () => endHere(), r: run, f: () => stage.fit(),
   o: () => { app.overlay = !app.overlay; stage.redraw(); }, l: () => jumpTo(lostFrames()), '?': () => $('help').showModal(),
   '[': () => resize(app.size / 1.25 - 0.5), ']': () => resize(app.size * 1.25 + 0.5), '+': () => stage.zoom(1.25), '=': () => stage.zoom(1.25),
   '-': () => stage.zoom(0.8), ' ': play, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => step(-Infinity), End: () => step(Infinity),
   ArrowUp: () => jumpTo(givenFrames(), true), ArrowDown: () => jumpTo(givenFrames()), F2: () => rename(app.current),
   Delete: () => app.current && removeObject(app.current), Escape: () => stage.dropStroke(),
-  Enter: () => (stage.points.length ? stage.closePolygon() : document.activeElement === stage.canvas && stage.give(false)),
+  Enter: () => (stage.points.length ? stage.closePolygon() : document.activeElement === stage.canvas && stage.give()),
   Backspace: () => { stage.points.pop(); stage.redraw(); },
 };
 
@@ -518,8 +520,8 @@ function key(event) {
 
 function wire() {
   for (const button of document.querySelectorAll('[data-tool]')) button.onclick = () => tool(button.dataset.tool);
-  const on = { undo, redo, run, add: addObject, ungive, play, previous: () => step(-1), next: () => step(1), give: () => take(false),
-    take: () => take(true), fit: () => stage.fit(), 'zoom-in': () => stage.zoom(1.25), 'zoom-out': () => stage.zoom(0.8),
+  const on = { undo, redo, run, add: addObject, ungive, play, previous: () => step(-1), next: () => step(1), give: () => mode('give'),
+    take: () => mode('take'), replace: () => mode('replace'), fit: () => stage.fit(), 'zoom-in': () => stage.zoom(1.25), 'zoom-out': () => stage.zoom(0.8),
     'help-open': () => $('help').showModal(), 'export-open': openExports };
   for (const [id, act] of Object.entries(on)) $(id).onclick = act;
   for (const dialog of document.querySelectorAll('dialog')) {

@@ -161,9 +161,10 @@ export class Stage {
     c.drawImage(item.picture, 0, 0, app.mask.width, app.mask.height);
   }
 
-  async give(taking) {
+  /** how: 'give' the proposal to the current object, 'take' it away, or 'replace' the object's mask with it. */
+  async give(how = this.app.mode) {
     const item = this.items[this.chosen];
-    if (item) await this.app.giveProposal(item.number, taking);
+    if (item && this.app.tool === 'pick') await this.app.giveProposal(item.number, how).catch(this.app.fail);
   }
 
   // ---------------------------------------------------------------------------------------------- pointers
@@ -214,7 +215,7 @@ export class Stage {
     if (this.work) { this.finish(); return; }
     const still = this.start && Math.hypot(event.clientX - this.start.clientX, event.clientY - this.start.clientY) < DISTANCE;
     if (many || !still || event.button !== 0) return;
-    if (this.app.tool === 'pick') await this.give(event.shiftKey);
+    if (this.app.tool === 'pick') await this.give(event.shiftKey ? 'take' : event.altKey ? 'replace' : this.app.mode);
     if (this.app.tool === 'polygon') this.corner(event);
   }
 
@@ -227,7 +228,7 @@ export class Stage {
   wheel(event) {
     event.preventDefault();
     const box = this.canvas.getBoundingClientRect();
-    if (this.app.tool === 'pick' && !event.ctrlKey && !event.metaKey && this.candidates().length > 1) {
+    if (this.app.tool === 'pick' && !event.ctrlKey && !event.metaKey && this.candidates().length) {
       if (Math.abs(event.deltaY) > 1) this.choose(event.deltaY > 0 ? 1 : -1);
     } else this.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), event.clientX - box.left, event.clientY - box.top);
   }
@@ -235,7 +236,7 @@ export class Stage {
   // ----------------------------------------------------------------------------------------------- strokes
 
   async begin(event) {
-    const { app } = this, taking = app.tool === 'eraser' || event.shiftKey || app.taking;
+    const { app } = this, taking = app.tool === 'eraser' || event.shiftKey || app.mode === 'take';
     if (!app.current) {
       if (taking) return;
       await app.addObject();
@@ -286,7 +287,7 @@ export class Stage {
     this.redraw();
   }
 
-  closePolygon(taking = this.app.taking) {
+  closePolygon(taking = this.app.mode === 'take') {
     const { app, points } = this;
     if (app.tool !== 'polygon' || points.length < 3) return;
     this.points = [];
