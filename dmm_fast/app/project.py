@@ -114,10 +114,15 @@ class Project:
             rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()[:count]]
         else:
             return
+        status = DONE
         for row in rows:
             index = self._numbers.get(row["frame"])
             if index is not None:
-                self.status[index], self.rows[index] = DONE, row["objects"]
+                held = {entry["id"] for entry in row["objects"] if "given" in entry}
+                followed = {entry["id"] for entry in row["objects"]}
+                if not self.given.get(index, set()) <= held or self.ends.get(index, set()) & followed:
+                    status = STALE  # `segment` follows an object on through a frame in which it was given again
+                self.status[index], self.rows[index] = status, row["objects"]
 
     def _write(self, line: str) -> None:
         self._log.write(line)

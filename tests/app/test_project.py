@@ -190,6 +190,18 @@ def test_segment_resumes_what_the_page_began_and_the_page_takes_it_over(project,
     again.close()
 
 
+def test_what_segment_made_of_a_correction_is_followed_again(project, demo):
+    give(project, demo, 0, objects=(1, 2))
+    give(project, demo, 7, objects=(1,))
+    project.close()
+    segment(project.clip.path, project.masks, project.results, proposals=demo / "proposals/koi.json", preset="iou")
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * 7 + [STALE] * 5
+    follow(again, demo)
+    assert (again.ids(7) == 1).tolist() == (truth(demo, 7) == 1).tolist()
+    again.close()
+
+
 def test_what_cannot_be_opened(project, demo, tmp_path):
     with pytest.raises(ProjectError, match="open in another"):
         open_project(project.folder, None)
