@@ -259,7 +259,7 @@ async def _upload(request: Request) -> Response:
     if folder.exists() and any(folder.iterdir()):
         raise HTTPException(409, f"{folder}: exists already; dmm-fast app --project {folder} opens it")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"clip{suffix}"
+    file = folder / f"{plain}{suffix}"
     try:
         with file.open("wb") as out:
             async for part in _limited(request, studio.upload_limit):
@@ -380,7 +380,7 @@ def _scaled_masks(found: Proposals, size: tuple[int, int], small: tuple[int, int
 
 
 def _same(mask: np.ndarray, other: np.ndarray) -> bool:
-    return int(np.count_nonzero(mask & other)) > 0.95 * np.count_nonzero(mask | other)
+    return bool(np.count_nonzero(mask & other) > 0.95 * np.count_nonzero(mask | other))
 
 
 def _turns(mask: np.ndarray) -> list[int]:

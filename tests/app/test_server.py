@@ -231,6 +231,32 @@ def test_a_run_and_an_export_by_http_alone(page, studio):
     assert kinds.count("frame") == LENGTH and "export" in kinds
 
 
+def test_painting_stops_a_run_which_then_goes_on_from_there(page, studio):
+    page.put("/api/frames/0/mask?given=1", content=square())
+    page.post("/api/run")
+    assert page.put("/api/frames/3/mask?given=1", content=square()).status_code == 200
+    assert not studio.worker.running and page.get("/api/state").json()["run"]["message"] == ""
+    page.post("/api/run")
+    studio.worker._thread.join()
+    assert page.get("/api/state").json()["run"]["done"] == LENGTH
+    assert page.get("/api/frames/3/mask").content == square()
+    objects = json.loads(page.get("/api/frames/3/mask").headers["x-frame"])["objects"]
+    assert objects == [{"id": 1, "given": True}]
+
+
+def test_a_fault_of_a_run_is_told(page, studio, monkeypatch):
+    page.put("/api/frames/0/mask?given=1", content=square())
+    monkeypatch.setattr(studio.project.clip, "read", lambda start=0: (_ for _ in ()).throw(ValueError("frame 0 is damaged")))
+    page.post("/api/run")
+    studio.worker._thread.join()
+    run = page.get("/api/state").json()["run"]
+    assert run["error"] == "frame 0 is damaged" and not run["running"]
+    monkeypatch.undo()
+    page.post("/api/run")
+    studio.worker._thread.join()
+    assert page.get("/api/state").json()["run"]["done"] == LENGTH
+
+
 def test_an_upload_becomes_a_project(tmp_path):
     with VideoWriter(tmp_path / "pond.mp4", SIZE, 25) as writer:
         for k in range(3):

@@ -74,7 +74,7 @@ export class Timeline {
     const step = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)).sort((a, b) => a - b).find((s) => s >= wanted);
     c.fillStyle = '#83868e';
     c.textAlign = 'center';
-    for (let frame = 0; frame < frames; frame += step) c.fillText(frame + 1, this.at(frame), 9);
+    for (let number = step > 2 ? 0 : 1; number <= frames; number += step) c.fillText(number || 1, this.at((number || 1) - 1), 9);
     c.textAlign = 'left';
   }
 
