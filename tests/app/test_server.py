@@ -217,6 +217,22 @@ def test_pictures_and_proposals(page, studio, demo):
     assert min(best.values()) > 0.6
 
 
+def test_the_packaged_detector_proposes(tmp_path):
+    make_clip(tmp_path / "larger", seed=7, frames=1, size=(240, 432))
+    studio = Studio(None, Settings())
+    studio.open(tmp_path / "koi.dmm", tmp_path / "larger/JPEGImages/koi")
+    page = client(studio, **OWN)
+    page.get(f"/?token={TOKEN}")
+    found = page.get("/api/frames/0/proposals").json()
+    fish = read_mask(tmp_path / "larger/Annotations/koi/00000.png") > 0
+    inside = [np.repeat(np.arange(len(item["mask"])) % 2 == 1, item["mask"]).reshape(240, 432) for item in found["items"]]
+    assert (found["height"], found["width"]) == (240, 432) and 3 <= len(inside) <= 40
+    assert max((mask & fish).sum() / mask.sum() for mask in inside) > 0.8  # one of them lies on a fish
+    first = page.get(f"/api/frames/0/proposals/{found['items'][0]['number']}").content
+    assert ((runs.decode(first, (240, 432)) > 0) == inside[0]).all()
+    studio.close()
+
+
 def test_a_run_and_an_export_by_http_alone(page, studio):
     page.put("/api/frames/0/mask?given=1", content=square())
     assert page.post("/api/run").json()["running"]
