@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top floor down. Rooms of one floor do not know each other.
 FLOORS = [
     {"commands"},
-    {"studies"},
+    {"studies", "app"},
     {"training"},
     {"inference"},
     {"learning", "export", "evaluation"},

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmm_fast.commands import (
+    app,
     bench,
     demo,
     doctor,
@@ -23,7 +24,7 @@ from dmm_fast.commands import (
 )
 from dmm_fast.commands.options import STOPPED, Help, Parser, complain, examples
 
-COMMANDS = (segment, evaluate, demo, doctor, proposals, train_proposals, train, weights, study, export, runtime, bench)
+COMMANDS = (app, segment, evaluate, demo, doctor, proposals, train_proposals, train, weights, study, export, runtime, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,7 @@ def _parser() -> Parser:
         description="Follow objects through a video, given their masks in the first frame (DMM-Net).",
         epilog=examples(
             ("dmm-fast demo", "segment a generated clip, about half a minute"),
+            ("dmm-fast app clip.mp4", "in the browser: make the first masks, run, correct, export"),
             ("dmm-fast segment clip.mp4 --masks first.png --out result", "proposals from the detector in the package"),
             ("dmm-fast segment frames/ --masks first.png --out result --proposals p.json", "proposals from a file"),
             ("dmm-fast proposals clip.mp4 --out p.json", "keep the detector's proposals, which take most of the time"),

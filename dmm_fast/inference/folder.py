@@ -120,6 +120,19 @@ class RunFolder:
         for result in (self.path / name for name in RESULTS):
             shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
+    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:
+        """Make OUT an unfinished run of these rows, whose masks are there: to go on from `state`, or to be finished."""
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir(parents=True)
+        (self.path / REPORT).unlink(missing_ok=True)
+        _write_json(self._settings, self.settings)
+        self._rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if progress is not None:
+            if state is not None:
+                shutil.copyfile(state, self.state(progress["next"]))
+            _write_json(self._progress, {**progress, "bytes": self._rows.stat().st_size})
+        self._file = self._rows.open("a")
+
     def append(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
 

@@ -89,23 +89,17 @@ def segment(
     if video is not None:
         check_video_name(video, coming=out)
     budget = online_budget(online) if online is not None else None
-    settings = {
-        "frames": str(source.path.resolve()),
-        "masks": str(given.path.resolve()),
-        "clean_masks": clean_masks,
-        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
-        "preset": preset, "backbone": backbone, "refine": refine, "matcher": matcher, "decision": decision,
-        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights, "online": online,
-        "precision": precision,
-        "image_id_offset": image_id_offset,
-        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
-    }  # fmt: skip
+    settings = run_settings(
+        source.path, given.path, proposals, detector_weights, weights, preset=preset, backbone=backbone, refine=refine,
+        matcher=matcher, decision=decision, online=online, precision=precision, clean_masks=clean_masks,
+        image_id_offset=image_id_offset,
+    )  # fmt: skip
     _check_out(out, source, given)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
         return _finished(source, folder, kinds, video, progress)
     checkpoint = folder.find(source.stems, resume, overwrite)
-    propose, notes = _proposal_source(proposals, detector_weights, image_id_offset, source, device)
+    propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device)
     detector = propose.proposer if isinstance(propose, Live) else None
     if checkpoint and checkpoint["started"]:
         kept = folder.tuned if online is not None else weights
@@ -126,6 +120,25 @@ def segment(
     run = _Run(source, given, propose, segmenter, folder, checkpoint, budget, [*given.notes, *notes])
     run.forward(progress, save_every)
     return run.finish(kinds, video, {**settings, "device": str(segmenter.device), "graph": segmenter.graph})
+
+
+def run_settings(
+    frames: Path,
+    masks: Path,
+    proposals: str | os.PathLike,
+    detector_weights: str | os.PathLike,
+    weights: str | os.PathLike | None,
+    **model: Any,
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    return {
+        "frames": str(frames.resolve()),
+        "masks": str(masks.resolve()),
+        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
+        **model,
+        "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
+        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
+    }
 
 
 def _finished(
@@ -333,7 +346,7 @@ class Live:
         load_weights(self.proposer.model.roi_heads, read_weights(path), str(path))
 
 
-def _proposal_source(
+def proposal_source(
     proposals: str | os.PathLike,
     weights: str | os.PathLike,
     offset: int | None,

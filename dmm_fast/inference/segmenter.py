@@ -330,14 +330,24 @@ class Segmenter:
             graph=graph,
             precision=precision,
         )
-        if segmenter._digest != session["weights"]:
-            raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
-        segmenter._state = State(
-            *(tensor.to(segmenter.device) for tensor in state[:-1]), [h.to(segmenter.device) for h in state.hidden]
-        )
-        segmenter._slot_ids = session["slot_ids"]
-        segmenter._frame, segmenter._ids = frame.to(segmenter.device), ids.numpy()
+        segmenter._take(path, session, state, frame, ids, weights)
         return segmenter
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file that a session with the same settings and weights has written by `save`."""
+        session, state, frame, ids = _read_session(path)
+        mine = (self.config.to_dict(), self.matcher, self.decision)
+        if (session["config"], session["matcher"], session["decision"]) != mine:
+            raise ValueError(f"Segmenter.restore: {path} was written with other settings")
+        self._take(path, session, state, frame, ids, "these")
+
+    def _take(self, path: Any, session: dict, state: State, frame: Tensor, ids: Tensor, weights: Any) -> None:
+        if self._digest != session["weights"]:
+            raise ValueError(f"Segmenter.load: {path} was written with other weights than {weights!r}")
+        hidden = [h.to(self.device) for h in state.hidden]
+        self._state = State(*(tensor.to(self.device) for tensor in state[:-1]), hidden)
+        self._slot_ids = session["slot_ids"]
+        self._frame, self._ids = frame.to(self.device), ids.numpy()
 
     @cached_property
     def _digest(self) -> str:

@@ -1,0 +1,418 @@
+"""A project on disk: the masks that were given, the results, and how far they hold. Every change is saved as it is made.
+
+    PROJECT/project.json    the clip, the objects' names, where objects end
+    PROJECT/masks/          what people gave: PNGs named like frames, as `dmm-fast segment --masks PROJECT/masks` reads them
+    PROJECT/results/        one PNG per frame, as `dmm-fast segment --out PROJECT/results --resume` writes them and goes on from
+    PROJECT/frames.jsonl    a journal: which frames are done, with each object's score
+    PROJECT/states/         the segmenter after some frames, to follow again from there
+    PROJECT/exports/        what was exported
+
+A given mask holds the objects that were touched in that frame; others are followed through it. A result is *stale* when a
+correction before it has not been followed up to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmm_fast.app.clip import Clip
+from dmm_fast.data.masks import read_mask, write_mask
+from dmm_fast.files import whole_file
+from dmm_fast.inference.folder import REPORT, RunFolder
+
+FORMAT = 1
+STATES = 2 << 30  # bytes of saved states, at most
+OPEN, DONE, STALE = 0, 1, 2  # of a frame: not reached, holds, to be followed again
+BINS = 2000  # of the timeline
+
+
+class ProjectError(ValueError):
+    """A project that cannot be opened or changed as asked."""
+
+
+class Project:
+    """One clip's masks. Methods may be called from several threads; a call that raises changes nothing."""
+
+    def __init__(self, folder: Path, clip: Clip):
+        self.folder, self.clip = folder, clip
+        self.masks, self.results, self.states = (folder / name for name in ("masks", "results", "states"))
+        self.lock = threading.RLock()
+        self._lock_file = _locked(folder)
+        for path in (self.masks, self.results, self.states, folder / "exports"):
+            path.mkdir(exist_ok=True)
+        self._numbers = {stem: index for index, stem in enumerate(clip.stems)}
+        stored = read_project(folder) or {"objects": [{"id": 1, "name": "Object 1"}], "ends": {}}
+        self.names: dict[int, str] = {entry["id"]: entry["name"] for entry in stored["objects"]}
+        self.ends = {self._numbers[stem]: set(ids) for stem, ids in stored["ends"].items() if stem in self._numbers}
+        self.given: dict[int, set[int]] = {}
+        self._find_given()
+        self.status = bytearray(len(clip))
+        self.rows: dict[int, list[dict[str, Any]]] = {}
+        self._read_journal()
+        self._save()
+
+    # ------------------------------------------------------------------------------------------------------ on disk
+
+    def _save(self) -> None:
+        stored = {
+            "format": FORMAT,
+            "clip": str(self.clip.path.resolve()),
+            "frames": len(self.clip),
+            "size": list(self.clip.size),
+            "objects": [{"id": label, "name": name} for label, name in sorted(self.names.items())],
+            "ends": {self.clip.stems[index]: sorted(ids) for index, ids in sorted(self.ends.items()) if ids},
+        }
+        with whole_file(self.folder / "project.json") as part:
+            part.write_text(json.dumps(stored, indent=1) + "\n")
+
+    def _find_given(self) -> None:
+        """The masks that are there, also those that another program has put there."""
+        for file in self.masks.glob("*.png"):
+            index = self._numbers.get(file.stem)
+            if index is not None and file.name[0] != ".":
+                self.given[index] = _labels(read_mask(file, self.clip.size))
+                for label in self.given[index]:
+                    self.names.setdefault(label, f"Object {label}")
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "frames.jsonl"
+
+    def _read_journal(self) -> None:
+        if self._journal.exists():
+            for line in self._journal.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the line that was being written when the power went
+                    continue
+                if "stale" in entry:
+                    self._mark_stale(*entry["stale"])
+                elif entry["frame"] < len(self.clip):
+                    self.status[entry["frame"]], self.rows[entry["frame"]] = entry["status"], entry["objects"]
+        self._take_over()
+        with whole_file(self._journal) as part, part.open("w") as out:  # one line a frame again
+            for index in sorted(self.rows):
+                out.write(_line(index, self.status[index], self.rows[index]))
+        self._log = self._journal.open("a")
+
+    def _take_over(self) -> None:
+        """What `dmm-fast segment --resume` did in results/ since the page was last open."""
+        report, work = self.results / REPORT, self.results / "unfinished"
+        before = self._journal.stat().st_mtime if self._journal.exists() else 0.0
+        if report.exists() and not work.exists() and report.stat().st_mtime > before:
+            rows = json.loads(report.read_text())["frames"]
+        elif (work / "progress.json").exists() and (work / "progress.json").stat().st_mtime > before:
+            count = json.loads((work / "progress.json").read_text())["next"]
+            rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()[:count]]
+        else:
+            return
+        status = DONE
+        for row in rows:
+            index = self._numbers.get(row["frame"])
+            if index is not None:
+                held = {entry["id"] for entry in row["objects"] if "given" in entry}
+                followed = {entry["id"] for entry in row["objects"]}
+                if not self.given.get(index, set()) <= held or self.ends.get(index, set()) & followed:
+                    status = STALE  # `segment` follows an object on through a frame in which it was given again
+                self.status[index], self.rows[index] = status, row["objects"]
+
+    def _write(self, line: str) -> None:
+        self._log.write(line)
+        self._log.flush()
+
+    def mask_file(self, index: int) -> Path:
+        return self.masks / f"{self.clip.stems[index]}.png"
+
+    def result_file(self, index: int) -> Path:
+        return self.results / f"{self.clip.stems[index]}.png"
+
+    def close(self) -> None:
+        self._log.close()
+        self._lock_file.close()
+
+    # ------------------------------------------------------------------------------------------------- what is shown
+
+    def ids(self, index: int) -> np.ndarray:
+        """The frame's masks as they stand, uint8 [H, W]: the result, and what was given drawn over it."""
+        with self.lock:
+            if self.status[index] != OPEN and self.result_file(index).exists():
+                return read_mask(self.result_file(index), self.clip.size)
+            return self.given_ids(index)
+
+    def given_ids(self, index: int) -> np.ndarray:
+        with self.lock:
+            if index in self.given:
+                return read_mask(self.mask_file(index), self.clip.size)
+            return np.zeros(self.clip.size, np.uint8)
+
+    def about(self, index: int) -> dict[str, Any]:
+        """What the page shows beside a frame's masks."""
+        with self.lock:
+            return {
+                "frame": index,
+                "status": self.status[index],
+                "given": sorted(self.given.get(index, ())),
+                "ends": sorted(self.ends.get(index, ())),
+                "objects": self.rows.get(index, []),
+            }
+
+    def timeline(self) -> dict[str, Any]:
+        """Status, and each object's lowest score (0 where lost, null where it is not followed), in at most `BINS` bins."""
+        with self.lock:
+            width = -(-len(self.clip) // BINS)
+            count = -(-len(self.clip) // width)
+            status = [_worst(self.status[k * width : (k + 1) * width]) for k in range(count)]
+            scores: dict[int, list[float | None]] = {label: [None] * count for label in self.names}
+            for index, row in self.rows.items():
+                for entry in row:
+                    if entry["id"] in scores:
+                        line, k, value = scores[entry["id"]], index // width, _score(entry)
+                        line[k] = value if line[k] is None else min(value, line[k])  # type: ignore[type-var]
+            given = {index: sorted(ids) for index, ids in sorted(self.given.items())}
+            ends = {index: sorted(ids) for index, ids in sorted(self.ends.items()) if ids}
+            return {"width": width, "status": status, "scores": scores, "given": given, "ends": ends}
+
+    # ------------------------------------------------------------------------------------------------ what people do
+
+    def add_object(self, name: str | None = None) -> int:
+        with self.lock:
+            label = next((i for i in range(1, 255) if i not in self.names), None)
+            if label is None:
+                raise ProjectError("a clip has at most 254 objects")
+            self.names[label] = _checked(name if name is not None else f"Object {label}")
+            self._save()
+            return label
+
+    def rename(self, label: int, name: str) -> None:
+        with self.lock:
+            self._known([label])
+            self.names[label] = _checked(name)
+            self._save()
+
+    def remove(self, label: int) -> None:
+        """The object goes from all given masks and all results."""
+        with self.lock:
+            self._known([label])
+            for index in [index for index, ids in self.given.items() if label in ids]:
+                ids = self.given_ids(index)
+                self._write_given(index, np.where(ids == label, np.uint8(0), ids), self.given[index] - {label})
+            for index, row in list(self.rows.items()):
+                if any(entry["id"] == label for entry in row):
+                    if self.result_file(index).exists():
+                        ids = read_mask(self.result_file(index))
+                        write_mask(self.result_file(index), np.where(ids == label, np.uint8(0), ids))
+                    self._note(index, self.status[index], [entry for entry in row if entry["id"] != label])
+            for ends in self.ends.values():
+                ends.discard(label)
+            del self.names[label]
+            self._save()
+
+    def paint(self, index: int, ids: np.ndarray, given: Iterable[int], ends: Iterable[int] = ()) -> None:
+        """A frame's masks as they were painted: `given` are the objects touched here, `ends` those that are not followed on.
+
+        What depends on them becomes stale: until the next frame in which each of the changed objects was given.
+        """
+        with self.lock:
+            given, ends = set(given), set(ends)
+            self._known(given | ends | _labels(ids))
+            given &= _labels(ids)
+            before, given_before, ends_before = self.ids(index), self.given.get(index, set()), self.ends.get(index, set())
+            where = before != ids
+            changed = _labels(before[where]) | _labels(ids[where]) | (given ^ given_before) | (ends ^ ends_before)
+            if not changed:
+                return
+            until = self._until(index, changed)
+            self._outdate(index, until)
+            self._write_given(index, np.where(np.isin(ids, sorted(given)), ids, np.uint8(0)), given)
+            if ends != ends_before:
+                self.ends[index] = ends
+                self._save()
+            if self.status[index] != OPEN:
+                write_mask(self.result_file(index), ids)
+                kept = [e for e in self.rows.get(index, []) if e["id"] not in given | ends and "given" not in e]
+                row = [*kept, *({"id": label, "given": True} for label in sorted(given))]
+                self._note(index, self.status[index], row)
+
+    def _write_given(self, index: int, ids: np.ndarray, given: set[int]) -> None:
+        if given:
+            write_mask(self.mask_file(index), ids)
+            self.given[index] = given
+        else:
+            self.mask_file(index).unlink(missing_ok=True)
+            self.given.pop(index, None)
+
+    def _known(self, labels: Iterable[int]) -> None:
+        if unknown := sorted(set(labels) - set(self.names)):
+            raise ProjectError(f"no object {unknown[0]} in this project; its objects are {sorted(self.names)}")
+
+    def _until(self, index: int, changed: set[int]) -> int:
+        """The frame by which all the changed objects have been given again, or have ended; else the clip's length."""
+        left = set(changed)
+        for other in sorted({*self.given, *self.ends}):
+            if other > index:
+                left -= self.given.get(other, set()) | self.ends.get(other, set())
+                if not left:
+                    return other
+        return len(self.clip)
+
+    def _outdate(self, index: int, until: int) -> None:
+        if any(status == DONE for status in self.status[index + 1 : until]):
+            self._write(json.dumps({"stale": [index + 1, until]}) + "\n")
+            self._mark_stale(index + 1, until)
+            (self.results / REPORT).unlink(missing_ok=True)  # which would say that the run has ended
+        for at, file in self._states().items():
+            if index <= at < until:
+                file.unlink()
+
+    def _mark_stale(self, start: int, stop: int) -> None:
+        for index in range(start, min(stop, len(self.status))):
+            if self.status[index] == DONE:
+                self.status[index] = STALE
+
+    # ----------------------------------------------------------------------------------------------- what a run does
+
+    def next_open(self) -> int | None:
+        """The first frame that a run has to make."""
+        with self.lock:
+            return next((index for index, status in enumerate(self.status) if status != DONE), None)
+
+    def record(self, index: int, ids: np.ndarray, objects: list[dict[str, Any]]) -> None:
+        """A frame's result."""
+        write_mask(self.result_file(index), ids)
+        with self.lock:
+            self._note(index, DONE, objects)
+
+    def _note(self, index: int, status: int, objects: list[dict[str, Any]]) -> None:
+        self.status[index], self.rows[index] = status, objects
+        self._write(_line(index, status, objects))
+
+    def state_file(self, index: int) -> Path:
+        return self.states / f"{index}.safetensors"
+
+    def _states(self) -> dict[int, Path]:
+        return {int(file.stem): file for file in self.states.glob("*.safetensors") if file.stem.isdecimal()}
+
+    def state_before(self, index: int) -> tuple[int, Path] | None:
+        """The last saved state of a frame before this one."""
+        with self.lock:
+            return max(((at, file) for at, file in self._states().items() if at < index), default=None)
+
+    def thin_states(self, newest: int) -> None:
+        """Keep the states within their room: dense near the newest, ever sparser away from it."""
+        with self.lock:
+            states = sorted(self._states())
+            size = sum(self.state_file(at).stat().st_size for at in states)
+            while size > STATES and len(states) > 3:
+                spacing = [(states[k + 1] - states[k - 1]) / (abs(newest - states[k]) + 1) for k in range(1, len(states) - 1)]
+                gone = states.pop(1 + int(np.argmin(spacing)))
+                size -= self.state_file(gone).stat().st_size
+                self.state_file(gone).unlink()
+
+    def hand_over(self, settings: dict[str, Any], about: dict[str, Any]) -> None:
+        """Leave results/ as `dmm-fast segment` leaves it: finished with a report, or unfinished with the last state that holds.
+
+        about: what the report says besides the frames, without "frames".
+        """
+        with self.lock:
+            folder, end = RunFolder(self.results, settings), self.next_open()
+            rows = [{"frame": self.clip.stems[index], "objects": self.rows.get(index, [])} for index in range(len(self.clip))]
+            if end is None:
+                folder.adopt(rows, None, None)
+                folder.finish({**about, "frames": rows})
+                return
+            found = self.state_before(end)
+            count = found[0] + 1 if found else 0
+            progress = {"next": count, "seconds": about["speed"]["seconds"], "notes": about["notes"], "started": count > 0}
+            folder.adopt(rows[:count], progress, found[1] if found else None)
+
+
+def read_project(folder: Path) -> dict[str, Any] | None:
+    """project.json of a folder, or None where it holds no project."""
+    file = folder / "project.json"
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text())
+        found = stored["format"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ProjectError(f"{file}: not the file of a project") from None
+    if found != FORMAT:
+        raise ProjectError(f"{file}: format {found}, this version of dmm-fast reads {FORMAT}")
+    return stored
+
+
+def open_project(folder: Path, clip: Path | None, progress: bool = False) -> Project:
+    """The project in this folder; a new one of `clip` where there is none.
+
+    Raises ProjectError where the folder holds something else, or the project of another clip.
+    """
+    stored = read_project(folder)
+    if stored is None:
+        if clip is None:
+            raise ProjectError(f"{folder}: no project here; name the clip: dmm-fast app VIDEO --project {folder}")
+        if folder.exists() and (not folder.is_dir() or any(entry != clip for entry in folder.iterdir())):
+            raise ProjectError(f"{folder}: exists and is not a project; choose another --project")
+    source = clip or Path(stored["clip"])  # type: ignore[index]
+    if stored is not None and clip is None and not source.exists():
+        raise ProjectError(
+            f"{source}: the clip of the project {folder} has gone; say where it is: dmm-fast app VIDEO --project {folder}"
+        )
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        opened = Clip(source, folder / "index.npz", progress)
+    except BaseException:
+        if new:
+            shutil.rmtree(folder)
+        raise
+    if stored is not None and (len(opened), list(opened.size)) != (stored["frames"], stored["size"]):
+        mine, theirs = (
+            f"{count} frames of {w}x{h}" for count, (h, w) in ((len(opened), opened.size), (stored["frames"], stored["size"]))
+        )
+        raise ProjectError(f"{folder}: is the project of another clip, {stored['clip']}: {source} has {mine}, that one {theirs}; "
+                           "choose another --project")  # fmt: skip
+    return Project(folder, opened)
+
+
+def _locked(folder: Path):
+    """Keeps other servers from the folder while it is open."""
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ProjectError(
+            f"{folder}: is open in another dmm-fast app; close that one first, or choose another --project"
+        ) from None
+    return file
+
+
+def _labels(ids: np.ndarray) -> set[int]:
+    return set((np.flatnonzero(np.bincount(ids.ravel(), minlength=1)[1:]) + 1).tolist())
+
+
+def _line(index: int, status: int, objects: list[dict[str, Any]]) -> str:
+    return json.dumps({"frame": index, "status": status, "objects": objects}) + "\n"
+
+
+def _worst(statuses: bytearray) -> int:
+    return STALE if STALE in statuses else OPEN if OPEN in statuses else DONE
+
+
+def _score(entry: dict[str, Any]) -> float:
+    return 1.0 if "given" in entry else 0.0 if entry["lost"] else max(round(entry["score"], 3), 0.001)
+
+
+def _checked(name: str) -> str:
+    name = " ".join(name.split())
+    if not 0 < len(name) <= 60:
+        raise ProjectError(f"a name has 1 to 60 characters, got {len(name)}")
+    return name

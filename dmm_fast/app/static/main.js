@@ -1,0 +1,598 @@
+// The page: what is shown, what is saved, and what keys and buttons do.
+
+import { api } from './api.js';
+import { Mask } from './mask.js';
+import { Stage } from './stage.js';
+import { Timeline } from './timeline.js';
+
+const $ = (id) => document.getElementById(id);
+const OPEN = 0, STALE = 2;
+const KEPT = 24; // pictures
+
+const app = {
+  clip: null, objects: [], colours: [], current: 0, frame: 0, about: null, mask: null, bitmap: null,
+  tool: 'pick', size: 12, mode: 'give', overlay: true, running: false, saves: 0,
+  rgb: (id) => app.colours[id] ?? [200, 200, 200],
+  css: (id, alpha = 1) => `rgb(${app.rgb(id).join(' ')} / ${alpha})`,
+  goto, stroke, giveProposal, addObject, pointed, zoomed, fail,
+};
+const pictures = new Map(); // 'frame width' -> ImageBitmap
+let stage, timeline, target = 0, loading = null, shown = null;
+
+// ------------------------------------------------------------------------------------------------ frames
+
+/** Show a frame; of many asked for at once only the last is loaded. */
+function goto(frame, { byHand = false } = {}) {
+  target = Math.min(app.clip.frames - 1, Math.max(0, frame));
+  if (byHand) app.following = false;
+  if (target !== app.frame) { app.frame = target; describeFrame(); timeline.redraw(); }
+  loading ??= load().catch(fail).finally(() => { loading = null; });
+  return loading;
+}
+
+async function load() {
+  while (shown !== target) {
+    const frame = target;
+    await saving; // what is painted goes first
+    const [bitmap, { about, runs }] = await Promise.all([picture(frame, 1280), api.mask(frame)]);
+    if (stage.work && shown === frame) return;
+    stage.dropStroke();
+    app.bitmap = bitmap;
+    app.about = about;
+    app.mask.load(runs);
+    shown = frame;
+    stage.show(null);
+    describeFrame();
+    stage.redraw();
+  }
+  settle();
+}
+
+async function reload() { shown = null; await goto(app.frame); }
+
+async function picture(frame, width) {
+  const key = `${frame} ${width}`;
+  if (!pictures.has(key)) {
+    pictures.set(key, await api.picture(frame, width));
+    if (pictures.size > KEPT) pictures.delete(pictures.keys().next().value);
+  }
+  return pictures.get(key);
+}
+
+/** When a frame has stayed for a moment: a sharper picture if the view shows more, and its proposals. */
+function settle() {
+  clearTimeout(settle.timer);
+  settle.timer = setTimeout(async () => {
+    const frame = shown, wanted = stage.scale * app.clip.width * (devicePixelRatio || 1);
+    try {
+      if (app.bitmap.width < app.clip.width && wanted > 1.2 * app.bitmap.width) {
+        const bitmap = await picture(frame, wanted > 2560 ? 0 : 2560);
+        if (shown === frame) { app.bitmap = bitmap; stage.redraw(); }
+      }
+      if (app.tool === 'pick' && !app.running && !playing && stage.of !== frame) {
+        hint('Looking for objects…');
+        const found = await api.proposals(frame);
+        if (shown === frame) { stage.of = frame; stage.show(found); document.body.dataset.proposals = frame; }
+      }
+    } catch (error) { fail(error); }
+  }, 180);
+}
+
+function zoomed() {
+  $('zoom-value').textContent = `${Math.round(stage.scale * 100)} %`;
+  if (shown !== null) settle();
+}
+
+// -------------------------------------------------------------------------------- strokes, undo, saving
+
+const history = { done: [], undone: [] };
+let saving = Promise.resolve(), unsaved = 0;
+
+/** Something was painted over `before` within `rect`. */
+function stroke(before, rect) {
+  const change = app.mask.change(before, rect);
+  app.mask.draw(rect);
+  if (!change) return;
+  const was = { given: app.about.given, ends: app.about.ends };
+  const given = new Set(was.given), ends = new Set(was.ends);
+  for (const id of change.labels) {
+    if (app.mask.has(id)) { given.add(id); ends.delete(id); }
+    else { given.delete(id); if (app.about.status !== OPEN) ends.add(id); }
+  }
+  commit({ frame: shown, ...change, was, is: { given: [...given], ends: [...ends] } });
+}
+
+function commit(entry) {
+  history.done.push(entry);
+  if (history.done.length > 200) history.done.shift();
+  history.undone = [];
+  save(entry.is);
+}
+
+function save({ given, ends }) {
+  const frame = shown, runs = app.mask.runs();
+  app.about = { ...app.about, given, ends };
+  unsaved++;
+  $('saved').textContent = 'Saving…';
+  saving = saving.then(() => api.paint(frame, runs, given, ends)).then(
+    (about) => { if (shown === frame && unsaved === 1) app.about = about; },
+    (error) => fail(new Error(`Not saved: ${error.message}`)),
+  ).finally(() => {
+    unsaved--;
+    app.saves++;
+    if (!unsaved) { $('saved').textContent = 'Saved'; describeFrame(); describeButtons(); }
+  });
+  describeFrame();
+  describeButtons();
+}
+
+async function turnBack(from, to, side, state) {
+  if (stage.work || stage.points.length) { stage.dropStroke(); return; }
+  const entry = from.pop();
+  if (!entry) return;
+  to.push(entry);
+  if (shown !== entry.frame) await goto(entry.frame, { byHand: true });
+  app.mask.paste(entry[side], entry.rect);
+  stage.redraw();
+  save(entry[state]);
+}
+const undo = () => turnBack(history.done, history.undone, 'before', 'was');
+const redo = () => turnBack(history.undone, history.done, 'after', 'is');
+
+async function giveProposal(number, how) {
+  const frame = shown, runs = await api.proposal(frame, number);
+  if (!app.current) await addObject();
+  if (shown !== frame) return;
+  const before = app.mask.ids.slice(), take = how === 'take';
+  if (how === 'replace') app.mask.erase(app.current);
+  const rect = app.mask.stamp(runs, take ? 0 : app.current, take ? app.current : -1);
+  stroke(before, rect);
+  stage.redraw();
+}
+
+function endHere() {
+  if (!app.current || shown === null) return;
+  const before = app.mask.ids.slice(), rect = app.mask.erase(app.current);
+  const was = { given: app.about.given, ends: app.about.ends };
+  const is = { given: was.given.filter((id) => id !== app.current), ends: [...new Set([...was.ends, app.current])] };
+  const change = app.mask.change(before, rect) ?? { rect: [0, 0, 1, 1], before: before.slice(0, 1), after: before.slice(0, 1) };
+  app.mask.draw();
+  commit({ frame: shown, ...change, was, is });
+  stage.redraw();
+}
+
+function ungive() {
+  const was = { given: app.about.given, ends: app.about.ends }, pixel = app.mask.ids.slice(0, 1);
+  commit({ frame: shown, rect: [0, 0, 1, 1], before: pixel, after: pixel, was, is: { given: [], ends: [] } });
+}
+
+// ----------------------------------------------------------------------------------------------- objects
+
+async function addObject() {
+  try {
+    const { id, name } = await api.addObject();
+    app.objects = [...app.objects.filter((o) => o.id !== id), { id, name }].sort((a, b) => a.id - b.id);
+    timeline.timeline.scores[id] ??= new Array(timeline.timeline.status.length).fill(null);
+    choose(id);
+  } catch (error) { fail(error); }
+}
+
+function choose(id) {
+  app.current = id;
+  describeObjects();
+  timeline.redraw();
+  stage.choose();
+  describeTool();
+}
+
+async function removeObject(id) {
+  const { name } = app.objects.find((object) => object.id === id);
+  $('confirm-text').textContent = `Remove ${name} from every frame? Its masks and results go; this cannot be undone.`;
+  $('confirm').showModal();
+  await new Promise((resolve) => $('confirm').addEventListener('close', resolve, { once: true }));
+  if ($('confirm').returnValue !== 'yes') return;
+  try {
+    await saving;
+    await api.remove(id);
+    history.done = [];
+    history.undone = [];
+    await reload();
+  } catch (error) { fail(error); }
+}
+
+function rename(id) {
+  const box = document.querySelector(`#objects li[data-id="${id}"] .name`);
+  if (!box) return;
+  box.readOnly = false;
+  box.focus();
+  box.select();
+}
+
+function describeObjects() {
+  const list = $('objects');
+  if (list.querySelector('.name:not(:read-only)')) return; // a name is being written
+  list.replaceChildren(...app.objects.map(({ id, name }) => {
+    const item = document.createElement('li');
+    item.dataset.id = id;
+    item.setAttribute('aria-current', id === app.current);
+    item.innerHTML = '<span class="dot"></span><input class="name" readonly maxlength="60"><span class="score"></span><span class="more"></span>';
+    item.querySelector('.dot').style.background = app.css(id);
+    const box = item.querySelector('.name');
+    box.value = name;
+    box.setAttribute('aria-label', `Object ${id}, ${name}`);
+    const entry = app.about?.objects.find((object) => object.id === id), score = item.querySelector('.score');
+    if (app.about?.ends.includes(id)) score.textContent = 'ends';
+    else if (app.about?.given.includes(id)) score.textContent = 'given';
+    else if (entry?.lost) { score.textContent = 'lost'; score.classList.add('lost'); }
+    else if (entry) score.textContent = entry.score.toFixed(2);
+    const more = item.querySelector('.more');
+    for (const [text, title, act] of [['Rename', 'F2', () => rename(id)], ['Ends here', 'Not followed from this frame on (X)', endHere],
+      ['Remove', 'From every frame (Delete)', () => removeObject(id)]]) {
+      const button = document.createElement('button');
+      Object.assign(button, { textContent: text, title, onclick: (event) => { event.stopPropagation(); act(); } });
+      more.append(button);
+    }
+    item.onclick = () => choose(id);
+    box.onfocus = () => { if (app.current !== id && box.readOnly) choose(id); };
+    box.ondblclick = () => rename(id);
+    const finish = async () => {
+      if (box.readOnly) return;
+      box.readOnly = true;
+      try { if (box.value.trim() !== name) await api.rename(id, box.value); } catch (error) { fail(error); }
+      describeObjects();
+    };
+    box.onblur = finish;
+    box.onkeydown = (event) => {
+      if (box.readOnly) return;
+      if (event.key === 'Escape') box.value = name;
+      if (event.key === 'Enter' || event.key === 'Escape') { finish(); stage.canvas.focus(); }
+      event.stopPropagation();
+    };
+    return item;
+  }));
+}
+
+// ---------------------------------------------------------------------------------------------- describing
+
+function describeFrame() {
+  const { about, clip, frame } = app, here = about?.frame === frame ? about : null;
+  if (document.activeElement !== $('jump')) $('jump').value = frame + 1;
+  $('count').textContent = `of ${clip.frames}${clip.fps ? `  ·  ${clock(frame / clip.fps)}` : ''}`;
+  const given = here?.given.length || here?.ends.length, status = here?.status;
+  $('frame-status').className = `chip ${given ? 'given' : status === STALE ? 'stale' : ''}`;
+  $('frame-status').textContent = !here ? '…' : given ? 'given' : status === STALE ? 'to follow again' : status === OPEN ? 'not run yet' : 'followed';
+  $('frame-text').textContent = !here ? '' : given
+    ? 'Your masks hold here; the run follows on from them.'
+    : status === STALE ? 'A correction before this frame has not reached it. Run follows it again.'
+      : status === OPEN ? 'Paint an object here, or run.' : 'Paint here to correct it, then run to follow on from here.';
+  $('ungive').disabled = !given;
+  const any = Object.keys(timeline.timeline.given).length || given;
+  $('empty').hidden = Boolean(any);
+  document.body.dataset.shown = here ? frame : '';
+  describeObjects();
+}
+
+function describeButtons() {
+  $('undo').disabled = !history.done.length;
+  $('redo').disabled = !history.undone.length;
+  const waiting = timeline.timeline.status.some((status) => status !== 1);
+  const some = Object.keys(timeline.timeline.given).length || app.about?.given.length;
+  $('run').textContent = app.running ? 'Stop' : waiting && timeline.timeline.status.some((s) => s !== OPEN) ? 'Run on' : 'Run';
+  $('run').classList.toggle('busy', app.running);
+  $('run').disabled = !app.running && (!some || !waiting);
+  $('run').title = app.running ? 'Stop (R)' : !some ? 'Give an object its mask first' : !waiting ? 'Every frame is done' : 'Follow the objects (R)';
+}
+
+function describeTool() {
+  for (const button of document.querySelectorAll('[data-tool]')) button.setAttribute('aria-pressed', button.dataset.tool === app.tool);
+  const painting = app.tool === 'brush' || app.tool === 'eraser';
+  $('size-box').hidden = !painting;
+  $('mode-box').hidden = app.tool === 'eraser' || app.tool === 'hand';
+  $('replace').hidden = app.tool !== 'pick';
+  if (app.mode === 'replace' && app.tool !== 'pick') mode('give');
+  $('give').textContent = app.tool === 'pick' ? 'Give' : 'Add';
+  stage.canvas.style.cursor = { pick: 'pointer', hand: 'grab', polygon: 'crosshair' }[app.tool] ?? 'none';
+  pointed(null);
+}
+
+function pointed(found) {
+  const name = app.objects.find((object) => object.id === app.current)?.name ?? 'a new object';
+  if (app.tool === 'pick') {
+    if (found) hint(found.count > 1 ? `<b>${found.place} of ${found.count}</b> here · wheel or Tab for the next` : '<b>Click</b> to give it', name);
+    else hint(stage.items.length ? 'Point at something' : app.running ? 'The run goes on' : 'Looking for objects…', name);
+  } else hint({ brush: 'Paints', eraser: 'Erases', polygon: 'Outlines', hand: 'Drag to move the view' }[app.tool], app.tool === 'hand' ? '' : name);
+}
+
+function hint(text, name = '') {
+  $('hint').innerHTML = text;
+  if (name) {
+    const bold = document.createElement('b');
+    bold.textContent = name;
+    $('hint').append(' · ', bold);
+  }
+}
+
+function describeRun(run) {
+  app.running = run.running;
+  $('progress').hidden = !run.running && !run.message;
+  const { frames } = app.clip;
+  $('progress-bar').max = frames;
+  $('progress-bar').value = run.done;
+  const speed = run.running && run.fps ? `${run.fps.toFixed(run.fps < 10 ? 1 : 0)} FPS · ${clock(run.left)} left` : '';
+  const counted = `${run.done} of ${frames}`;
+  $('progress-text').textContent = run.running ? [speed ? counted : '', run.message === 'following' ? '' : run.message, speed].filter(Boolean).join(' · ')
+    : run.message === 'done' ? `All ${frames} frames done` : `${counted} frames done`;
+  document.body.dataset.run = run.running ? 'running' : run.message;
+  if (run.error) fail(new Error(run.error));
+  describeButtons();
+}
+
+const clock = (seconds) => {
+  const whole = Math.ceil(seconds), parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  return (parts[0] ? parts : parts.slice(1)).map((part, k) => (k ? String(part).padStart(2, '0') : part)).join(':');
+};
+
+function toast(text, kind = '') {
+  const line = document.createElement('div');
+  line.textContent = text;
+  line.className = kind;
+  $('toasts').append(line);
+  setTimeout(() => line.remove(), 8000);
+}
+function fail(error) { console.error(error); toast(error.message); }
+
+// ------------------------------------------------------------------------------------------------- the run
+
+async function run() {
+  try {
+    await saving;
+    if (app.running) await api.stop();
+    else {
+      app.following = $('along').checked;
+      await api.run();
+    }
+  } catch (error) { fail(error); }
+}
+
+function hear(event) {
+  if (event.kind === 'run') {
+    const ended = app.running && !event.running;
+    describeRun(event);
+    if (ended) { refresh(); settle(); }
+  } else if (event.kind === 'frame') {
+    timeline.record(event.frame, event.objects);
+    if (app.following) { if (event.frame === shown) shown = null; goto(event.frame); }
+    else if (event.frame === shown) reload();
+  } else if (event.kind === 'objects' || event.kind === 'changed') {
+    if (event.objects) {
+      app.objects = event.objects;
+      if (!app.objects.some((object) => object.id === app.current)) app.current = app.objects[0]?.id ?? 0;
+    }
+    timeline.timeline = event.timeline;
+    if (event.kind === 'changed' && event.by !== api.page && !stage.work) shown = null;
+    goto(app.frame);
+    describeFrame();
+    describeButtons();
+    timeline.redraw();
+  } else if (event.kind === 'export') exported(event);
+}
+
+async function refresh() {
+  const state = await api.state();
+  timeline.timeline = state.timeline;
+  timeline.redraw();
+  describeButtons();
+}
+
+// ------------------------------------------------------------------------------------------------- playing
+
+let playing = null;
+function play() {
+  if (playing) { clearInterval(playing); playing = null; settle(); } else {
+    if (app.frame === app.clip.frames - 1) goto(0, { byHand: true });
+    app.following = false;
+    playing = setInterval(() => {
+      if (loading) return;
+      if (app.frame >= app.clip.frames - 1) play(); else goto(app.frame + 1);
+    }, 1000 / Math.min(30, app.clip.fps || 24));
+  }
+  $('play').querySelector('path').setAttribute('d', playing ? 'M6 4h3v12H6zM11 4h3v12h-3z' : 'M6 4v12l10-6z');
+  $('play').setAttribute('aria-label', playing ? 'Pause' : 'Play');
+}
+
+const step = (by) => goto(app.frame + by, { byHand: true });
+
+function jumpTo(frames, back = false) {
+  const sorted = [...new Set(frames)].sort((a, b) => a - b);
+  const found = back ? sorted.filter((f) => f < app.frame).pop() : sorted.find((f) => f > app.frame);
+  if (found !== undefined) goto(found, { byHand: true });
+}
+const givenFrames = () => [...Object.keys(timeline.timeline.given), ...Object.keys(timeline.timeline.ends)].map(Number);
+const lostFrames = () => Object.values(timeline.timeline.scores).flatMap((scores) =>
+  scores.flatMap((score, k) => (score === 0 && scores[k - 1] !== 0 ? [k * timeline.timeline.width] : [])));
+
+// ------------------------------------------------------------------------------------------------- exports
+
+function drawExports(ready) {
+  for (const item of document.querySelectorAll('#exports li')) {
+    const { kind } = item.dataset, box = document.createElement('div'), button = document.createElement('button');
+    box.className = 'do';
+    button.textContent = 'Export';
+    button.onclick = async () => {
+      try { await saving; await api.export(kind); } catch (error) { fail(error); }
+    };
+    if (ready.includes(kind)) box.append(download(kind));
+    box.append(button);
+    item.querySelector('.do')?.remove();
+    item.append(box);
+  }
+  const left = timeline.timeline.status.filter((status) => status !== 1).length;
+  $('exports-note').textContent = left ? 'Some frames have not been run, or are to be followed again: they are exported as they are now.' : '';
+}
+
+function download(kind) {
+  const link = document.createElement('a');
+  Object.assign(link, { href: `/api/exports/${kind}`, textContent: 'Download', download: '' });
+  return link;
+}
+
+function exported(event) {
+  const box = document.querySelector(`#exports li[data-kind="${event.name}"] .do`);
+  if (!box) return;
+  const button = box.querySelector('button');
+  button.disabled = !event.ready && !event.error;
+  button.textContent = event.ready || event.error ? 'Export' : `${Math.round((100 * event.done) / event.of)} %`;
+  if (event.error) fail(new Error(event.error));
+  if (event.ready && !box.querySelector('a')) box.prepend(download(event.name));
+}
+
+async function openExports() {
+  const state = await api.state();
+  timeline.timeline = state.timeline;
+  drawExports(state.exports);
+  $('exports').showModal();
+}
+
+// ---------------------------------------------------------------------------------------- keys and buttons
+
+function tool(name) {
+  stage.dropStroke();
+  app.tool = name;
+  describeTool();
+  if (name === 'pick') settle();
+  stage.redraw();
+}
+
+function resize(size) {
+  app.size = Math.min(120, Math.max(1, Math.round(size)));
+  $('size').value = app.size;
+  $('size-value').textContent = `${app.size} px`;
+  stage.redraw();
+}
+
+function strength(value) {
+  $('strength').value = value;
+  $('strength-value').textContent = `${value} %`;
+  app.overlay = value > 0;
+  app.mask.colour(app.colours, value / 100);
+  stage.redraw();
+}
+
+function mode(name) {
+  app.mode = name;
+  for (const each of ['give', 'take', 'replace']) $(each).setAttribute('aria-pressed', each === name);
+}
+
+const KEYS = {
+  v: () => tool('pick'), b: () => tool('brush'), e: () => tool('eraser'), p: () => tool('polygon'), h: () => tool('hand'),
+  g: () => stage.give(), G: () => stage.give('take'), c: () => stage.give('replace'), n: () => addObject(), x: () => endHere(), r: run, f: () => stage.fit(),
+  o: () => { app.overlay = !app.overlay; stage.redraw(); }, l: () => jumpTo(lostFrames()), '?': () => $('help').showModal(),
+  '[': () => resize(app.size / 1.25 - 0.5), ']': () => resize(app.size * 1.25 + 0.5), '+': () => stage.zoom(1.25), '=': () => stage.zoom(1.25),
+  '-': () => stage.zoom(0.8), ' ': play, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => step(-Infinity), End: () => step(Infinity),
+  ArrowUp: () => jumpTo(givenFrames(), true), ArrowDown: () => jumpTo(givenFrames()), F2: () => rename(app.current),
+  Delete: () => app.current && removeObject(app.current), Escape: () => stage.dropStroke(),
+  Enter: () => (stage.points.length ? stage.closePolygon() : document.activeElement === stage.canvas && stage.give()),
+  Backspace: () => { stage.points.pop(); stage.redraw(); },
+};
+
+function key(event) {
+  const { target: at } = event;
+  if (!app.clip || document.querySelector('dialog[open]') || at.matches('input:not([type=range]):not([type=checkbox]):not([readonly])')) return;
+  const control = event.ctrlKey || event.metaKey;
+  if (control && event.key.toLowerCase() === 'z') { event.preventDefault(); (event.shiftKey ? redo : undo)(); return; }
+  if (control && event.key.toLowerCase() === 'y') { event.preventDefault(); redo(); return; }
+  if (control || event.altKey) return;
+  if (event.key === 'Tab') {
+    if (at === stage.canvas && app.tool === 'pick' && stage.items.length && stage.choose(event.shiftKey ? -1 : 1)) event.preventDefault();
+    return;
+  }
+  if ((event.key === 'Enter' || event.key === ' ') && at.matches('button, summary, a')) return;
+  if (at.matches('input[type=range]') && /^(Arrow|Home|End)/.test(event.key)) return;
+  if (/^[1-9]$/.test(event.key)) {
+    const object = app.objects[event.key - 1];
+    if (object) choose(object.id);
+    return;
+  }
+  if (event.shiftKey && /^Arrow(Left|Right)$/.test(event.key)) { event.preventDefault(); step(event.key === 'ArrowLeft' ? -10 : 10); return; }
+  const act = KEYS[event.key] ?? (event.shiftKey ? null : KEYS[event.key.toLowerCase()]);
+  if (act) { event.preventDefault(); act(); }
+}
+
+function wire() {
+  for (const button of document.querySelectorAll('[data-tool]')) button.onclick = () => tool(button.dataset.tool);
+  const on = { undo, redo, run, add: addObject, ungive, play, previous: () => step(-1), next: () => step(1), give: () => mode('give'),
+    take: () => mode('take'), replace: () => mode('replace'), fit: () => stage.fit(), 'zoom-in': () => stage.zoom(1.25), 'zoom-out': () => stage.zoom(0.8),
+    'help-open': () => $('help').showModal(), 'export-open': openExports };
+  for (const [id, act] of Object.entries(on)) $(id).onclick = act;
+  for (const dialog of document.querySelectorAll('dialog')) {
+    dialog.querySelector('.close')?.addEventListener('click', () => dialog.close());
+    dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
+  }
+  $('size').oninput = () => resize(+$('size').value);
+  $('strength').oninput = () => strength(+$('strength').value);
+  $('along').onchange = () => { app.following = $('along').checked && app.running; };
+  $('jump').onchange = () => { const frame = parseInt($('jump').value, 10); if (frame) goto(frame - 1, { byHand: true }); $('jump').blur(); describeFrame(); };
+  addEventListener('keydown', key);
+  addEventListener('beforeunload', (event) => { if (unsaved) event.preventDefault(); });
+}
+
+// -------------------------------------------------------------------------------------------------- opening
+
+function welcome(limit) {
+  $('welcome').hidden = false;
+  const actions = document.querySelector('.actions');
+  actions.hidden = true;
+  const take = async (file) => {
+    if (!file) return;
+    if (file.size > limit) { fail(new Error(`${file.name} is larger than the limit; start dmm-fast app with its path instead.`)); return; }
+    try {
+      await api.upload(file, (part) => { $('upload-text').textContent = `${file.name}: ${Math.round(100 * part)} %`; });
+      actions.hidden = false;
+      $('welcome').hidden = true;
+      await open(await api.state());
+    } catch (error) { $('upload-text').textContent = ''; fail(error); }
+  };
+  $('choose').onclick = () => $('file').click();
+  $('file').onchange = () => take($('file').files[0]);
+  const drop = $('drop');
+  for (const name of ['dragover', 'dragleave', 'drop']) {
+    addEventListener(name, (event) => {
+      event.preventDefault();
+      drop.classList.toggle('over', name === 'dragover');
+      if (name === 'drop') take(event.dataTransfer.files[0]);
+    });
+  }
+}
+
+async function open(state) {
+  const { clip } = state;
+  Object.assign(app, { clip, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0 });
+  document.title = `${clip.name} · dmm-fast`;
+  $('clip-name').textContent = clip.name;
+  $('clip-name').title = state.folder;
+  $('clip-facts').textContent = `${clip.width} × ${clip.height} · ${clip.frames} frames${clip.fps ? ` · ${+clip.fps.toFixed(2)} FPS` : ''}`;
+  $('studio').hidden = false;
+  app.mask = new Mask(clip.width, clip.height);
+  stage = new Stage($('stage'), app);
+  timeline = new Timeline($('timeline'), app);
+  timeline.timeline = state.timeline;
+  wire();
+  strength(45);
+  resize(Math.max(4, Math.round(Math.min(clip.width, clip.height) / 24)));
+  describeRun(state.run);
+  describeTool();
+  let away = false;
+  api.listen(state.seq, hear, async (lost) => {
+    if (lost && !away) toast('The connection to the server is lost; trying again.', 'note');
+    if (!lost && away) { const now = await api.state(); describeRun(now.run); timeline.timeline = now.timeline; reload(); }
+    away = lost;
+  });
+  const first = Object.keys(state.timeline.given).map(Number)[0] ?? 0;
+  await goto(first);
+  stage.fit();
+  describeButtons();
+  Object.assign(window, { studio: app, stageView: () => stage }); // for the console, and tests
+}
+
+if (location.search.includes('token=')) window.history.replaceState(null, '', '/'); // kept by the cookie from here on
+api.state().then((state) => (state.clip ? open(state) : welcome(state.limit))).catch(fail);

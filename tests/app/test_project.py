@@ -1,0 +1,253 @@
+"""Projects: any frame at once, what is given, stale and followed again, and results that `dmm-fast segment` goes on from."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmm_fast.app import runs
+from dmm_fast.app.clip import Clip
+from dmm_fast.app.exports import EXPORTS
+from dmm_fast.app.project import DONE, OPEN, STALE, ProjectError, open_project
+from dmm_fast.app.worker import Settings, Worker
+from dmm_fast.data.masks import read_mask
+from dmm_fast.data.video import VideoWriter, open_frames
+from dmm_fast.inference.demo import make_clip
+from dmm_fast.inference.run import segment
+
+SIZE, LENGTH = (96, 160), 12
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    make_clip(folder, seed=7, frames=LENGTH, size=SIZE)
+    return folder
+
+
+@pytest.fixture
+def project(demo, tmp_path):
+    opened = open_project(tmp_path / "koi.dmm", demo / "JPEGImages/koi")
+    yield opened
+    opened.close()
+
+
+def truth(demo, index: int) -> np.ndarray:
+    return read_mask(demo / f"Annotations/koi/{index:05d}.png")
+
+
+def worker(project, demo, notify=lambda event: None) -> Worker:
+    return Worker(project, Settings(str(demo / "proposals/koi.json"), model={"preset": "iou"}), notify)
+
+
+def follow(project, demo) -> list[int]:
+    """Run to the end; the frames that were made."""
+    made = []
+    runner = worker(project, demo, lambda event: made.append(event.get("frame")))
+    runner.start()
+    runner._thread.join()
+    assert not runner.state["error"], runner.state
+    return [index for index in made if index is not None]
+
+
+def give(project, demo, index: int, objects=(1, 2, 3, 4)) -> None:
+    ids = truth(demo, index)
+    for label in objects:
+        project.names.setdefault(label, f"Object {label}")
+    shown = project.ids(index)
+    shown[np.isin(shown, objects)] = 0
+    project.paint(index, np.where(np.isin(ids, objects), ids, shown), {*objects, *project.given.get(index, ())},
+                  project.ends.get(index, ()))  # fmt: skip
+
+
+def results(project) -> list[bytes]:
+    return [project.ids(index).tobytes() for index in range(len(project.clip))]
+
+
+@pytest.mark.parametrize(
+    "ids", [np.zeros((1, 1), np.uint8), np.arange(255, dtype=np.uint8)[None], np.zeros((4100, 4100), np.uint8)]
+)
+def test_runs_are_exact(ids):
+    assert (runs.decode(runs.encode(ids), ids.shape) == ids).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", np.array([5 << 8], "<u4").tobytes(), np.array([7 << 8], "<u4").tobytes()])
+def test_runs_that_do_not_fill_the_frame_are_refused(data):
+    with pytest.raises(ValueError, match="a mask"):
+        runs.decode(data, (2, 3))
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_any_frame_of_a_video_is_that_of_a_read_from_the_start(tmp_path, name):
+    frames = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    with VideoWriter(tmp_path / name, (64, 64), 25) as writer:
+        for frame in frames:
+            writer.write(frame)
+    expected = [frame for _, frame in open_frames(tmp_path / name).read()]
+    clip = Clip(tmp_path / name, tmp_path / "index.npz")
+    assert len(clip) == len(expected) == 70
+    for index in (0, 69, 13, 12, 40, 41, 3):
+        assert (clip.frame(index) == expected[index]).all()
+        assert (next(clip.read(index))[1] == expected[index]).all()
+        shown = np.asarray(Image.open(io.BytesIO(clip.picture(index, 0))))
+        assert np.abs(shown.astype(int) - expected[index]).mean() < 12
+    assert [index for index, _ in clip.read(55)] == list(range(55, 70))
+    assert (tmp_path / "index.npz").exists() and (Clip(tmp_path / name, tmp_path / "index.npz").frame(33) == expected[33]).all()
+
+
+def test_a_run_is_that_of_segment(project, demo, tmp_path):
+    give(project, demo, 0)
+    assert follow(project, demo) == list(range(LENGTH))
+    report = segment(project.clip.path, project.masks, tmp_path / "out", proposals=demo / "proposals/koi.json", preset="iou")
+    assert [read_mask(tmp_path / f"out/{stem}.png").tobytes() for stem in project.clip.stems] == results(project)
+    mine = json.loads((project.results / "report.json").read_text())
+    assert mine["frames"] == report["frames"] and mine["objects"] == report["objects"]
+
+
+def test_a_correction_is_followed_up_to_the_next_given_frame(project, demo):
+    give(project, demo, 0)
+    give(project, demo, 8)
+    follow(project, demo)
+    before = results(project)
+    give(project, demo, 4, objects=(1, 2, 3, 4))
+    assert list(project.status) == [DONE] * 5 + [STALE] * 3 + [DONE] * 4
+    assert not (project.results / "report.json").exists()
+    assert follow(project, demo) == [5, 6, 7]
+    after = results(project)
+    assert after[:4] == before[:4] and after[8:] == before[8:] and after[4] == truth(demo, 4).tobytes()
+    assert (project.results / "report.json").exists()
+
+
+def test_a_correction_gives_what_a_run_from_the_start_gives(project, demo, tmp_path):
+    give(project, demo, 0)
+    follow(project, demo)
+    give(project, demo, 5, objects=(2,))
+    assert list(project.status) == [DONE] * 6 + [STALE] * 6
+    assert follow(project, demo) == list(range(6, LENGTH))
+    again = open_project(tmp_path / "again.dmm", project.clip.path)
+    give(again, demo, 0)
+    give(again, demo, 5, objects=(2,))
+    follow(again, demo)
+    assert results(again) == results(project)
+    again.close()
+
+
+def test_an_object_ends_and_another_begins(project, demo):
+    give(project, demo, 0, objects=(1, 2))
+    follow(project, demo)
+    ids = project.ids(6)
+    project.paint(6, np.where(ids == 2, np.uint8(0), ids), [], ends=[2])
+    give(project, demo, 6, objects=(3,))
+    follow(project, demo)
+    assert all(2 not in project.ids(index) for index in range(6, LENGTH))
+    assert all(2 in project.ids(index) and 3 not in project.ids(index) for index in range(3))
+    assert 3 in project.ids(8) and 1 in project.ids(8)
+    project.remove(1)
+    assert all(1 not in project.ids(index) for index in range(LENGTH)) and 1 not in read_mask(project.mask_file(0))
+
+
+def test_objects_that_all_end_and_come_back(project, demo):
+    give(project, demo, 2, objects=(1,))
+    project.paint(5, project.ids(5), [], ends=[1])
+    give(project, demo, 9, objects=(1,))
+    follow(project, demo)
+    present = [1 in project.ids(index) for index in range(LENGTH)]
+    assert present == [False] * 2 + [True] * 3 + [False] * 4 + [True] * 3
+
+
+def test_a_project_goes_on_after_a_kill(project, demo, tmp_path):
+    give(project, demo, 0)
+    runner = worker(project, demo, lambda event: event.get("frame") == 6 and runner._stop.set())
+    runner.start()
+    runner._thread.join()
+    assert project.next_open() in (7, 8, 9)
+    with project._journal.open("a") as journal:
+        journal.write('{"frame": 9, "st')  # cut short
+    project._lock_file.close()  # as the end of its process does
+    again = open_project(project.folder, None)
+    assert again.next_open() == project.next_open() and again.given == project.given and again.names == project.names
+    follow(again, demo)
+    assert again.next_open() is None and all(status == DONE for status in again.status)
+    again.close()
+
+
+def test_segment_resumes_what_the_page_began_and_the_page_takes_it_over(project, demo):
+    give(project, demo, 0)
+    runner = worker(project, demo, lambda event: event.get("frame") == 4 and runner._stop.set())
+    runner.start()
+    runner._thread.join()
+    stopped = project.next_open()
+    project.close()
+    segment(project.clip.path, project.masks, project.results, proposals=demo / "proposals/koi.json", preset="iou", resume=True)
+    again = open_project(project.folder, None)
+    assert 0 < stopped < LENGTH and again.next_open() is None and 4 in project.names
+    again.close()
+
+
+def test_what_segment_made_of_a_correction_is_followed_again(project, demo):
+    give(project, demo, 0, objects=(1, 2))
+    give(project, demo, 7, objects=(1,))
+    project.close()
+    segment(project.clip.path, project.masks, project.results, proposals=demo / "proposals/koi.json", preset="iou")
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * 7 + [STALE] * 5
+    follow(again, demo)
+    assert (again.ids(7) == 1).tolist() == (truth(demo, 7) == 1).tolist()
+    again.close()
+
+
+def test_what_cannot_be_opened(project, demo, tmp_path):
+    with pytest.raises(ProjectError, match="open in another"):
+        open_project(project.folder, None)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ProjectError, match="is not a project"):
+        open_project(tmp_path / "other", demo / "JPEGImages/koi")
+    with pytest.raises(ProjectError, match="name the clip"):
+        open_project(tmp_path / "none", None)
+    shutil.copytree(demo / "JPEGImages/koi", tmp_path / "shorter")
+    (tmp_path / "shorter/00011.jpg").unlink()
+    with pytest.raises(ProjectError, match="another clip"):
+        open_project(project.folder, tmp_path / "shorter")
+    (project.folder / "project.json").write_text("{}")
+    with pytest.raises(ProjectError, match="not the file of a project"):
+        open_project(project.folder, None)
+
+
+def test_nothing_is_painted_for_unknown_objects(project, demo):
+    with pytest.raises(ProjectError, match="no object 2"):
+        project.paint(0, truth(demo, 0), [1])
+    assert not list(project.masks.iterdir()) and list(project.status) == [OPEN] * LENGTH
+
+
+def test_exports(project, demo, tmp_path):
+    give(project, demo, 0)
+    project.rename(1, "Kohaku / red")
+    follow(project, demo)
+    seen: list[int] = []
+    for kind, (write, name) in EXPORTS.items():
+        write(project, tmp_path / name, seen.append)
+        assert seen[-1] == LENGTH, kind
+    with zipfile.ZipFile(tmp_path / "masks.zip") as archive:
+        names = archive.namelist()
+        assert names == [f"{stem}.png" for stem in project.clip.stems]
+        image = Image.open(archive.open(names[3]))
+        assert image.mode == "P" and (np.asarray(image) == project.ids(3)).all()
+    with zipfile.ZipFile(tmp_path / "cut-outs.zip") as archive:
+        pixels = np.asarray(Image.open(archive.open("1 Kohaku _ red/00003.png")))
+        inside = project.ids(3) == 1
+        assert ((pixels[..., 3] == 255) == inside).all() and not pixels[~inside].any()
+        assert (pixels[inside][:, :3] == project.clip.frame(3)[inside]).all()
+    assert len(list(open_frames(tmp_path / "overlay.mp4").read())) == LENGTH
+    from pycocotools import mask as coco
+
+    tracks = json.loads((tmp_path / "tracks.json").read_text())
+    assert [entry["name"] for entry in tracks["categories"]][0] == "Kohaku / red" and len(tracks["annotations"]) == 4
+    code = tracks["annotations"][1]["segmentations"][5]
+    assert (coco.decode(code).astype(bool) == (project.ids(5) == 2)).all()
