@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 TOP = 20  # proposals of a frame that training sees
+HARD = 0.5  # chance of being missed, from which on an object that is missed isn't found in other ways either
 
 
 # ----------------------------------------------------------------------------------------------------- detector noise
@@ -41,7 +42,7 @@ def noisy_proposals(
     rng: np.random.Generator,
     *,
     top: int = TOP,
-    miss: float = 0.08,
+    miss: float | Sequence[float] = 0.08,
     twice: float = 0.5,
     part: float = 0.35,
     merge: float = 0.25,
@@ -50,19 +51,22 @@ def noisy_proposals(
 ) -> Proposals:
     """What a detector might find of true masks [N, H, W] bool: at most ``top`` proposals, best first.
 
-    Each seen object is found unless missed, at times twice, as a part of it, or merged with another, and there is
-    clutter: pieces of nothing. All go through what a mask head does, 28 x 28 values inside a box that is a little
+    Each seen object is found unless missed (one chance for all, or one each: see `overlooked`), at times twice, as a part of it, or
+    merged with another, and there is clutter: pieces of nothing. All go through what a mask head does, 28 x 28 values inside a box that is a little
     off, with errors that are smooth over the mask: outlines are dilated here and eroded there. noise: how strong; at the
     default the best proposal's IoU has about the median, .82, of a COCO-trained segmenter on DAVIS 2016's training videos.
     """
-    there = masks[areas(masks) >= MIN_AREA]
+    seen = areas(masks) >= MIN_AREA
+    there = masks[seen]
+    chances = np.broadcast_to(miss, len(masks))[seen.numpy()]
     found: list[tuple[Tensor, float, float]] = []  # mask, strength of its noise, score
-    for index, mask in enumerate(there):
-        if rng.random() >= miss:
+    for index, (mask, chance) in enumerate(zip(there, chances)):
+        missed = rng.random() < chance
+        if not missed:
             found.append((mask, noise * rng.uniform(0.3, 1), rng.uniform(0.6, 0.99)))
-        if rng.random() < twice:
+        if rng.random() < twice * (not missed or chance < HARD):
             found.append((mask, noise * rng.uniform(1, 2.5), rng.uniform(0.2, 0.8)))
-        if rng.random() < part:
+        if rng.random() < part * (not missed or chance < HARD):
             found.append((_part(mask, rng), noise, rng.uniform(0.1, 0.7)))
         if len(there) > 1 and rng.random() < merge:
             other = (index + rng.integers(1, len(there))) % len(there)
@@ -73,6 +77,11 @@ def noisy_proposals(
         return nothing(masks.shape[1:])
     stack, strength, scores = zip(*found)
     return tight(_mask_head(torch.stack(stack), np.array(strength), rng), torch.tensor(scores, dtype=torch.float32))
+
+
+def overlooked(count: int, rng: np.random.Generator, share: float = 0.2) -> np.ndarray:
+    """Chances [count] with which a detector misses each of a clip's objects in a frame: a `share` of them it hardly ever finds."""
+    return np.where(rng.random(count) < share, rng.uniform(HARD, 1.0, count), 0.08)
 
 
 def nothing(size: Sequence[int]) -> Proposals:
@@ -157,7 +166,8 @@ class Clips(Dataset):
         if self.augment:
             clip = self.augment(clip, rng)
         if rng.random() < self.noisy:
-            clip = clip._replace(proposals=[noisy_proposals(masks, rng, top=self.top) for masks in clip.masks])
+            miss = overlooked(clip.masks.size(1), rng)
+            clip = clip._replace(proposals=[noisy_proposals(masks, rng, top=self.top, miss=miss) for masks in clip.masks])
         return clip
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.data.augment import Augment, Clip, affine_grid, areas, seen, size_of, tight, tight_boxes, to_uint8
-from dmm_fast.data.clips import TOP, ClipDataset, Clips, StillClips, noisy_proposals
+from dmm_fast.data.clips import TOP, ClipDataset, Clips, StillClips, noisy_proposals, overlooked
 from dmm_fast.data.datasets import StillsDataset, VideoDataset
 from dmm_fast.model import Proposals
 
@@ -151,8 +151,9 @@ def composite(
     open_ = cover == 0
     wanted, proposed = ([getattr(layer, role) for layer in layers] for role in ("wanted", "proposed"))
     masks = torch.cat([ground.masks & open_[:, None], pasted[:, wanted]], 1)
+    miss = overlooked(sum(proposed), rng)
     proposals = [
-        _merge(_uncovered(given, clear), noisy_proposals(new, rng, top=top, clutter=2), top)
+        _merge(_uncovered(given, clear), noisy_proposals(new, rng, top=top, miss=miss, clutter=2), top)
         for given, clear, new in zip(ground.proposals, open_, pasted[:, proposed])
     ]
     return Clip(to_uint8(frames), masks, proposals, f"{ground.name}+{len(layers)}")

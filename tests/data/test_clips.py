@@ -11,9 +11,10 @@ from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import dmm_fast
 from dmm_fast.data.annotated import DataError
 from dmm_fast.data.augment import MIN_SHARE, Augment, Clip, areas, tight
-from dmm_fast.data.clips import ClipDataset, Mixture, StillClips, SyntheticClips, noisy_proposals
+from dmm_fast.data.clips import HARD, ClipDataset, Mixture, StillClips, SyntheticClips, noisy_proposals, overlooked
 from dmm_fast.data.datasets import open_dataset
 from dmm_fast.data.masks import write_mask
 from dmm_fast.data.paste import Layer, PasteClips, composite
@@ -198,6 +199,17 @@ def shapes(size=(120, 200)):
     disc = (y - 40) ** 2 + (x - 50) ** 2 < 900
     bar = (y > 60) & (y < 110) & (x > 120) & (x < 150)
     return torch.stack([disc, bar])
+
+
+def test_objects_that_a_detector_overlooks():
+    """Some of a clip's objects are hardly ever found, in any way; the others are."""
+    chances = overlooked(2000, np.random.default_rng(0))
+    assert 0.15 < (chances >= HARD).mean() < 0.25 and set(chances[chances < HARD]) == {0.08}
+    masks = shapes()
+    for seed in range(20):
+        found = noisy_proposals(masks, np.random.default_rng(seed), miss=[1.0, 0.0], merge=0, clutter=0)
+        iou = dmm_fast.mask_iou(masks, found.masks)
+        assert not iou[0].any() and iou[1].amax() > 0.3
 
 
 def test_noisy_proposals_are_what_a_detector_might_give():
