@@ -3,6 +3,8 @@
 It is here so that the packaged network starts without timm, whose import takes longer than torch's.
 """
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,6 +94,10 @@ class EfficientNetLite0(nn.Module):
                 inputs, stride = outputs, 1
             stages.append(nn.Sequential(*blocks))
         self.blocks = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # so that it can be trained from nothing, too
+                outputs = module.out_channels * module.kernel_size[0] ** 2 // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / outputs))
         self.channels = [STAGES[level][3] for level in self.wanted]
 
     def forward(self, x: Tensor) -> list[Tensor]:
