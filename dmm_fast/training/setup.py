@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dmm_fast.model import DMMNet, load_weights, read_weights
+from dmm_fast.model import DMMNet, load_weights, packaged, read_weights
 from dmm_fast.training.config import ConfigError, TrainConfig
 from dmm_fast.training.imagenet import imagenet_weights
 
@@ -24,7 +24,8 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
         load_weights(net.backbone, imagenet_weights(config.model.backbone), "ImageNet")
         known = {name for name in net.state_dict() if name.startswith("backbone.")}
     elif config.pretrained != "none":
-        load_weights(net, widened(read_weights(config.pretrained), net), config.pretrained)
+        path = packaged("small") if config.pretrained == "small" else config.pretrained
+        load_weights(net, widened(read_weights(path), net), config.pretrained)
         known = set(net.state_dict())
     net.train()
     net.backbone.requires_grad_(not config.freeze)

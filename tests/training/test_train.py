@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dmm_fast.model import Affinity, Candidates, Config, Output, Proposals, read_weights
+from dmm_fast.model import Affinity, Candidates, Config, Output, Proposals, packaged, read_weights
 from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from safetensors.torch import load_file
@@ -109,6 +109,23 @@ def test_presets_are_the_papers():
 def test_a_configuration_survives_yaml(name):
     config = read_config(name)
     assert from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_weights_of_objects_apart_go_into_a_net_that_decides_together():
+    """The further inputs have weight 0, so that training goes on from what was there."""
+    config = read_config("identity")
+    net, known = build_net(config)
+    old = read_weights(packaged("small"))
+    own = net.state_dict()
+    assert known == own.keys() and net.together
+    widened = {name for name in own if own[name].shape != old[name].shape}
+    assert widened == {"refinement.judge.0.weight", *(f"refinement.owns.{k}.weight" for k in range(4))}
+    for name in own:
+        before, new = (
+            (own[name][:, : old[name].size(1)], own[name][:, old[name].size(1) :]) if name in widened else (own[name], None)
+        )
+        assert torch.equal(before, old[name].to(before.dtype))
+        assert new is None or (new.size(1) in (1, 2, 3) and not new.any())
 
 
 def test_settings_on_top():
