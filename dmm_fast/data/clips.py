@@ -42,7 +42,7 @@ def noisy_proposals(
     rng: np.random.Generator,
     *,
     top: int = TOP,
-    miss: float | Sequence[float] = 0.08,
+    miss: float | Sequence[float] | np.ndarray = 0.08,
     twice: float = 0.5,
     part: float = 0.35,
     merge: float = 0.25,
