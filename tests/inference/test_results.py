@@ -69,10 +69,10 @@ def digests(out):
 
 
 def same_video(one, other):
-    """The same times, sound and, but for the encoder's whims, pictures."""
+    """The same times, sound and, within what the encoder loses of these noisy ones, pictures; neighbours differ by 25."""
     assert shown(one) == shown(other) and seconds_of_sound(one) == seconds_of_sound(other)
     pairs = list(zip(open_frames(one).read(), open_frames(other).read(), strict=True))
-    return all(np.abs(a.astype(int) - b).mean() < 2 for (_, a), (_, b) in pairs)
+    return all(np.abs(a.astype(int) - b).mean() < 8 for (_, a), (_, b) in pairs)
 
 
 @pytest.fixture(scope="module")

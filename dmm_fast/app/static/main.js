@@ -64,6 +64,7 @@ function settle() {
   clearTimeout(settle.timer);
   settle.timer = setTimeout(async () => {
     const frame = shown, wanted = stage.scale * app.clip.width * (devicePixelRatio || 1);
+    if (frame === null) return; // it is being loaded again, and settles then
     try {
       if (app.bitmap.width < app.clip.width && wanted > 1.2 * app.bitmap.width) {
         const bitmap = await picture(frame, wanted > 2560 ? 0 : 2560);
