@@ -32,8 +32,8 @@ def masks(project: Project, path: Path, progress: Progress) -> None:
 
 
 def overlay_video(project: Project, path: Path, progress: Progress) -> None:
-    """The clip with its masks drawn on it."""
-    with VideoWriter(path, project.clip.size, project.clip.fps or 24) as writer:
+    """The clip with its masks drawn on it, with the times, the shape of pixels and the sound of the clip."""
+    with VideoWriter(path, project.clip.size, project.clip.fps or 24, like=project.clip.frames) as writer:
         for index, frame, ids in _frames(project):
             writer.write(overlay(frame, ids))
             progress(index + 1)

@@ -62,11 +62,12 @@ def noisy_proposals(
     found: list[tuple[Tensor, float, float]] = []  # mask, strength of its noise, score
     for index, (mask, chance) in enumerate(zip(there, chances)):
         missed = rng.random() < chance
+        unseen = missed and chance >= HARD
         if not missed:
             found.append((mask, noise * rng.uniform(0.3, 1), rng.uniform(0.6, 0.99)))
-        if rng.random() < twice * (not missed or chance < HARD):
+        if rng.random() < twice and not unseen:
             found.append((mask, noise * rng.uniform(1, 2.5), rng.uniform(0.2, 0.8)))
-        if rng.random() < part * (not missed or chance < HARD):
+        if rng.random() < part and not unseen:
             found.append((_part(mask, rng), noise, rng.uniform(0.1, 0.7)))
         if len(there) > 1 and rng.random() < merge:
             other = (index + rng.integers(1, len(there))) % len(there)

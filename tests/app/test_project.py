@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers.videos import make_video, seconds_of_sound, shown
 from PIL import Image
 
 from dmm_fast.app import runs
@@ -224,6 +225,18 @@ def test_nothing_is_painted_for_unknown_objects(project, demo):
     with pytest.raises(ProjectError, match="no object 2"):
         project.paint(0, truth(demo, 0), [1])
     assert not list(project.masks.iterdir()) and list(project.status) == [OPEN] * LENGTH
+
+
+def test_an_exported_overlay_is_shown_and_heard_as_the_clip(tmp_path):
+    stamps = [0, 3000, 9000, 12000, 90000]
+    make_video(tmp_path / "clip.mp4", stamps, sound="aac")
+    opened = open_project(tmp_path / "clip.dmm", tmp_path / "clip.mp4")
+    write, name = EXPORTS["overlay"]
+    write(opened, tmp_path / name, lambda done: None)
+    opened.close()
+    assert shown(tmp_path / name) == pytest.approx(shown(tmp_path / "clip.mp4"), abs=1e-3)
+    codec, seconds = seconds_of_sound(tmp_path / name)
+    assert codec == "aac" and seconds == pytest.approx(1, abs=0.1)
 
 
 def test_exports(project, demo, tmp_path):
