@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,6 @@ class ProposalFile:
     def best(self) -> float:
         """The highest score of all."""
         return max((entry["score"] for entries in self._entries.values() for entry in entries), default=0.0)
-
-    def covers(self, stems: Iterable[str]) -> int:
-        """How many of these frames have at least one proposal."""
-        return sum(self._name(stem) in self._entries for stem in stems)
 
     def _name(self, stem: str) -> str:
         key = _key(stem)
