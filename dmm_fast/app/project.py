@@ -118,10 +118,8 @@ class Project:
         for row in rows:
             index = self._numbers.get(row["frame"])
             if index is not None:
-                held = {entry["id"] for entry in row["objects"] if "given" in entry}
-                followed = {entry["id"] for entry in row["objects"]}
-                if not self.given.get(index, set()) <= held or self.ends.get(index, set()) & followed:
-                    status = STALE  # `segment` follows an object on through a frame in which it was given again
+                if self.ends.get(index, set()) & {entry["id"] for entry in row["objects"]}:
+                    status = STALE  # `segment` follows an object on through the frame in which it ends
                 self.status[index], self.rows[index] = status, row["objects"]
 
     def _write(self, line: str) -> None:
@@ -349,7 +347,7 @@ def read_project(folder: Path) -> dict[str, Any] | None:
     return stored
 
 
-def open_project(folder: Path, clip: Path | None, progress: bool = False) -> Project:
+def open_project(folder: Path, clip: Path | None) -> Project:
     """The project in this folder; a new one of `clip` where there is none.
 
     Raises ProjectError where the folder holds something else, or the project of another clip.
@@ -368,7 +366,7 @@ def open_project(folder: Path, clip: Path | None, progress: bool = False) -> Pro
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        opened = Clip(source, folder / "index.npz", progress)
+        opened = Clip(source)
     except BaseException:
         if new:
             shutil.rmtree(folder)

@@ -77,8 +77,8 @@ class Studio:
         self.stopping: Callable[[], bool] = lambda: False
         self._export: threading.Thread | None = None
 
-    def open(self, folder: Path, clip: Path | None, progress: bool = False) -> None:
-        self.project = open_project(folder, clip, progress)
+    def open(self, folder: Path, clip: Path | None) -> None:
+        self.project = open_project(folder, clip)
         self.worker = Worker(self.project, self.settings, self.feed.put)
 
     def close(self) -> None:

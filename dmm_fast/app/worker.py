@@ -16,8 +16,9 @@ import numpy as np
 
 from dmm_fast.app.project import DONE, Project
 from dmm_fast.data.video import Behind, FramesError, prefetch
+from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import by_object, row_of, speed
-from dmm_fast.inference.run import Live, proposal_source, run_settings
+from dmm_fast.inference.run import run_settings
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Config, Proposals
 
@@ -257,7 +258,7 @@ class Worker:
             return
         settings = run_settings(
             project.clip.path, project.masks, s.proposals, s.detector_weights, s.weights, online=None,
-            clean_masks=False, image_id_offset=None, **{name: s.model.get(name, default) for name, default in MODEL.items()},
+            clean_masks=False, image_id_offset=None, direction="forward", **{name: s.model.get(name, default) for name, default in MODEL.items()},
         )  # fmt: skip
         rows = [{"frame": project.clip.stems[index], "objects": row} for index, row in sorted(project.rows.items())]
         about = {

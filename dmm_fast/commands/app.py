@@ -80,7 +80,7 @@ def run(a: argparse.Namespace) -> int:
     clip = Path(a.clip) if a.clip else None
     if clip is not None or studio.folder is not None and (studio.folder / "project.json").exists():
         name = f"{clip.stem if clip.is_file() else clip.resolve().name}.dmm" if clip else ""
-        studio.open(studio.folder or Path(name), clip, progress=True)
+        studio.open(studio.folder or Path(name), clip)
     if a.host not in LOOPBACK:
         complain(f"others can reach this server at {a.host}, and the connection is not encrypted: give the address, which "
                  "holds the token, to nobody else")  # fmt: skip

@@ -32,6 +32,9 @@ def add(commands: Any) -> None:
         ("dmm-fast segment frames/ --masks masks/ --proposals proposals.json --out result",
          "masks/ holds PNGs named like frames, each with the objects that appear there;\n"
          "      or one PNG per object of the first frame"),
+        ("dmm-fast segment clip.mp4 --masks masks/ --out result --direction both",
+         "masks/ holds PNGs of any frames, named like them: objects are followed forward and backward from there, and an\n"
+         "      object that has several is joined in between where both ways agree best"),
         ("dmm-fast segment clip.mov --masks first.png --out result --save cutout,alpha-video,tracks",
          "also the objects without their background, and their masks as COCO JSON"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
@@ -50,6 +53,11 @@ def add(commands: Any) -> None:
         help="mask proposals: a COCO results file whose image_id is the frame's name or number, a COCO data set, or a live "
         "detector: small (packaged, default), torchvision, FILE.safetensors from train-proposals, or "
         "detectron2:CONFIG[:WEIGHTS]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--direction", choices=("both", "forward", "backward"),
+        help="where objects are followed to from the frames in which they are given (default: both where the first mask is not the "
+        "first frame's, else forward)",
     )  # fmt: skip
     parser.add_argument(
         "--image-id-offset", type=int, metavar="N",
@@ -79,14 +87,15 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from dmm_fast.inference.folder import SHEET
+    from dmm_fast.inference.passes import Interrupted
     from dmm_fast.inference.results import result_files
-    from dmm_fast.inference.run import Interrupted, segment
+    from dmm_fast.inference.run import segment
 
     check_device(a.device)
     try:
         report = segment(
             a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
-            image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, save=a.save, online=a.online,
+            image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, direction=a.direction, save=a.save, online=a.online,
             resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **model_options(a),
         )  # fmt: skip
     except Interrupted as stop:

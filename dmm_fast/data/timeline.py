@@ -7,6 +7,7 @@ damaged transport stream, the gap in an otherwise regular rhythm tells how many.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -31,6 +32,12 @@ class Timeline:
     before: int = 0  # packets before the first frame, which cannot be decoded without what the recording does not have
     pauses: list[int] = field(default_factory=list)  # frames of a regular video that stay for longer than one frame
     cut: tuple[float, float | None] | None = None  # where the file stops early: seconds there are, and promised ones if known
+    keys: list[int] = field(default_factory=list)  # frames that decoding can start from, where numbers are sure; else empty
+
+    def key_before(self, index: int) -> int:
+        """The last frame up to this one that decoding can start from."""
+        place = bisect_right(self.keys, index)
+        return self.keys[place - 1] if place else 0
 
     def drop_first(self, count: int) -> None:
         """Forget the first frames: the recording starts between two key frames."""
@@ -41,13 +48,14 @@ class Timeline:
         )
         self.jumps = [(index - count, seconds) for index, seconds in self.jumps if index >= count]
         self.pauses = [index - count for index in self.pauses if index >= count]
+        self.keys = [index - count for index in self.keys if index >= count]
 
 
 def read_timeline(container, stream) -> Timeline:
     """Walk through the packets of an opened video; nothing is decoded."""
     from av import FFmpegError
 
-    stamps, decoded, corrupt, end, whole = [], [], [], 0, True
+    stamps, decoded, corrupt, keys, end, whole = [], [], [], [], 0, True
     try:
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard or _hidden(packet, stream):
@@ -55,6 +63,8 @@ def read_timeline(container, stream) -> Timeline:
             stamps.append(packet.pts)
             decoded.append(packet.dts)
             corrupt.append(packet.is_corrupt)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
             end = max(end, (packet.pts or 0) + (packet.duration or 0))
     except FFmpegError:  # the rest of the file cannot be read
         whole = False
@@ -71,6 +81,8 @@ def read_timeline(container, stream) -> Timeline:
             timeline.cut = _cut(container, stream, timeline, end * stream.time_base, whole)
         if container.format.name in LOSSY or timeline.corrupt or timeline.cut:
             _fill(timeline)
+        if container.format.name not in LOSSY and not (timeline.corrupt or timeline.jumps):
+            timeline.keys = np.searchsorted(timeline.stamps, sorted(keys)).tolist()
     return timeline
 
 

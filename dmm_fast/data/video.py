@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import re
 from collections import deque
@@ -26,6 +27,7 @@ ALPHA = {  # with alpha: codec, pixel format, options
     ".webm": ("libvpx-vp9", "yuva420p", {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"}),
 }
 HELD = 8  # pictures that wait for an earlier one
+STRETCH = 512 << 20  # bytes of frames that are held to be read backwards
 T = TypeVar("T")
 
 
@@ -37,7 +39,8 @@ def open_frames(path: str | os.PathLike) -> ImageFrames | VideoFrames:
     """Open a directory of images or a video file.
 
     Either has ``size`` (H, W), ``fps`` (None for images), ``stems`` (the frames' names), ``read(start)``, which yields
-    (stem, uint8 [H, W, 3] RGB) one frame at a time, and ``pick(indices)``, which yields (index, stem, frame) of a few.
+    (stem, uint8 [H, W, 3] RGB) one frame at a time, ``read_back(start)``, which does so from there down to the first, and
+    ``pick(indices)``, which yields (index, stem, frame) of a few.
     """
     path = Path(path)
     if path.is_dir():
@@ -79,6 +82,10 @@ class ImageFrames:
         for file in self.files[start:]:
             yield file.stem, read_image(file)
 
+    def read_back(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
+        for file in reversed(self.files[: start + 1]):
+            yield file.stem, read_image(file)
+
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
         for index in sorted(indices):
             yield index, *next(self.read(index))
@@ -104,8 +111,7 @@ class VideoFrames:
         self._even = True  # a packet is a frame
         first = self._begin()
         self.turns = round(first.rotation / 90) % 4  # from the file's display matrix
-        upright = (first.height, first.width) if self.turns % 2 == 0 else (first.width, first.height)
-        self.size: tuple[int, int] = upright
+        self.size = _turned((first.height, first.width), self.turns)
         with _open_video(path) as container:
             stream = container.streams.video[0]
             start = Fraction(container.start_time or 0, 1_000_000)  # in microseconds
@@ -161,39 +167,68 @@ class VideoFrames:
                 self.timeline.timed = self._even = False
         return pictures[0].frame
 
-    def read(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-        index, image, last = 0, None, None  # decoded and dropped up to start: seeking is not exact in every format
-        for number, *_, picture in self._pictures():
+    def read(self, start: int = 0, seek: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+        """seek: begin to decode at the key frame before `start`; `notes` then know nothing of what lies before it."""
+        before, image = None, np.empty(0)
+        for number, picture in self.shown(start, seek):
+            if picture is not before:
+                before, image = picture, self.upright(picture, number)
+            yield f"{number:05d}", image
+
+    def shown(self, start: int = 0, seek: bool = False) -> Iterator[tuple[int, Any]]:
+        """The number of each frame from `start` on and the av.VideoFrame that is shown for it."""
+        index, pictures = self._pictures_near(start) if seek else (0, self._pictures())
+        last = None
+        for number, *_, picture in pictures:
             for missed in range(index, number):
                 self.missing.add(missed)
                 if missed >= start:
-                    image = self._upright(last or picture, missed) if image is None else image
-                    yield f"{missed:05d}", image
-            last, image, index = picture, None, number + 1
+                    yield missed, last or picture
+            last, index = picture, number + 1
             if picture.is_corrupt:
                 self.damaged.add(number)
             if number >= start:
-                image = self._upright(picture, number)
-                yield f"{number:05d}", image
+                yield number, picture
         if self._even:
             for missed in range(index, len(self)):
                 self.missing.add(missed)
                 if missed >= start:
-                    image = self._upright(last, missed) if image is None else image
-                    yield f"{missed:05d}", image
+                    yield missed, last
 
-    def _upright(self, picture: Any, number: int) -> np.ndarray:
-        image = np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), self.turns))
-        if image.shape[:2] != self.size:
-            sizes = "is {1}x{0}, the first is {3}x{2}".format(*image.shape[:2], *self.size)
+    def read_back(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(stem, frame) from `start` down to the first; decoded in stretches of at most `STRETCH` bytes."""
+        most = max(8, STRETCH // (3 * math.prod(self.size)))
+        for stop in range(start + 1, 0, -most):
+            begin = max(0, stop - most)
+            held = list(islice(self.read(begin, seek=True), stop - begin))
+            while held:
+                yield held.pop()
+
+    def _pictures_near(self, start: int) -> tuple[int, Iterator[Picture]]:
+        """The number of a frame, `start` or one before it, and the pictures from there on."""
+        key = self.timeline.key_before(start) if self._even else 0
+        if key:  # the first needs no seeking, which not every file allows
+            pictures = self._pictures(key)
+            first = next(pictures, None)
+            if first is not None and first.number == key:
+                return key, chain([first], pictures)
+        return 0, self._pictures()
+
+    def upright(self, picture: Any, number: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """An av.VideoFrame of frame `number` as uint8 [H, W, 3] RGB, the way up it is meant to be seen; scaled to a size (H, W)."""
+        found = _turned((picture.height, picture.width), self.turns)
+        if found != self.size:
+            sizes = "is {1}x{0}, the first is {3}x{2}".format(*found, *self.size)
             raise FramesError(f"{self.path}: frame {number:05d} {sizes}; all frames of a video must have one size")
-        return image
+        height, width = _turned(size or self.size, self.turns)
+        return np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24", height=height, width=width), self.turns))
 
-    def _pictures(self) -> Iterator[Picture]:
-        """What the decoder gives, by number. Beside lost frames it loses their order too; a few are held back until it fits."""
+    def _pictures(self, key: int = 0) -> Iterator[Picture]:
+        """What the decoder gives, by number, from a key frame on. Beside lost frames it loses their order too; a few are held
+        back until it fits."""
         held: list[Picture] = []
-        index = 0
-        for picture in chain(self._decode(), [None]):
+        index = key
+        for picture in chain(self._decode(key), [None]):
             if picture is not None:
                 heapq.heappush(held, picture)
             while held and (held[0].number <= index or len(held) > HELD or picture is None):
@@ -201,13 +236,15 @@ class VideoFrames:
                     yield earliest
                     index = earliest.number + 1
 
-    def _decode(self, threads: str = "AUTO") -> Iterator[Picture]:
+    def _decode(self, key: int = 0, threads: str = "AUTO") -> Iterator[Picture]:
         from av import FFmpegError
 
-        index, self._errors, serial = 0, 0, count()
+        index, self._errors, serial = key, 0, count()
         with _open_video(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = threads
+            if key:
+                container.seek(int(self.timeline.stamps[key]), stream=stream)
             packets = container.demux(stream)
             while True:
                 try:
@@ -221,7 +258,7 @@ class VideoFrames:
                     self._errors += 1
                     index += not self.timeline.timed  # about where the frame would be shown
         if threads == "AUTO" and self._even and index < len(self.timeline.stamps):
-            yield from self._decode("SLICE")  # at the end of a damaged file several threads lose what they hold
+            yield from self._decode(key, "SLICE")  # at the end of a damaged file several threads lose what they hold
 
     def _number(self, stamp: int | None, index: int) -> int:
         """The number of a picture that is expected to have `index`."""
@@ -236,6 +273,10 @@ class VideoFrames:
         for index, (stem, frame) in enumerate(self.read()):
             if index in wanted:
                 yield index, stem, frame
+
+
+def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
+    return size if turns % 2 == 0 else size[::-1]
 
 
 class Picture(NamedTuple):

@@ -19,21 +19,84 @@ class RunError(ValueError):
     """A run that cannot start or go on as asked."""
 
 
+class PassFolder:
+    """One pass over the frames on disk: where its masks are, a row per frame, and checkpoints to go on from."""
+
+    def __init__(self, work: Path, masks: Path):
+        self.work, self._masks = work, masks
+        self._rows, self._progress = work / "rows.jsonl", work / "progress.json"
+
+    def mask(self, stem: str) -> Path:
+        return self._masks / f"{stem}.png"
+
+    def state(self, index: int) -> Path:
+        return self.work / f"state-{index}.safetensors"
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """What to go on from; None where nothing was saved."""
+        return json.loads(self._progress.read_text()) if self._progress.exists() else None
+
+    def begin(self) -> None:
+        """Make ready to go on after the checkpoint, or from the start."""
+        checkpoint = self.checkpoint()
+        self.work.mkdir(parents=True, exist_ok=True)
+        if checkpoint:
+            os.truncate(self._rows, checkpoint["bytes"])  # rows after the checkpoint are made again
+        else:
+            self._rows.write_text("")
+        for torn in self._masks.glob(".*.png.*.tmp"):
+            torn.unlink()
+        self._file = self._rows.open("a")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def save(self, progress: dict[str, Any], segmenter: Segmenter | None) -> None:
+        """A checkpoint: first the state, then the file that names it, then the states before it go."""
+        self._file.flush()
+        state = self.state(progress["next"])
+        if segmenter is not None:
+            segmenter.save(state)
+        _write_json(self._progress, {**progress, "bytes": self._file.tell()})
+        for old in self.work.glob("state-*"):
+            if old != state:
+                old.unlink()
+
+    def rows(self) -> list[dict[str, Any]]:
+        lines = self._rows.read_text().splitlines(keepends=True) if self._rows.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+    def close(self) -> None:
+        self._file.close()
+
+    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:
+        """Take over rows whose masks are there: to go on from `state`, or to be finished."""
+        self._rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if progress is not None:
+            if state is not None:
+                shutil.copyfile(state, self.state(progress["next"]))
+            _write_json(self._progress, {**progress, "bytes": self._rows.stat().st_size})
+
+
 class RunFolder:
-    """OUT on disk: what is there, whether it is finished, and how a run goes on."""
+    """OUT on disk: what is there, whether it is finished, and how a run goes on.
+
+    settings: what must be the same for a run to go on; "direction" among them. A run forward writes its masks to OUT. One that goes
+    backward, or both ways, keeps those of a pass in a folder of its own, and OUT is made of them at the end.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, settings
         self._work = path / UNFINISHED
-        self._rows, self._progress, self._settings = (
-            self._work / name for name in ("rows.jsonl", "progress.json", "settings.json")
-        )
+        self._settings = self._work / "settings.json"
+        direction = settings["direction"]
+        self.passes: dict[str, PassFolder] = {}
+        for name in ("forward", "backward") if direction == "both" else (direction,):
+            own = self._work / name
+            self.passes[name] = PassFolder(self._work, path) if direction == "forward" else PassFolder(own, own)
 
     def mask(self, stem: str) -> Path:
         return self.path / f"{stem}.png"
-
-    def state(self, index: int) -> Path:
-        return self._work / f"state-{index}.safetensors"
 
     @property
     def tuned(self) -> Path:
@@ -63,8 +126,8 @@ class RunFolder:
             raise RunError(f"{self.path}: holds a {REPORT} that no run has written; choose another --out")
         return report
 
-    def find(self, stems: list[str], resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a run from the start; changes nothing."""
+    def find(self, stems: list[str], resume: bool, overwrite: bool) -> bool:
+        """Whether there is an unfinished run to go on with; changes nothing."""
         if (self.path / REPORT).exists():
             report = self._report()
             if self.finished and not overwrite:
@@ -73,15 +136,14 @@ class RunFolder:
         elif not self._work.exists() and (others := self._others(stems)):
             rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise RunError(f"{self.path}: holds {others[0]}{rest}, which no run has written; choose another --out")
-        if overwrite or not self._progress.exists():
-            return None
-        checkpoint = json.loads(self._progress.read_text())
+        if overwrite or not (done := sorted(self._work.rglob("progress.json"))):
+            return False
         if not resume:
-            done = f"{checkpoint['next']} of {len(stems)} frames"
+            frames = " and ".join(f"{json.loads(file.read_text())['next']} of {len(stems)} frames" for file in done)
             advice = "--resume continues it, --overwrite starts again"
-            raise RunError(f"{self.path}: holds an unfinished run ({done}); {advice}")
+            raise RunError(f"{self.path}: holds an unfinished run ({frames}); {advice}")
         self._check_settings(json.loads(self._settings.read_text()), "unfinished")
-        return checkpoint
+        return True
 
     def _others(self, stems: list[str]) -> list[str]:
         """What a run's results would replace or lie among: PNGs and results that are not a run's."""
@@ -91,16 +153,11 @@ class RunFolder:
         return list(dict.fromkeys([*masks, *sorted(file.name for file in self.path.glob("*.png")),
                                    *(name for name in RESULTS if (self.path / name).exists())]))  # fmt: skip
 
-    def begin(self, stems: list[str], checkpoint: dict[str, Any] | None) -> None:
+    def begin(self, stems: list[str], go_on: bool) -> None:
         """Make OUT ready for a run."""
-        if checkpoint is None:
+        if not go_on:
             self._clear(stems)
             _write_json(self._settings, self.settings)
-        else:
-            os.truncate(self._rows, checkpoint["bytes"])  # rows after the checkpoint are made again
-        for torn in self.path.glob(".*.png.*.tmp"):
-            torn.unlink()
-        self._file = self._rows.open("a")
 
     def _check_settings(self, before: dict[str, Any], kind: str) -> None:
         for name, value in self.settings.items():
@@ -111,13 +168,13 @@ class RunFolder:
 
     def _clear(self, stems: list[str]) -> None:
         """Remove what runs wrote, the report first: no moment shows a folder that looks finished with masks missing."""
-        before = self._report()["frames"] if (self.path / REPORT).exists() else self.rows() if self._rows.exists() else []
+        before = self._report()["frames"] if (self.path / REPORT).exists() else PassFolder(self._work, self.path).rows()
         (self.path / REPORT).unlink(missing_ok=True)
         self._work.mkdir(parents=True, exist_ok=True)
         masks = {self.mask(stem) for stem in [*stems, *(row["frame"] for row in before)]}  # an earlier run's may be more
-        for file in [self.path / SHEET, *masks, *self._work.iterdir()]:
+        for file in [self.path / SHEET, *masks]:
             file.unlink(missing_ok=True)
-        for result in (self.path / name for name in RESULTS):
+        for result in [*self._work.iterdir(), *(self.path / name for name in RESULTS)]:
             shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
     def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:
@@ -126,33 +183,9 @@ class RunFolder:
         self._work.mkdir(parents=True)
         (self.path / REPORT).unlink(missing_ok=True)
         _write_json(self._settings, self.settings)
-        self._rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if progress is not None:
-            if state is not None:
-                shutil.copyfile(state, self.state(progress["next"]))
-            _write_json(self._progress, {**progress, "bytes": self._rows.stat().st_size})
-        self._file = self._rows.open("a")
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-
-    def save(self, progress: dict[str, Any], segmenter: Segmenter | None) -> None:
-        """A checkpoint: first the state, then the file that names it, then the states before it go."""
-        self._file.flush()
-        state = self.state(progress["next"])
-        if segmenter is not None:
-            segmenter.save(state)
-        _write_json(self._progress, {**progress, "bytes": self._file.tell()})
-        for old in self._work.glob("state-*"):
-            if old != state:
-                old.unlink()
-
-    def rows(self) -> list[dict[str, Any]]:
-        lines = self._rows.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+        self.passes["forward"].adopt(rows, progress, state)
 
     def finish(self, report: dict[str, Any]) -> None:
-        self._file.close()
         self.write_report(report)
         shutil.rmtree(self._work)
 
@@ -161,6 +194,17 @@ class RunFolder:
         rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame
         with whole_file(self.path / REPORT) as part:
             part.write_text(f'{head[:-2]},\n "frames": [\n{rows}\n]\n}}\n')
+
+
+def direction_of(path: Path) -> str | None:
+    """In which direction the run in this folder goes; None where there is none."""
+    for file, key in ((path / UNFINISHED / "settings.json", None), (path / REPORT, "settings")):
+        try:
+            found = json.loads(file.read_text())
+            return (found if key is None else found[key])["direction"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _write_json(path: Path, value: Any) -> None:

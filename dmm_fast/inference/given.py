@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ class GivenMasks:
     """Where objects come from.
 
     A file gives the objects of the first frame, or of the frame of that name. A directory gives, by frame name,
-    masks of any frames: what is new in a later one appears there, and 0 there is not background. A directory of which
+    masks of any frames: an object goes on from each mask that it has, and 0 says nothing of objects given elsewhere. A directory of which
     no file has the name of a frame holds the first frame's masks, one file per object. clean: stray ids of smoothed masks
     are given to their neighbours, not refused.
     """
@@ -37,13 +38,22 @@ class GivenMasks:
             self._files = {frames.stems[0]: path}
         elif extra := len(by_stem) - len(self._files):
             self.notes.append(f"{path}: {extra} of {len(by_stem)} masks do not have the name of a frame and are not used")
-        start = next(index for index, stem in enumerate(frames.stems) if stem in self._files)
-        self.before: list[str] = frames.stems[:start]  # frames before the first mask: nothing is followed there
-        if self.before:
-            first, which = frames.stems[start], span(self.before)
-            self.notes.append(f"{which} lie before the first mask, that of frame {first}: no object is followed there, "
-                              "their masks are empty")  # fmt: skip
-        self.read(frames.stems[start], first=True)  # so that a bad mask is reported at once, not after the model has loaded
+        self._stems = frames.stems
+        there = [index for index, stem in enumerate(frames.stems) if stem in self._files]
+        self.first, self.last = there[0], there[-1]  # frames
+        self.read(
+            frames.stems[self.first], first=True
+        )  # so that a bad mask is reported at once, not after the model has loaded
+
+    @cached_property
+    def places(self) -> dict[int, list[int]]:
+        """Per object the numbers of the frames in which it is given, rising; reads all masks."""
+        found: dict[int, list[int]] = {}
+        for index in range(self.first, self.last + 1):
+            if (stem := self._stems[index]) in self:
+                for label in np.unique(self.read(stem, first=index == self.first)[0]).tolist():
+                    found.setdefault(label, []).append(index)
+        return {label: places for label, places in sorted(found.items()) if label}
 
     def __contains__(self, stem: str) -> bool:
         return stem in self._files

@@ -20,9 +20,13 @@ def speed(count: int, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def by_object(rows: list[dict]) -> dict[str, dict[str, Any]]:
-    """Per object: the frame it was given in, frames followed, in how many of those it was lost or shared its proposal
+    """Per object: the first frame it was given in, frames followed, in how many of those it was lost or shared its proposal
     with another object (one of the two is then hidden), mean score where it was not lost."""
-    given = {entry["id"]: row["frame"] for row in rows for entry in row["objects"] if "given" in entry}
+    given: dict[int, str] = {}
+    for row in rows:
+        for entry in row["objects"]:
+            if "given" in entry:
+                given.setdefault(entry["id"], row["frame"])
     summary = {}
     for label, frame in given.items():
         followed = [e for row in rows for e in row["objects"] if e["id"] == label and "given" not in e]

@@ -91,7 +91,7 @@ def test_any_frame_of_a_video_is_that_of_a_read_from_the_start(tmp_path, name):
         for frame in frames:
             writer.write(frame)
     expected = [frame for _, frame in open_frames(tmp_path / name).read()]
-    clip = Clip(tmp_path / name, tmp_path / "index.npz")
+    clip = Clip(tmp_path / name)
     assert len(clip) == len(expected) == 70
     for index in (0, 69, 13, 12, 40, 41, 3):
         assert (clip.frame(index) == expected[index]).all()
@@ -99,7 +99,8 @@ def test_any_frame_of_a_video_is_that_of_a_read_from_the_start(tmp_path, name):
         shown = np.asarray(Image.open(io.BytesIO(clip.picture(index, 0))))
         assert np.abs(shown.astype(int) - expected[index]).mean() < 12
     assert [index for index, _ in clip.read(55)] == list(range(55, 70))
-    assert (tmp_path / "index.npz").exists() and (Clip(tmp_path / name, tmp_path / "index.npz").frame(33) == expected[33]).all()
+    assert [stem for stem, _ in clip.frames.read_back(33)] == clip.stems[33::-1]
+    assert all((frame == expected[33 - back]).all() for back, (_, frame) in enumerate(clip.frames.read_back(33)))
 
 
 def test_a_run_is_that_of_segment(project, demo, tmp_path):
@@ -191,15 +192,26 @@ def test_segment_resumes_what_the_page_began_and_the_page_takes_it_over(project,
     again.close()
 
 
-def test_what_segment_made_of_a_correction_is_followed_again(project, demo):
+def test_segment_takes_corrections_but_not_ends(project, demo):
     give(project, demo, 0, objects=(1, 2))
     give(project, demo, 7, objects=(1,))
     project.close()
     segment(project.clip.path, project.masks, project.results, proposals=demo / "proposals/koi.json", preset="iou")
     again = open_project(project.folder, None)
-    assert list(again.status) == [DONE] * 7 + [STALE] * 5
+    assert list(again.status) == [DONE] * LENGTH and (again.ids(7) == 1).tolist() == (truth(demo, 7) == 1).tolist()
+    before = results(again)
+    again.status[1:] = bytes([STALE]) * (LENGTH - 1)
     follow(again, demo)
-    assert (again.ids(7) == 1).tolist() == (truth(demo, 7) == 1).tolist()
+    assert results(again) == before
+    ids = again.ids(9)
+    again.paint(9, np.where(ids == 2, 0, ids).astype(np.uint8), again.given.get(9, ()), {2})
+    follow(again, demo)
+    again.close()
+    segment(
+        project.clip.path, project.masks, project.results, proposals=demo / "proposals/koi.json", preset="iou", overwrite=True
+    )
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * 9 + [STALE] * (LENGTH - 9)
     again.close()
 
 

@@ -18,7 +18,7 @@ from dmm_fast.commands.main import main
 from dmm_fast.commands.options import summarise
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.data.video import VideoWriter, open_frames
-from dmm_fast.inference import run as segmenting
+from dmm_fast.inference import passes as segmenting
 from dmm_fast.inference.demo import make_clip
 from dmm_fast.inference.folder import SHEET
 from dmm_fast.inference.report import by_object, remark
@@ -253,11 +253,10 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
 
 KILLED = """
     import os, signal, sys
-    import dmm_fast.inference.run as s
-    from dmm_fast.inference import folder, results
+    from dmm_fast.inference import folder, passes, results, run
     from pathlib import Path
     where, number, frames, masks, proposals, out = sys.argv[1:]
-    owner, name = {"save": (s.RunFolder, "save"), "draw": (results.ContactSheet, "save")}.get(where, (s, where))
+    owner, name = {"save": (folder.PassFolder, "save"), "draw": (results.ContactSheet, "save")}.get(where, (passes, where))
     original, calls = getattr(owner, name), []
     def dies(*arguments, **options):
         calls.append(1)
@@ -268,7 +267,7 @@ KILLED = """
                 os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
     setattr(owner, name, dies)
-    s.segment(frames, masks, out, proposals=proposals, preset="iou", save_every=0)
+    run.segment(frames, masks, out, proposals=proposals, preset="iou", save_every=0)
 """
 
 

@@ -18,7 +18,8 @@ from dmm_fast.data.synthetic import Scene
 from dmm_fast.evaluation import evaluate, jaccard
 from dmm_fast.inference.demo import make_clip
 from dmm_fast.inference.folder import RunError
-from dmm_fast.inference.run import Interrupted, online_budget, segment
+from dmm_fast.inference.passes import Interrupted
+from dmm_fast.inference.run import online_budget, segment
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.learning.losses import enlarged
 from dmm_fast.learning.online import tune, tune_proposer
