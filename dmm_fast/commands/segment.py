@@ -37,11 +37,15 @@ def add(commands: Any) -> None:
          "      object that has several is joined in between where both ways agree best"),
         ("dmm-fast segment clip.mov --masks first.png --out result --save cutout,alpha-video,tracks",
          "also the objects without their background, and their masks as COCO JSON"),
+        ("dmm-fast segment camera:0 --masks auto:2 --out live --record --seconds 60",
+         "the two surest objects that a camera sees, for a minute; rtsp://.., udp://.. and /dev/video0 work the same"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
          "match on ResNet-50 features and mask overlap"),
     )  # fmt: skip
-    parser.add_argument("frames", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
-    parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR", help="the objects to follow")
+    parser.add_argument("frames", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a camera or stream as it comes: camera:0, "
+        "/dev/video0, rtsp://.., udp://..")  # fmt: skip
+    parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR|auto:N",
+        help="the objects to follow; of a stream auto:N takes the N surest proposals of the first frame that has any")  # fmt: skip
     parser.add_argument(
         "--clean-masks", action="store_true",
         help="give the stray ids that anti-aliasing or interpolation leaves along outlines to their neighbours; without "
@@ -79,6 +83,16 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_model_options(parser)
     add_detector_options(parser)
+    live = parser.add_argument_group(
+        "camera or stream", "the newest frame is taken each time, late ones are dropped and counted"
+    )
+    live.add_argument(
+        "--record", action="store_true", help="keep the frames that were taken, in OUT/recording, and their masks"
+    )
+    live.add_argument("--seconds", type=float, metavar="N", help="stop after so long (default: at the stream's end, or Ctrl-C)")
+    live.add_argument(
+        "--patience", type=float, default=5.0, metavar="N", help="seconds without a frame after which the source is gone (5)"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an unfinished run in OUT, if there is one")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
@@ -86,24 +100,52 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
+    from dmm_fast.data.stream import is_stream
     from dmm_fast.inference.folder import SHEET
     from dmm_fast.inference.passes import Interrupted
     from dmm_fast.inference.results import result_files
-    from dmm_fast.inference.run import segment
 
     check_device(a.device)
+    live = is_stream(a.frames)
     try:
-        report = segment(
-            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
-            image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, direction=a.direction, save=a.save, online=a.online,
-            resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **model_options(a),
-        )  # fmt: skip
+        report = _stream(a) if live else _file(a)
     except Interrupted as stop:
         complain(str(stop))
         return STOPPED
     if not a.quiet:
         out = Path(a.out)
-        files = {"masks": out / "*.png", "sheet": out / SHEET, "report": out / "report.json", "video": a.overlay}
-        files |= result_files(out, report)
+        files = {"report": out / "report.json", "video": a.overlay}
+        if not live or a.record:
+            files = {"masks": out / "*.png", "sheet": out / SHEET} | files | result_files(out, report)
         summarise(report, files)
     return 0
+
+
+def _file(a: argparse.Namespace) -> dict[str, Any]:
+    from dmm_fast.inference.folder import RunError
+    from dmm_fast.inference.run import segment
+
+    if a.record or a.seconds:
+        raise RunError(
+            f"--record and --seconds are for a camera or a stream; {a.frames} is a file (camera:0, rtsp://..: see --help)"
+        )
+    return segment(
+        a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
+        image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, direction=a.direction, save=a.save, online=a.online,
+        resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **model_options(a),
+    )  # fmt: skip
+
+
+def _stream(a: argparse.Namespace) -> dict[str, Any]:
+    from dmm_fast.inference.folder import RunError
+    from dmm_fast.inference.live import segment_stream
+
+    for name in ("resume", "online", "direction", "image_id_offset", "clean_masks", "backbone"):
+        if getattr(a, name) not in (None, False):
+            raise RunError(f"--{name.replace('_', '-')} is for files, not for a camera or a stream as it comes")
+    model = model_options(a)
+    del model["backbone"]
+    return segment_stream(
+        a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, record=a.record, save=a.save,
+        video=a.overlay, seconds=a.seconds, patience=a.patience, overwrite=a.overwrite, progress=not a.quiet, **model,
+    )  # fmt: skip

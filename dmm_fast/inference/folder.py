@@ -11,8 +11,8 @@ from typing import Any
 from dmm_fast.files import whole_file
 from dmm_fast.inference.segmenter import Segmenter
 
-REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
-RESULTS = ("binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
+REPORT, SHEET, UNFINISHED, RECORDING = "report.json", "contact-sheet.png", "unfinished", "recording"
+RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
 
 
 class RunError(ValueError):

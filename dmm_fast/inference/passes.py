@@ -68,7 +68,11 @@ class Pass:
         number = self.order[self.next]
         source = iter(prefetch(self.frames.read(number) if self.order.step > 0 else self.frames.read_back(number)))
         saved = time.monotonic()
-        with bar, Behind() as self.behind, _stop_requested() as stop:
+        with (
+            bar,
+            Behind() as self.behind,
+            stop_requested("finishing this frame, then saving; press again to stop at once") as stop,
+        ):
             self.stop = stop
             while True:
                 with self._clock("decode"):
@@ -181,9 +185,8 @@ class Pass:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came. The frame at hand is finished; a second Ctrl-C stops
-    at once."""
+def stop_requested(message: str) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; the first says `message`, a second Ctrl-C stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -191,7 +194,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, stack: Any) -> None:
         asked.set()
-        os.write(2, b"\nfinishing this frame, then saving; press again to stop at once\n")
+        os.write(2, f"\n{message}\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
