@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmm_fast.data.masks import read_ids, write_mask
-from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, prefetch
+from dmm_fast.data.video import THREADS, Behind, ImageFrames, VideoFrames, prefetch
 from dmm_fast.inference.folder import PassFolder, RunError, RunFolder
 from dmm_fast.inference.given import GivenMasks
 from dmm_fast.inference.proposing import Live
@@ -70,7 +70,7 @@ class Pass:
         saved = time.monotonic()
         with (
             bar,
-            Behind() as self.behind,
+            Behind(THREADS) as self.behind,
             stop_requested("finishing this frame, then saving; press again to stop at once") as stop,
         ):
             self.stop = stop
@@ -112,11 +112,8 @@ class Pass:
         if self.order[self.next] in self.frames.missing:
             row["picture"] = "missing"  # it could not be decoded; another stands for it
         with self._clock("write"):  # what of it holds up the next frame
-            self.behind(self._write, row, ids)
-
-    def _write(self, row: dict[str, Any], ids: np.ndarray) -> None:
-        write_mask(self.folder.mask(row["frame"]), ids)
-        self.folder.append(row)
+            self.behind(write_mask, self.folder.mask(stem), ids)
+            self.folder.append(row)
 
     def _take_in(self, stem: str, frame: np.ndarray, ids: np.ndarray, objects: list[dict]) -> list[dict]:
         """Start with the masks given for this frame, or add them; an object that is followed goes on from its mask here.
