@@ -153,6 +153,11 @@ class RunFolder:
         return list(dict.fromkeys([*masks, *sorted(file.name for file in self.path.glob("*.png")),
                                    *(name for name in RESULTS if (self.path / name).exists())]))  # fmt: skip
 
+    @property
+    def started(self) -> bool:
+        """Whether a saved pass has come to the first objects."""
+        return any((one.checkpoint() or {}).get("started") for one in self.passes.values())
+
     def begin(self, stems: list[str], go_on: bool) -> None:
         """Make OUT ready for a run."""
         if not go_on:

@@ -99,7 +99,7 @@ def segment(
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device)
     config: Any = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
     how: dict[str, Any] = {"weights": weights, "refine": refine}
-    if go_on and folder.tuned.exists():
+    if go_on and online and folder.started:
         config, how = None, {"weights": folder.tuned}
         if isinstance(propose, Live) and folder.tuned_proposer.exists():
             propose.load(folder.tuned_proposer)
