@@ -16,7 +16,7 @@ from dmm_fast.proposals.sources import is_detector
 
 FINE = 0.2  # an object that loses less than this needs no advice
 SHARE = 1 / 4  # of an object's loss, from which a part of it is worth a rule, and
-LEAST = 0.1  # of J, at least
+LEAST = 0.15  # of J, at least
 BAD = 0.3  # of J lost to a part in a frame that is named for it
 SMALL = 400  # pixels of an object, in a frame of 240 lines, below which it is small
 
@@ -56,7 +56,7 @@ def _better_proposals(e: Explanation) -> Found:
               "(dmm-fast train-proposals). A live detector without classes also learns the first frame with --online.")
     )  # fmt: skip
     commands = [_command(e, "proposals", **other)]
-    if not e.settings["online"]:
+    if _can_learn(e):
         commands.append(_command(e, "online", online="30", **({} if given == "small" else other)))
     if hit:
         yield _cost(hit, "recall"), Advice("Better proposals", why, text, commands)
@@ -83,16 +83,19 @@ def _more_resolution(e: Explanation) -> Found:
     yield _cost(hit, "loss"), Advice("More resolution", why, text, commands)
 
 
+def _appearance(e: Explanation) -> Found:
+    """Matching fails, and it looks at the overlap of masks alone."""
+    hit = [t for t in e.tracks if _large(t, "matching")] if e.settings["preset"] == "iou" else []
+    why = [f"object {t.id}: IoU {t.split['matching']:.2f} is lost by matching{_where(e, t, t.best - t.matched)}" for t in hit]
+    if hit:
+        text = "The packaged network compares what objects look like; the preset iou only where they are."
+        yield _cost(hit, "matching"), Advice("Appearance", why, text, [_command(e, "small", preset="small")])
+
+
 def _one_each(e: Explanation) -> Found:
-    """Objects share a proposal, or go over to another object: an assignment that is rounded gives each its own."""
-    if e.settings["decision"] == "assign":
-        return
-    hit = [t for t in e.tracks if t.shared.any() or (t.switches and _large(t, "matching"))]
-    why = []
-    for t in hit:
-        told = [f"shares its proposal with another{_frames(e, spans(t.shared))}"] if t.shared.any() else []
-        told += [f"goes over to another object{_frames(e, [Span(at, at) for at, _ in t.switches])}"] if t.switches else []
-        why.append(f"object {t.id} {' and '.join(told)}")
+    """Objects share a proposal: an assignment that is rounded gives each its own."""
+    hit = [t for t in e.tracks if t.shared.any()] if e.settings["decision"] != "assign" else []
+    why = [f"object {t.id} shares its proposal with another{_frames(e, spans(t.shared))}" for t in hit]
     if hit:
         text = "The assignment is rounded, so that no two objects take the same proposal."
         yield _cost(hit, "matching"), Advice("One proposal each", why, text, [_command(e, "assign", decision="assign")])
@@ -153,7 +156,7 @@ def _refine_less(e: Explanation) -> Found:
         f"object {t.id}: refinement takes IoU {t.split['refinement']:.2f} off on average{_where(e, t, t.matched - t.j)}"
         for t in hit
     ]
-    commands = [] if e.settings["online"] else [_command(e, "online", online="30")]
+    commands = [_command(e, "online", online="30")] if _can_learn(e) else []
     commands += [] if e.settings["refine"] == "none" else [_command(e, "unrefined", refine="none")]
     if hit and commands:
         text = "Fit the network to the first frame, or keep the matched proposals as they are."
@@ -170,8 +173,13 @@ def _follow_back(e: Explanation) -> Found:
 
 
 RULES: tuple[Callable[[Explanation], Found], ...] = (
-    _better_proposals, _more_resolution, _one_each, _a_mask_there, _where_passes_part, _refine_less, _follow_back,
+    _better_proposals, _more_resolution, _appearance, _one_each, _a_mask_there, _where_passes_part, _refine_less, _follow_back,
 )  # fmt: skip
+
+
+def _can_learn(e: Explanation) -> bool:
+    """Whether --online is something new, and there is a network that can learn."""
+    return not e.settings["online"] and e.settings["preset"] != "iou"
 
 
 def _loss(t: Track) -> float:

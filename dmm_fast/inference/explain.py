@@ -254,7 +254,7 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)
 
 
 def _plain(values: np.ndarray) -> list[Any]:

@@ -98,9 +98,12 @@ def _verdict(e: Explanation) -> str:
     text = f"Mean J {means['J']:.2f}, compared in {len(e.compared)} of {len(e.stems)} frames. "
     if "recall" not in means:
         return text
-    sign = "loses" if means["refinement"] > 0 else "wins back"
+    change = round(means["refinement"], 2)
+    refined = (
+        f"refinement {'loses' if change > 0 else 'wins back'} {abs(change):.2f}" if change else "refinement changes nothing"
+    )
     return text + (f"Of the {means['loss']:.2f} that is missing, {means['recall']:.2f} no proposal could give (recall), {means['matching']:.2f} was lost by taking "
-                   f"another proposal or none (matching), and refinement {sign} {abs(means['refinement']):.2f}.")  # fmt: skip
+                   f"another proposal or none (matching), and {refined}.")  # fmt: skip
 
 
 def _table(e: Explanation) -> str:
@@ -131,7 +134,7 @@ def _field(name: str, value: float | int | None) -> str:
 
 
 def _number(value: float | int | None) -> str:
-    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
 
 
 def _dot(label: int) -> str:
