@@ -18,6 +18,7 @@ FINE = 0.2  # an object that loses less than this needs no advice
 SHARE = 1 / 4  # of an object's loss, from which a part of it is worth a rule, and
 LEAST = 0.15  # of J, at least
 BAD = 0.3  # of J lost to a part in a frame that is named for it
+WHOLE = 0.8  # of its usual area, from which on an object is not hidden
 SMALL = 400  # pixels of an object, in a frame of 240 lines, below which it is small
 
 
@@ -108,11 +109,11 @@ def _a_mask_there(e: Explanation) -> Found:
         bad = _goes_wrong(e, t)
         if bad:
             hit.append(t)
-            at[t.id] = max(bad, key=lambda span: span.last - span.first).first
+            at[t.id] = _well_seen(t, max(bad, key=lambda span: span.last - span.first).first)
     if not hit:
         return
     why = [
-        f"object {t.id}: a mask in frame {e.stems[at[t.id]]}, where {'the longest of its bad spans begins' if e.compared is not None else 'it may go wrong'}"
+        f"object {t.id}: a mask in frame {e.stems[at[t.id]]}, {'the first in which it is well seen since matching went wrong' if e.compared is not None else 'where it may go wrong'}"
         for t in hit
     ]
     text = ("Draw them (dmm-fast app does) as indexed PNGs named like the frames, with the same ids; a mask may hold some objects only. Objects "
@@ -127,11 +128,17 @@ def _goes_wrong(e: Explanation, t: Track) -> list[Span]:
     """Where matching lost an object, if that is what its loss comes from; without truth where it may have."""
     if e.compared is None:
         return [span for span in t.lost_spans if span.last > span.first] + [Span(s.frame, s.frame) for s in t.likely_switches]
-    if not (t.switches or _large(t, "matching") or (not e.proposals and _loss(t) >= FINE)):
+    if not (_large(t, "matching") or (not e.proposals and _loss(t) >= FINE)):
         return []
     gap = t.best - t.matched if e.proposals else 1 - t.j
     with np.errstate(invalid="ignore"):
-        return spans(t.scored & (gap > BAD)) or [Span(s.frame, s.frame) for s in t.switches]
+        return spans(t.scored & (gap > BAD))
+
+
+def _well_seen(t: Track, first: int) -> int:
+    """The first frame from this one on in which the object is not mostly hidden: there a mask says what it looks like."""
+    seen = np.flatnonzero(t.truth[first:] >= WHOLE * np.median(t.truth[t.truth > 0])) if t.known else []
+    return first + int(seen[0]) if len(seen) else first
 
 
 def _where_passes_part(e: Explanation) -> Found:

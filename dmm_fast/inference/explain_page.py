@@ -72,6 +72,8 @@ def _page(e: Explanation, advice: Sequence[Advice], pictures: int) -> Iterator[s
     shots = _worst(e, pictures)
     if shots:
         yield f"<h2>{'The worst frames' if e.compared is not None else 'Frames to look at'}</h2>"
+        if e.compared is not None:
+            yield '<p class="quiet">The outline in white is the truth, that in orange the proposal that was taken.</p>'
         yield from _pictures(e, shots)
     yield "<h2>Frame by frame</h2>" + _key(e)
     yield from (_plot(e, track) for track in e.tracks)
