@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
         "  recall      no proposal covers it better\n"
         "  matching    another proposal was taken, or none (the object was lost)\n"
         "  refinement  what the refined mask loses against the proposal; below 0: what it gains\n"
-        "and identity switches and lost spans are found. Without it, the page shows scores, spans in which objects were lost, likely\n"
-        "switches and where forward and backward passes disagree. Both end in what to try, with the commands to type.\n\n"
+        "and identity switches and lost spans are found. Without it, the page shows scores, spans in which objects were lost,\n"
+        "likely switches and where forward and backward passes disagree. Both end in what to try, with the commands to type.\n\n"
         "A run with a live detector runs it again, in the frames that have ground truth; --no-proposals leaves that out.",
         ("dmm-fast explain result --gt Annotations/clip", "PNGs named like the frames; not every frame needs one"),
         ("dmm-fast explain result", "without ground truth"),

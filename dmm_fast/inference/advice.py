@@ -137,7 +137,9 @@ def _goes_wrong(e: Explanation, t: Track) -> list[Span]:
 
 def _well_seen(t: Track, first: int) -> int:
     """The first frame from this one on in which the object is not mostly hidden: there a mask says what it looks like."""
-    seen = np.flatnonzero(t.truth[first:] >= WHOLE * np.median(t.truth[t.truth > 0])) if t.known else []
+    if not t.known:
+        return first
+    seen = np.flatnonzero(t.truth[first:] >= WHOLE * np.median(t.truth[t.truth > 0]))
     return first + int(seen[0]) if len(seen) else first
 
 

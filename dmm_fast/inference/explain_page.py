@@ -88,12 +88,10 @@ def _page(e: Explanation, advice: Sequence[Advice], pictures: int) -> Iterator[s
 def _verdict(e: Explanation) -> str:
     """The outcome in a sentence or two."""
     if e.compared is None:
-        where = [
-            ("lost", sum(t.figures["lost"] for t in e.tracks)),
-            ("likely switches", sum(len(t.likely_switches) for t in e.tracks)),
-        ]
-        return "Without ground truth these are hints: " + ", ".join(f"{count} {what}" for what, count in where[1:]) + \
-               f" and {where[0][1]} frames in which an object was lost. A likely switch is a mask that hardly overlaps the one before."  # fmt: skip
+        likely = sum(len(track.likely_switches) for track in e.tracks)
+        lost = sum(track.figures["lost"] for track in e.tracks)
+        return (f"Without ground truth these are hints. Likely switches, where a mask hardly overlaps the one before: {likely}. "
+                f"Masks that matched nothing: {lost}.")  # fmt: skip
     means = e.means
     if "J" not in means:
         return "No object is visible in a frame with ground truth in which it is followed."
