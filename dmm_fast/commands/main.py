@@ -13,6 +13,7 @@ from dmm_fast.commands import (
     demo,
     doctor,
     evaluate,
+    explain,
     export,
     proposals,
     runtime,
@@ -24,7 +25,22 @@ from dmm_fast.commands import (
 )
 from dmm_fast.commands.options import STOPPED, Help, Parser, complain, examples
 
-COMMANDS = (app, segment, evaluate, demo, doctor, proposals, train_proposals, train, weights, study, export, runtime, bench)
+COMMANDS = (
+    app,
+    segment,
+    evaluate,
+    explain,
+    demo,
+    doctor,
+    proposals,
+    train_proposals,
+    train,
+    weights,
+    study,
+    export,
+    runtime,
+    bench,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +78,7 @@ def _parser() -> Parser:
             ("dmm-fast train small data.path=DAVIS data.proposals=DIR", "a network of your own"),
             ("dmm-fast train-proposals small --data DAVIS --out detector", "a proposal network of your own"),
             ("dmm-fast evaluate --gt Annotations/clip --pred result", "J and F against ground truth"),
+            ("dmm-fast explain result --gt Annotations/clip", "why it failed, frame by frame, and what to try"),
             ("dmm-fast study convergence --out study", "the paper's studies, run again"),
             ("dmm-fast doctor", "what is installed, what is missing, and how to fix it"),
         ),

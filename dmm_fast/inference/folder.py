@@ -12,7 +12,8 @@ from dmm_fast.files import whole_file
 from dmm_fast.inference.segmenter import Segmenter
 
 REPORT, SHEET, UNFINISHED, RECORDING = "report.json", "contact-sheet.png", "unfinished", "recording"
-RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
+EXPLAINED = "explain.html"
+RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json", EXPLAINED)
 
 
 class RunError(ValueError):

@@ -97,7 +97,7 @@ def segment(
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device)
-    config: Any = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
+    config = config_of(preset, backbone)
     how: dict[str, Any] = {"weights": weights, "refine": refine}
     if go_on and online and folder.started:
         config, how = None, {"weights": folder.tuned}
@@ -128,6 +128,11 @@ def segment(
     report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
     folder.finish(report)
     return report
+
+
+def config_of(preset: str | None, backbone: str | None) -> Any:
+    """What a `Segmenter` takes for the two."""
+    return Config.preset(preset or "davis", backbone=backbone) if backbone else preset
 
 
 def run_settings(

@@ -34,6 +34,7 @@ from dmm_fast.model.state import grow
 from dmm_fast.model.weights import write_tensors
 from dmm_fast.ops import assign, greedy, hungarian
 from dmm_fast.ops.device import open_device
+from dmm_fast.proposals.base import real
 
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
@@ -212,6 +213,17 @@ class Segmenter:
         ]
         self._state, self._frame, self._ids = state, tensor, ids
         return FrameResult(ids.copy(), sorted(objects, key=lambda o: o.id))
+
+    @torch.no_grad()
+    def propose(self, frame: Frame) -> Proposals:
+        """What `step(frame)` would choose from: the proposals of the proposer, best first. The session stays as it is."""
+        if self.proposer is None:
+            raise ValueError("Segmenter.propose: give a proposer when making the Segmenter")
+        if self._live is None:
+            return self.proposer(frame)
+        live: Any = self._live.function if isinstance(self._live, Graph) else self._live
+        tensor = self._on_device(_frame(frame, None))
+        return real(*live.propose(tensor, live.net.encode(tensor[None])))
 
     def _advance(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
         """The device's part of a step."""
