@@ -81,8 +81,9 @@ class Live:
                 raise ProjectError(f"{self.name}: is open already")
             stream = Stream(self.source)
             if self._project is not None and stream.size != self._project.clip.size:
-                raise FramesError("{0}: the frames are {2}x{1} now, the one that was taken is {4}x{3}; go back to live"
-                                  .format(self.name, *stream.size, *self._project.clip.size))  # fmt: skip
+                with stream:  # which closes it
+                    raise FramesError("{0}: the frames are {2}x{1} now, the one that was taken is {4}x{3}; go back to live"
+                                      .format(self.name, *stream.size, *self._project.clip.size))  # fmt: skip
             self._go.clear()
             self._thread = threading.Thread(target=self._work, args=(stream,), name=f"live {self.name}", daemon=True)
             self._thread.start()
@@ -172,18 +173,24 @@ class Live:
         if (lasted := self._recent[-1] - self._recent[0]) > 0:
             self.state["fps"] = round((len(self._recent) - 1) / lasted, 1)
 
+    def _new_rate(self) -> None:
+        """Frames per second are counted anew."""
+        self._recent.clear()
+        self.state["fps"] = 0.0
+
     # ---------------------------------------------------------------------------------------------------- the thread
 
     def _work(self, stream: Stream) -> None:
         try:
             with stream:
                 while not stream.ended and not self._closing and self.phase != DONE:
-                    self._recent.clear()
+                    self._new_rate()
                     for snapshot in stream:
                         if self._go.is_set():
                             break
                         self._show(snapshot.frame)
                         if self.phase == TAKEN:
+                            self._new_rate()
                             self._go.wait(IDLE)
                     if self._go.is_set() and not self._closing:
                         self._go.clear()
@@ -213,7 +220,8 @@ class Live:
                     if record:
                         project.record(0, ids, [{"id": label, "given": True} for label in segmenter.object_ids])
                     self._say(message="")
-                    self._through(stream, segmenter, project, worker, record)
+                    if not self._stop.is_set():
+                        self._through(stream, segmenter, project, worker, record)
             finally:
                 if len(project.clip) > 1:
                     why = stream.ended or ("stopped" if self._stop.is_set() else "an error")
@@ -226,22 +234,23 @@ class Live:
 
     def _through(self, stream: Stream, segmenter: Segmenter, project: Project, worker: Worker, record: bool) -> None:
         """The frames that there is time for."""
-        times, latencies, before, saved = list[float](), list[float](), 0, time.monotonic()
+        times, latencies, late, before, saved = list[float](), list[float](), 0.0, 0, time.monotonic()
 
         def save() -> None:
             segmenter.save(project.state_file(len(times)))
             project.thin_states(len(times))
             project.note_recorded({"source": self.name, **live_speed(times, stream.dropped - before, latencies)})
 
-        self._recent.clear()
+        self._new_rate()
         with Behind() as behind:
             for number, found in enumerate(follow_stream(stream, segmenter, None, worker.seconds), 1):
                 if number == 1:
                     before = stream.dropped  # while the frame was painted and the network loaded
                 times.append(found.snapshot.arrived)
                 latencies.append(found.latency)
+                late += found.latency
                 self.state.update(
-                    frames=number, dropped=stream.dropped - before, latency=found.latency, mean=sum(latencies) / number,
+                    frames=number, dropped=stream.dropped - before, latency=found.latency, mean=late / number,
                     lost=[entry["id"] for entry in found.objects if entry["lost"]],
                 )  # fmt: skip
                 self._show(found.snapshot.frame, found.ids)

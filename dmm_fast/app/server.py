@@ -298,7 +298,7 @@ async def _upload(request: Request) -> Response:
 
 
 async def _events(request: Request) -> Response:
-    """Server-sent events: {"kind": "run" | "frame" | "changed" | "export", ...}."""
+    """Server-sent events: {"kind": "run" | "frame" | "changed" | "objects" | "export" | "live", ...}."""
     studio: Studio = request.app.state.studio
     asked = request.headers.get("last-event-id") or request.query_params.get("since", "0")
     if not asked.isdecimal():

@@ -252,10 +252,22 @@ def test_a_source_that_ends_too_soon_and_comes_again(sent, watched, detector, tm
     sent.last.kill()  # while the frame is painted
     live.until(lambda state: state["ended"])
     assert "connect again first" in live.act("follow").json()["error"]
+    make_clip(tmp_path / "wide", seed=7, frames=2, size=(48, 160))
+    with senders(tmp_path / "wide/JPEGImages/koi") as wide:
+        live.studio.live.source = wide("udp", fps=20, count=4000)
+        assert "the frames are 160x48 now, the one that was taken is 160x96" in live.act("connect").json()["error"]
     live.studio.live.source = sent("udp", fps=20, count=4000)
     live.act("connect")
+    with live.studio.worker.models:
+        live.act("follow")
+        live.act("stop")  # before the network is there
+    live.until(lambda state: state["phase"] == "taken")
+    assert live.state()["clip"]["frames"] == 1
     live.act("follow")
     live.until(lambda state: state["frames"] >= 2)
+    live.studio.close()  # as after Ctrl-C: what was followed is whole
+    report = json.loads((tmp_path / "pond.dmm/results/report.json").read_text())
+    assert len(report["frames"]) == len(list((tmp_path / "pond.dmm/recording").iterdir())) >= 3
 
 
 def test_a_fault_while_following_keeps_what_was_recorded(sent, watched, detector, monkeypatch):

@@ -35,7 +35,7 @@ export class Live {
   }
 
   summary({ ended, phase, frames, dropped }) {
-    const end = ended ? `The stream has ended: ${ended}.` : 'Stopped.';
+    const end = ended ? `${sentence(ended)}.` : 'Stopped.';
     return phase === 'done' ? `${end} ${frames + 1} frames are recorded, ${dropped} were dropped.` : `${end} Nothing was recorded.`;
   }
 
@@ -108,7 +108,7 @@ export class Live {
     $('live-back').title = some ? 'This frame has masks; undo them first' : 'Throw this frame away (T)';
     $('live-connect').hidden = !ended || phase === 'following';
     $('live-connect').disabled = busy;
-    say('live-text', ended ? `The source was closed: ${ended}` : '');
+    say('live-text', sentence(ended));
     if (this.watching) this.describePicture();
   }
 
@@ -117,8 +117,8 @@ export class Live {
     const ms = (seconds) => `${Math.round(1000 * seconds)} ms`;
     $('live-dot').className = ended ? 'ended' : '';
     say('live-state', ended ? 'Not connected' : phase === 'following' ? message || 'Following' : 'Live');
-    const facts = phase === 'watching' ? [`${size[1]} × ${size[0]}`, ended ? '' : `${fps.toFixed(fps < 10 ? 1 : 0)} FPS`]
-      : latency === null ? [] : [`${fps.toFixed(1)} FPS`, `latency ${ms(latency)}, on average ${ms(mean)}`, `${dropped} dropped`,
+    const facts = phase === 'watching' ? [`${size[1]} × ${size[0]}`, !ended && fps ? `${fps.toFixed(fps < 10 ? 1 : 0)} FPS` : '']
+      : latency === null ? [] : [fps ? `${fps.toFixed(1)} FPS` : '', `latency ${ms(latency)}, on average ${ms(mean)}`, `${dropped} dropped`,
         state.record ? `${frames + 1} frames recorded` : 'not recorded'];
     say('live-facts', facts.filter(Boolean).join(' · '));
     const lost = phase === 'following' ? state.lost : [], key = phase === 'following' ? JSON.stringify([lost, this.objects]) : '';
@@ -135,6 +135,7 @@ export class Live {
   }
 }
 
+const sentence = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 const pause = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
 function say(id, text) { // what has not changed is not written, or a screen reader would say it again
