@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ class Clip:
     def __len__(self) -> int:
         return len(self.stems)
 
+    def append(self, file: Path) -> None:
+        """One more frame of a recording, which is a directory."""
+        assert isinstance(self.frames, ImageFrames)
+        self.frames.files.append(file)
+        self.stems.append(file.stem)
+
     def frame(self, index: int) -> np.ndarray:
         """One frame, uint8 [H, W, 3]."""
         if isinstance(self.frames, ImageFrames):
@@ -55,13 +62,13 @@ class Clip:
         with self._lock:
             if (index, width) not in self._pictures:
                 for found, small in self._small(index, width):
-                    self._keep((found, width), _jpeg(small))
+                    self._keep((found, width), jpeg(small))
             self._pictures.move_to_end((index, width))
             return self._pictures[index, width]
 
     def _small(self, index: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
         """The frame scaled down, after those just before it that a decoder passes on its way."""
-        size = _scaled(self.size, width)
+        size = scaled(self.size, width)
         if isinstance(self.frames, ImageFrames):
             image = Image.fromarray(self.frame(index))
             yield index, np.asarray(image.resize(size[::-1], Image.Resampling.BOX))
@@ -84,11 +91,11 @@ class Clip:
             self._pictures.popitem(last=False)
 
 
-def _scaled(size: tuple[int, int], width: int) -> tuple[int, int]:
+def scaled(size: tuple[int, int], width: int) -> tuple[int, int]:
     return max(1, round(size[0] * width / size[1])), width
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def jpeg(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=88)
     return buffer.getvalue()

@@ -6,6 +6,7 @@
     PROJECT/frames.jsonl    a journal: which frames are done, with each object's score
     PROJECT/states/         the segmenter after some frames, to follow again from there
     PROJECT/exports/        what was exported
+    PROJECT/recording/      frames that were taken from a camera or a stream, where the clip is such a recording
 
 A given mask holds the objects that were touched in that frame; others are followed through it. A result is *stale* when a
 correction before it has not been followed up to it.
@@ -26,7 +27,7 @@ import numpy as np
 from dmm_fast.app.clip import Clip
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import REPORT, RunFolder
+from dmm_fast.inference.folder import RECORDING, REPORT, RunFolder
 
 FORMAT = 1
 STATES = 2 << 30  # bytes of saved states, at most
@@ -50,6 +51,8 @@ class Project:
             path.mkdir(exist_ok=True)
         self._numbers = {stem: index for index, stem in enumerate(clip.stems)}
         stored = read_project(folder) or {"objects": [{"id": 1, "name": "Object 1"}], "ends": {}}
+        self.recorded: dict[str, Any] = stored.get("recorded", {})  # how, where the clip is a recording
+        self.clip.fps = self.recorded.get("fps", self.clip.fps)
         self.names: dict[int, str] = {entry["id"]: entry["name"] for entry in stored["objects"]}
         self.ends = {self._numbers[stem]: set(ids) for stem, ids in stored["ends"].items() if stem in self._numbers}
         self.given: dict[int, set[int]] = {}
@@ -69,6 +72,7 @@ class Project:
             "size": list(self.clip.size),
             "objects": [{"id": label, "name": name} for label, name in sorted(self.names.items())],
             "ends": {self.clip.stems[index]: sorted(ids) for index, ids in sorted(self.ends.items()) if ids},
+            **({"recorded": self.recorded} if self.recorded else {}),
         }
         with whole_file(self.folder / "project.json") as part:
             part.write_text(json.dumps(stored, indent=1) + "\n")
@@ -125,6 +129,11 @@ class Project:
     def _write(self, line: str) -> None:
         self._log.write(line)
         self._log.flush()
+
+    @property
+    def named_by(self) -> Path:
+        """What its name is taken from: the clip, or the project's folder where the clip is its own recording."""
+        return self.folder if self.clip.path == self.folder / RECORDING else self.clip.path
 
     def mask_file(self, index: int) -> Path:
         return self.masks / f"{self.clip.stems[index]}.png"
@@ -288,6 +297,21 @@ class Project:
         with self.lock:
             self._note(index, DONE, objects)
 
+    def append(self, file: Path, ids: np.ndarray, objects: list[dict[str, Any]]) -> None:
+        """One more frame of the recording, and its result."""
+        with self.lock:
+            index = len(self.clip)
+            self.clip.append(file)
+            self._numbers[file.stem] = index
+            self.status.append(OPEN)
+            self.record(index, ids, objects)
+
+    def note_recorded(self, recorded: dict[str, Any]) -> None:
+        """How the clip was recorded: "fps", which is the clip's from here on, and what else there is to know."""
+        with self.lock:
+            self.recorded, self.clip.fps = recorded, recorded.get("fps")
+            self._save()
+
     def _note(self, index: int, status: int, objects: list[dict[str, Any]]) -> None:
         self.status[index], self.rows[index] = status, objects
         self._write(_line(index, status, objects))
@@ -358,7 +382,8 @@ def open_project(folder: Path, clip: Path | None) -> Project:
             raise ProjectError(f"{folder}: no project here; name the clip: dmm-fast app VIDEO --project {folder}")
         if folder.exists() and (not folder.is_dir() or any(entry != clip for entry in folder.iterdir())):
             raise ProjectError(f"{folder}: exists and is not a project; choose another --project")
-    source = clip or Path(stored["clip"])  # type: ignore[index]
+    own = folder / RECORDING
+    source = clip or (own if own.is_dir() else Path(stored["clip"]))  # type: ignore[index]
     if stored is not None and clip is None and not source.exists():
         raise ProjectError(
             f"{source}: the clip of the project {folder} has gone; say where it is: dmm-fast app VIDEO --project {folder}"
@@ -371,6 +396,8 @@ def open_project(folder: Path, clip: Path | None) -> Project:
         if new:
             shutil.rmtree(folder)
         raise
+    if stored is not None and source == own:  # which has grown, where the server was killed while it recorded
+        stored["frames"] = max(len(opened), stored["frames"])
     if stored is not None and (len(opened), list(opened.size)) != (stored["frames"], stored["size"]):
         mine, theirs = (
             f"{count} frames of {w}x{h}" for count, (h, w) in ((len(opened), opened.size), (stored["frames"], stored["size"]))

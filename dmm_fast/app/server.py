@@ -30,12 +30,15 @@ from dmm_fast.app import runs
 from dmm_fast.app.clip import WIDTHS
 from dmm_fast.app.exports import EXPORTS
 from dmm_fast.app.guard import Guard
+from dmm_fast.app.live import DONE, FOLLOWING, Live
 from dmm_fast.app.project import Project, open_project
 from dmm_fast.app.worker import Settings, Worker
 from dmm_fast.data.video import SUFFIXES
+from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.overlay import object_colours
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import full_masks
+from dmm_fast.proposals.sources import is_detector
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -67,24 +70,42 @@ class Feed:
 
 
 class Studio:
-    """What the server holds: a project (or none yet), its worker, and the export that is being made."""
+    """What the server holds: a project (or none yet), its worker, a live source, and the export that is being made."""
 
     def __init__(self, folder: Path | None, settings: Settings, upload_limit: int = 4 << 30):
         self.folder, self.settings, self.upload_limit = folder, settings, upload_limit
         self.feed = Feed()
         self.project: Project | None = None
         self.worker: Worker | None = None
+        self.live: Live | None = None
+        self.opened = ""  # tells this project's pictures from those of another that a browser may still have
         self.stopping: Callable[[], bool] = lambda: False
         self._export: threading.Thread | None = None
 
-    def open(self, folder: Path, clip: Path | None) -> None:
-        self.project = open_project(folder, clip)
-        self.worker = Worker(self.project, self.settings, self.feed.put)
+    def open(self, folder: Path, clip: Path | None) -> tuple[Project, Worker]:
+        project = open_project(folder, clip)
+        self.worker, self.opened = Worker(project, self.settings, self.feed.put), secrets.token_hex(4)
+        self.project = project
+        return self.project, self.worker
+
+    def watch(self, source: str) -> None:
+        """Open a camera or a stream; see `Live`."""
+        if not is_detector(self.settings.proposals):
+            raise RunError(f"{self.settings.proposals}: a stream needs a live detector for its proposals, not a file of them")
+        self.live = Live(source, self.folder, self.open, self.leave, self.feed.put)
+
+    def leave(self) -> None:
+        """No project is open any more."""
+        project, worker = self.project, self.worker
+        self.project = self.worker = None
+        if worker is not None and project is not None:
+            worker.stop()
+            project.close()
 
     def close(self) -> None:
-        if self.worker is not None and self.project is not None:
-            self.worker.stop()
-            self.project.close()
+        if self.live is not None:
+            self.live.close()
+        self.leave()
 
     def export(self, kind: str) -> None:
         project = self.project
@@ -134,6 +155,8 @@ def create_app(studio: Studio, token: str, port: int) -> Starlette:
         Route("/api/objects/{label:int}", _change_object, methods=["PATCH", "DELETE"]),
         Route("/api/run", _run, methods=["POST"]),
         Route("/api/stop", _halt, methods=["POST"]),
+        Route("/api/live/picture", _live_picture),
+        Route("/api/live/{action}", _act_live, methods=["POST"]),
         Route("/api/exports/{kind}", _export, methods=["POST"]),
         Route("/api/exports/{kind}", _exported),
     ]
@@ -156,6 +179,8 @@ def _studio(request: Request) -> tuple[Studio, Project, Worker]:
     studio = request.app.state.studio
     if studio.project is None:
         raise HTTPException(409, "no clip is open yet")
+    if studio.live is not None and studio.live.phase == FOLLOWING:
+        raise HTTPException(409, "objects are being followed live; stop first")
     return studio, studio.project, studio.worker
 
 
@@ -215,7 +240,7 @@ async def _static(request: Request) -> Response:
 async def _state(request: Request) -> Response:
     studio = request.app.state.studio
     if studio.project is None:
-        return JSONResponse({"clip": None, "limit": studio.upload_limit, "seq": studio.feed.count})
+        return JSONResponse({"clip": None, "limit": studio.upload_limit, "seq": studio.feed.count, "live": _live_state(studio)})
     return JSONResponse(await run_in_threadpool(_described, studio))
 
 
@@ -225,8 +250,9 @@ def _described(studio: Studio) -> dict[str, Any]:
     height, width = project.clip.size
     return {
         "seq": studio.feed.count,
-        "clip": {"name": project.clip.path.name, "frames": len(project.clip), "width": width, "height": height,
-                 "fps": project.clip.fps, "names": project.clip.stems[:1] + project.clip.stems[-1:]},
+        "clip": {"name": project.named_by.name, "frames": len(project.clip), "width": width, "height": height,
+                 "fps": project.clip.fps, "names": project.clip.stems[:1] + project.clip.stems[-1:], "opened": studio.opened},
+        "live": _live_state(studio),
         "folder": str(project.folder),
         "objects": [{"id": label, "name": name} for label, name in sorted(project.names.items())],
         "colours": page_colours().tolist(),
@@ -248,7 +274,7 @@ def page_colours() -> np.ndarray:
 async def _upload(request: Request) -> Response:
     """A clip from the browser: it becomes the project's own."""
     studio: Studio = request.app.state.studio
-    if studio.project is not None:
+    if studio.project is not None or studio.live is not None:
         raise HTTPException(409, "a clip is open already; start dmm-fast app again for another")
     name = Path(request.query_params.get("name", ""))
     suffix = name.suffix.lower()
@@ -272,7 +298,7 @@ async def _upload(request: Request) -> Response:
 
 
 async def _events(request: Request) -> Response:
-    """Server-sent events: {"kind": "run" | "frame" | "changed" | "export", ...}."""
+    """Server-sent events: {"kind": "run" | "frame" | "changed" | "objects" | "export" | "live", ...}."""
     studio: Studio = request.app.state.studio
     asked = request.headers.get("last-event-id") or request.query_params.get("since", "0")
     if not asked.isdecimal():
@@ -404,6 +430,56 @@ async def _proposal(request: Request) -> Response:
     return await run_in_threadpool(read)
 
 
+# ----------------------------------------------------------------------------------------------- a camera or a stream
+
+
+def _live(request: Request) -> Live:
+    studio: Studio = request.app.state.studio
+    if studio.live is None:
+        raise HTTPException(409, "no camera or stream is open; start dmm-fast app with one")
+    return studio.live
+
+
+def _live_state(studio: Studio) -> dict[str, Any] | None:
+    return studio.live.state if studio.live is not None and studio.live.phase != DONE else None
+
+
+async def _live_picture(request: Request) -> Response:
+    """The newest frame with its masks, as soon as there is one after number ?after; its number and what is known are in X-Live.
+
+    Without a new one within a second the answer is empty (204), with X-Live all the same.
+    """
+    live, stopping = _live(request), request.app.state.studio.stopping
+    after, width = request.query_params.get("after", "0"), request.query_params.get("width", "1280")
+    if not after.isdecimal():
+        raise HTTPException(400, "after must be a number")
+    if width not in map(str, WIDTHS):
+        raise HTTPException(400, f"width must be one of {WIDTHS}, got {width!r}")
+    for _ in range(50):
+        if live.count > int(after) or stopping():
+            break
+        await asyncio.sleep(0.02)
+    number, picture = 0, b""
+    if live.count > int(after):
+        number, picture = await run_in_threadpool(live.picture, int(width))
+    headers = {"X-Live": json.dumps({"number": number, **live.state})}
+    return Response(picture, 200 if picture else 204, headers, media_type="image/jpeg")
+
+
+async def _act_live(request: Request) -> Response:
+    """take, back, follow {"record": true}, stop, connect: see `Live`."""
+    live, body = _live(request), await _json(request)
+    actions: dict[str, Callable[[], None]] = {
+        "take": live.take, "back": live.back, "stop": live.stop, "connect": live.connect,
+        "follow": lambda: live.follow(body.get("record", True) is not False),
+    }  # fmt: skip
+    act = actions.get(request.path_params["action"])
+    if act is None:
+        raise HTTPException(404, f"a live source takes {', '.join(actions)}")
+    await run_in_threadpool(act)
+    return JSONResponse(live.state)
+
+
 # --------------------------------------------------------------------------------------------- objects, runs, exports
 
 
@@ -461,7 +537,7 @@ async def _exported(request: Request) -> Response:
     _, name = EXPORTS.get(request.path_params["kind"], (None, None))
     if name is None or not (project.folder / "exports" / name).exists():
         raise HTTPException(404, "this has not been exported yet")
-    return FileResponse(project.folder / "exports" / name, filename=f"{project.clip.path.stem}-{name}")
+    return FileResponse(project.folder / "exports" / name, filename=f"{project.named_by.stem}-{name}")
 
 
 # --------------------------------------------------------------------------------------------------------- the socket
@@ -481,7 +557,10 @@ def make_server(studio: Studio, host: str, port: int | None) -> tuple[uvicorn.Se
 def serve(studio: Studio, host: str, port: int | None, browser: bool) -> None:
     """Until Ctrl-C."""
     server, listener, address = make_server(studio, host, port)
-    if studio.project is not None:
+    if studio.live is not None:
+        height, width = studio.live.state["size"]
+        print(f"live:    {studio.live.name}  ({width}x{height}); once a frame is taken, the project is {studio.live.folder}")
+    elif studio.project is not None:
         print(f"project: {studio.project.folder}  ({len(studio.project.clip)} frames of {studio.project.clip.path})")
     print(f"open:    {address}\nCtrl-C ends it; everything is saved as you go.", flush=True)
     if browser:

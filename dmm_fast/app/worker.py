@@ -51,13 +51,13 @@ class Worker:
 
     def __init__(self, project: Project, settings: Settings, notify: Notify = lambda event: None):
         self.project, self.settings, self.notify = project, settings, notify
-        self._models = threading.Lock()  # one user of the networks at a time
+        self.models = threading.Lock()  # one user of the networks at a time
         self._propose: Any = None
         self._segmenter: Segmenter | None = None
         self._shown: OrderedDict[int, Proposals] = OrderedDict()  # proposals of frames shown lately
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)  # where a run's time goes
         self._notes: list[str] = []
         self._following, self._handed = False, 0.0
         self.state: dict[str, Any] = {
@@ -91,9 +91,9 @@ class Worker:
         if self._thread is not None:
             self._thread.join()
 
-    def changed(self) -> None:
+    def changed(self, message: str = "") -> None:
         """The masks are no longer those of the last run."""
-        self._say(message="", left=None)
+        self._say(message=message, left=None)
 
     def _say(self, **changes: Any) -> None:
         self.state = {**self.state, **changes, "done": self.project.status.count(DONE)}
@@ -102,8 +102,8 @@ class Worker:
     def _work(self) -> None:
         message, error = "", ""
         try:
-            with self._models:
-                self._segmenter = self._ready()
+            with self.models:
+                self.ready()
             done = self._follow()
             message = "done" if done else "stopped"
         except Exception as fault:  # whatever it is, the page has to say it
@@ -122,7 +122,7 @@ class Worker:
 
     def proposals(self, index: int) -> Proposals:
         """Of one frame, for people to choose from."""
-        with self._models:
+        with self.models:
             if index not in self._shown:
                 frame = self.project.clip.frame(index)
                 self._shown[index] = Proposals(*(part.cpu() for part in self._source()(self.project.clip.stems[index], frame)))
@@ -133,7 +133,8 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------------- the run
 
-    def _ready(self) -> Segmenter:
+    def ready(self) -> Segmenter:
+        """The segmenter, made when first asked for; call it with `models` held."""
         if self._segmenter is None:
             source = self._source()
             self._segmenter = self.settings.build(source.proposer if isinstance(source, Live) else None)
@@ -192,7 +193,7 @@ class Worker:
         if found is None:
             return first, False
         assert self._segmenter is not None
-        with self._models:
+        with self.models:
             self._segmenter.restore(found[1])
             if removed := [label for label in self._segmenter.object_ids if label not in self.project.names]:
                 self._segmenter.drop(removed)
@@ -203,7 +204,7 @@ class Worker:
         project, segmenter, stem = self.project, self._segmenter, self.project.clip.stems[index]
         assert segmenter is not None
         given, ends = project.given.get(index, set()), project.ends.get(index, set())
-        with self._models:
+        with self.models:
             ids, objects, stepped = np.zeros(frame.shape[:2], np.uint8), [], self._following
             if stepped:
                 proposals = None  # a detector's are part of the step
@@ -240,7 +241,7 @@ class Worker:
     def _clock(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - begin
+        self.seconds[name] += time.perf_counter() - begin
 
     def _save(self, index: int) -> None:
         """The state after this frame; now and then results/ is left as another program can go on from."""
@@ -266,8 +267,10 @@ class Worker:
             "settings": {**settings, "device": str(self._segmenter.device), "graph": self._segmenter.graph},
             "size": list(project.clip.size),
             "notes": self._notes,
-            "speed": speed(len(rows), self._seconds),
+            "speed": speed(len(rows), self.seconds),
             "objects": by_object(rows),
         }
+        if project.recorded:
+            about["recorded"] = project.recorded
         project.hand_over(settings, about)
         self._handed = time.monotonic()

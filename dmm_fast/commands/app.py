@@ -32,14 +32,20 @@ def add(commands: Any) -> None:
         "Only this machine can reach the page, and only with the token in the address that is printed.\n"
         "Needs: pip install 'dmm_fast[vos,app]'",
         ("dmm-fast app clip.mp4", "a new project in clip.dmm/, or the one that is there"),
+        ("dmm-fast app camera:0", "a camera, or a stream (rtsp://..): take a frame, give masks, follow it live"),
         ("dmm-fast app --project clip.dmm", "go on with a project"),
         ("dmm-fast app", "choose a video in the browser"),
         ("dmm-fast app frames/ --device cuda --no-browser", "a directory of images, on a GPU; open the address yourself"),
         ("ssh -L 8765:127.0.0.1:8765 host dmm-fast app clip.mp4 --no-browser --port 8765",
          "on another machine, seen from yours: the safe way to work from afar"),
     )  # fmt: skip
-    parser.add_argument("clip", nargs="?", metavar="VIDEO|FRAMES_DIR", help="a video file, or a directory of images")
-    parser.add_argument("--project", metavar="DIR", help="where everything is kept (default: the clip's name with .dmm, here)")
+    parser.add_argument(
+        "clip", nargs="?", metavar="VIDEO|FRAMES_DIR|SOURCE",
+        help="a video file, a directory of images, or a camera or stream: camera:0, /dev/video0, rtsp://.., udp://.., tcp://..",
+    )  # fmt: skip
+    parser.add_argument(
+        "--project", metavar="DIR", help="where everything is kept (default: the clip's name with .dmm, here; a source's with the time too)",
+    )  # fmt: skip
     parser.add_argument(
         "--proposals", default="small", metavar="FILE|DETECTOR",
         help="what can be clicked, and what a run chooses from: small (packaged, default), torchvision, FILE.safetensors, "
@@ -68,6 +74,7 @@ def run(a: argparse.Namespace) -> int:
             raise
         raise ImportError(f"the page needs the package {error.name}: pip install 'dmm_fast[vos,app]'") from None
     from dmm_fast.app.worker import Settings
+    from dmm_fast.data.stream import is_stream
     from dmm_fast.proposals.sources import is_detector
 
     check_device(a.device)
@@ -78,7 +85,9 @@ def run(a: argparse.Namespace) -> int:
     settings = Settings(a.proposals, a.detector_weights, model.pop("weights"), model.pop("device"), model.pop("graph"), model)
     studio = Studio(Path(a.project) if a.project else None, settings, a.upload_limit << 30)
     clip = Path(a.clip) if a.clip else None
-    if clip is not None or studio.folder is not None and (studio.folder / "project.json").exists():
+    if is_stream(a.clip):
+        studio.watch(a.clip)
+    elif clip is not None or studio.folder is not None and (studio.folder / "project.json").exists():
         name = f"{clip.stem if clip.is_file() else clip.resolve().name}.dmm" if clip else ""
         studio.open(studio.folder or Path(name), clip)
     if a.host not in LOOPBACK:

@@ -25,6 +25,11 @@ def is_stream(name: object) -> bool:
     return isinstance(name, str) and STREAM.fullmatch(name) is not None
 
 
+def public_name(name: str) -> str:
+    """A stream's name without the user and password in it, for reports and file names."""
+    return re.sub(r"(?<=://)[^/]*@", "", name)
+
+
 class Snapshot(NamedTuple):
     """A frame as it came in."""
 
@@ -49,6 +54,7 @@ class Stream:
         rate = self._container.streams.video[0].average_rate
         self.fps = float(rate) if rate else None  # as the source says
         self._newest: tuple[int, float, Any] | None = (0, time.monotonic(), first)
+        self._last = -1  # the number of the frame that was taken last
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._read, name=f"reading {name}", daemon=True)
 
@@ -61,11 +67,10 @@ class Stream:
         self._thread.join(self.patience + 1)  # the decoder may be waiting for a packet
 
     def __iter__(self) -> Iterator[Snapshot]:
-        last = -1
         while (found := self._wait()) is not None:
             number, arrived, picture = found
-            self.dropped += number - last - 1
-            last = number
+            self.dropped += number - self._last - 1
+            self._last = number
             frame = _pixels(picture)
             if frame.shape[:2] != self.size:
                 self.ended = "the frames' size changed from {1}x{0} to {3}x{2}".format(*self.size, *frame.shape[:2])

@@ -42,23 +42,25 @@ class LiveFrame(NamedTuple):
 
 
 def follow_stream(
-    stream: Stream, segmenter: Segmenter, first: Callable[[np.ndarray], np.ndarray], seconds: dict[str, float]
+    stream: Stream, segmenter: Segmenter, first: Callable[[np.ndarray], np.ndarray] | None, seconds: dict[str, float]
 ) -> Iterator[LiveFrame]:
     """Every frame that there is time for, from the first for which `first` gives ids uint8 [H, W] that are not all 0.
 
+    first: None where the segmenter has been started already.
     seconds: where the time goes, added up: "wait", "step".
     """
-    started, mark = False, time.perf_counter()
+    mark = time.perf_counter()
     for snapshot in stream:
         seconds["wait"] += time.perf_counter() - mark
         mark = time.perf_counter()
-        if started:
+        if first is None:
             result = segmenter.step(snapshot.frame)
             ids, objects = result.ids, [row_of(entry) for entry in result.objects]
         else:
             ids, objects = first(snapshot.frame), []
-            if started := bool(ids.any()):
+            if ids.any():
                 segmenter.start(snapshot.frame, ids)
+                first = None
                 objects = [{"id": label, "given": True} for label in segmenter.object_ids]
         seconds["step"] += time.perf_counter() - mark
         yield LiveFrame(snapshot, ids, objects, time.monotonic() - snapshot.arrived)
@@ -137,7 +139,7 @@ def segment_stream(
     spent: dict[str, float] = defaultdict(float)
     latencies: list[float] = []
     stream = Stream(source, patience)
-    _warm_up(segmenter, stream.size)
+    warm_up(segmenter, stream.size)
     with stream, stop_requested("ending after this frame; press again to stop at once") as stop:
         first, notes = first_masks(masks, stream, proposer)
         folder.begin([], False)
@@ -167,7 +169,7 @@ def segment_stream(
         "settings": {**settings, "device": str(segmenter.device), "graph": segmenter.graph},
         "size": list(stream.size),
         "notes": [segmenter.note, *notes, f"the stream ended: {stream.ended}"],
-        "speed": speed(len(rows), spent) | live_speed(rows, stream, latencies),
+        "speed": speed(len(rows), spent) | live_speed([row["time"] for row in rows], stream.dropped, latencies),
         "results": kinds,
         "objects": by_object(rows),
         "frames": rows,
@@ -180,7 +182,7 @@ def segment_stream(
     return report
 
 
-def _warm_up(segmenter: Segmenter, size: tuple[int, int]) -> None:
+def warm_up(segmenter: Segmenter, size: tuple[int, int]) -> None:
     """The first step is slow; so it is not one of the stream's."""
     frame = np.zeros((*size, 3), np.uint8)
     ids = np.zeros(size, np.uint8)
@@ -189,13 +191,13 @@ def _warm_up(segmenter: Segmenter, size: tuple[int, int]) -> None:
     segmenter.step(frame)
 
 
-def live_speed(rows: list[dict[str, Any]], stream: Stream, latencies: list[float]) -> dict[str, Any]:
-    """Frames taken per second, frames that were dropped, and how late masks are, in seconds."""
-    lasted = rows[-1]["time"] - rows[0]["time"]
+def live_speed(times: list[float], dropped: int, latencies: list[float]) -> dict[str, Any]:
+    """Frames taken per second, frames that were dropped, and how late masks are, in seconds. times: when each frame came in."""
+    lasted = times[-1] - times[0]
     mean, high = float(np.mean(latencies)), float(np.percentile(latencies, 95))
     return {
-        "fps": round((len(rows) - 1) / lasted, 2) if lasted > 0 else None,
-        "dropped": stream.dropped,
+        "fps": round((len(times) - 1) / lasted, 2) if lasted > 0 else None,
+        "dropped": dropped,
         "latency": {"mean": round(mean, 4), "p95": round(high, 4), "max": round(max(latencies), 4)},
     }
 
@@ -207,9 +209,13 @@ def _row(number: int, found: LiveFrame, begin: float) -> dict[str, Any]:
 
 def _keep(folder: RunFolder, row: dict[str, Any], found: LiveFrame, record: bool) -> None:
     if record:
-        path = folder.path / RECORDING / f"{row['frame']}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as part:
-            Image.fromarray(found.snapshot.frame).save(part, "JPEG", quality=QUALITY)
+        (folder.path / RECORDING).mkdir(exist_ok=True)
+        write_frame(folder.path / RECORDING / f"{row['frame']}.jpg", found.snapshot.frame)
         write_mask(folder.mask(row["frame"]), found.ids)
     folder.passes["forward"].append(row)
+
+
+def write_frame(path: Path, frame: np.ndarray) -> None:
+    """A frame of a recording."""
+    with whole_file(path) as part:
+        Image.fromarray(frame).save(part, "JPEG", quality=QUALITY)

@@ -1,4 +1,4 @@
-"""The page in a real browser: from a raw clip to exports, corrections, a killed server, keys alone, and a tablet."""
+"""The page in a real browser: from a raw clip to exports, corrections, a killed server, keys alone, a tablet, and a stream."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.served import served
+from helpers.sources import knows, patiently, senders
 from PIL import Image
 from scipy import ndimage
 
 from dmm_fast.app.server import Studio
 from dmm_fast.app.worker import Settings
 from dmm_fast.data.masks import read_mask
+from dmm_fast.inference import proposing
 from dmm_fast.inference.demo import make_clip
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -61,14 +63,14 @@ def address(demo, tmp_path):
 class Page:
     """A page and what a person does with it. A fault that the page's scripts report fails the test."""
 
-    def __init__(self, browser, address: str, faults: bool = True, **options):
+    def __init__(self, browser, address: str, first: str = "shown", **options):
         self.context = browser.new_context(viewport={"width": 1280, "height": 760}, **options)
         self.page = self.context.new_page()
         self.faults: list[str] = []
         self.page.on("pageerror", lambda fault: self.faults.append(str(fault)))
         self.page.on("console", lambda line: self.faults.append(line.text) if line.type == "error" else None)
         self.page.goto(address)
-        self.until("shown", r"\d+")
+        self.until(first, r"\d+")
 
     def __getattr__(self, name: str):
         return getattr(self.page, name)
@@ -351,3 +353,73 @@ def test_a_killed_server_loses_nothing(browser, demo, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(20) in (0, -signal.SIGINT, 130)
     assert (project / "results/report.json").exists()
+
+
+def test_a_stream_from_the_first_look_to_an_export(browser, demo, tmp_path, monkeypatch):
+    images, project = demo / "JPEGImages/koi", tmp_path / "pond.dmm"
+    propose = knows(images, demo / "Annotations/koi")
+    monkeypatch.setattr(proposing, "open_proposer", lambda *_, **__: propose)
+    studio = Studio(project, Settings(model={"preset": "iou"}))
+    with senders(images) as start:
+        url = start("tcp", fps=10, count=4000)
+        patiently(lambda: studio.watch(url))
+        with served(studio) as address:
+            page = Page(browser, address, first="picture")
+            assert page.inner_text("#clip-name") == url and "320 × 180" in page.inner_text("#live-facts")
+            before = int(page.evaluate("() => document.body.dataset.picture"))
+            page.wait_for_function(f"() => document.body.dataset.picture > {before + 3}")  # it goes on
+            page.keyboard.press("t")
+            page.until("live", "taken")
+            page.until("proposals", "0")
+            page.keyboard.press("t")
+            page.until("live", "watching")
+            assert not project.exists()
+            page.click("#run")
+            page.until("live", "taken")
+            page.until("proposals", "0")
+            assert page.is_disabled("#run") and page.inner_text("#run") == "Follow live"
+            wanted = propose(studio.project.clip.frame(0)).masks.numpy()
+            page.pick(wanted[0])
+            assert overlap(page.ids() == 1, wanted[0]) > 0.75 and page.is_disabled("#live-back")
+            page.keyboard.press("n")
+            page.wait_for_function("() => studio.current === 2")
+            page.keyboard.press("b")
+            y, x = np.argwhere(wanted[1] & ~wanted[0]).mean(0)
+            page.drag((x - 8, y), (x + 8, y))
+            given = page.ids()
+            assert set(np.unique(given)) == {0, 1, 2} and (read_mask(project / "masks/000000.png") == given).all()
+
+            page.click("#run")
+            page.until("live", "following")
+            page.wait_for_function(
+                "() => parseInt(document.querySelector('#live-facts').textContent.split('dropped · ')[1]) >= 6"
+            )
+            assert re.search(r"[\d.]+ FPS · latency \d+ ms, on average \d+ ms · \d+ dropped", page.inner_text("#live-facts"))
+            assert page.inner_text("#live-objects").startswith("1 · Object 1")
+            other = Page(browser, address, first="picture")  # it joins in
+            assert other.inner_text("#live-state") == "Following"
+            page.keyboard.press("r")
+            for each in (page, other):
+                each.until("live", "")
+                each.until("shown", "0")
+            other.close()
+            count = len(list((project / "recording").iterdir()))
+            assert count >= 6 and page.inner_text("#progress-text") == f"All {count} frames done"
+            assert (page.ids() == given).all()
+
+            page.keyboard.press("End")  # scrub
+            page.until("shown", str(count - 1))
+            assert (page.ids() == read_mask(project / f"results/{count - 1:06d}.png")).all()
+            page.keyboard.press("2")  # correct one, and follow again
+            page.keyboard.press("ArrowLeft")
+            page.until("shown", str(count - 2))
+            page.drag((20, 20), (60, 20))
+            page.follow()
+            page.click("#export-open")
+            row = page.locator("#exports li[data-kind=masks]")
+            row.get_by_role("button").click()
+            with page.expect_download() as coming:
+                row.get_by_role("link", name="Download").click(timeout=20_000)
+            with zipfile.ZipFile(coming.value.path()) as archive:
+                assert len(archive.namelist()) == count and coming.value.suggested_filename == "pond-masks.zip"
+            page.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 from dmm_fast.model import Proposals
+from helpers.sources import patiently, senders
 
 from dmm_fast.commands.main import main
 from dmm_fast.data.masks import read_ids
-from dmm_fast.data.stream import Stream, is_stream
+from dmm_fast.data.stream import Stream, is_stream, public_name
 from dmm_fast.data.video import FramesError, open_frames
 from dmm_fast.inference import live
 from dmm_fast.inference.demo import make_clip
 from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.live import segment_stream, surest
 
-SENDER = Path(__file__).parents[1] / "helpers/sender.py"
 SIZE = (96, 160)
 
 
@@ -37,32 +36,12 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def sent(clip):
-    """sent(url, fps, count): a process sends the clip, over and over; -> the url, with a free port."""
-    running = []
-
-    def start(kind, fps=25, count=50):
-        with socket.socket(type=socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) as free:
-            free.bind(("127.0.0.1", 0))
-            url = f"{kind}://127.0.0.1:{free.getsockname()[1]}"
-        listen = "?listen=1" if kind == "tcp" else ""
-        command = [sys.executable, str(SENDER), str(clip / "JPEGImages/koi"), url + listen, str(fps), str(count)]
-        running.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        return url
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    with senders(clip / "JPEGImages/koi") as start:
+        yield start
 
 
 def opened(url, **more):
-    """The sender may not listen yet."""
-    for _ in range(60):
-        try:
-            return Stream(url, **more)
-        except FramesError:
-            time.sleep(0.5)
-    raise AssertionError(f"nothing came from {url}")
+    return patiently(lambda: Stream(url, **more))
 
 
 def test_names_of_streams():
@@ -70,6 +49,11 @@ def test_names_of_streams():
         assert is_stream(name)
     for name in ("camera", "clip.mp4", "frames/", "camera:a", Path("camera:0"), "/dev/null"):
         assert not is_stream(name)
+
+
+def test_a_password_is_not_part_of_a_public_name():
+    assert public_name("rtsp://me:se@cret@host/door?user@x") == "rtsp://host/door?user@x"
+    assert public_name("rtsp://me:secret@host/door") == "rtsp://host/door" and public_name("camera:0") == "camera:0"
 
 
 def test_the_newest_frame_and_the_end(sent, clip):

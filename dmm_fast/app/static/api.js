@@ -20,10 +20,16 @@ const json = async (path, options) => (await ask(path, options)).json();
 const send = (method, path, body) =>
   json(path, { method, body: body === undefined ? undefined : JSON.stringify(body), headers: { 'Content-Type': 'application/json' } });
 
+let opened = ''; // tells the pictures of what is open from those that the browser has kept of another clip
+
 export const api = {
   page,
-  state: () => json('/api/state'),
-  picture: async (frame, width) => createImageBitmap(await (await ask(`/api/frames/${frame}/picture?width=${width}`)).blob()),
+  async state() {
+    const state = await json('/api/state');
+    opened = state.clip?.opened ?? '';
+    return state;
+  },
+  picture: async (frame, width) => createImageBitmap(await (await ask(`/api/frames/${frame}/picture?width=${width}&of=${opened}`)).blob()),
   async mask(frame) {
     const answer = await ask(`/api/frames/${frame}/mask`);
     return { about: JSON.parse(answer.headers.get('X-Frame')), runs: new Uint32Array(await answer.arrayBuffer()) };
@@ -37,6 +43,12 @@ export const api = {
   remove: (id) => send('DELETE', `/api/objects/${id}`),
   run: () => send('POST', '/api/run'),
   stop: () => send('POST', '/api/stop'),
+  live: (action, body) => send('POST', `/api/live/${action}`, body),
+  /** The next picture after number `after`, or null where none came within a second, and what is known of the source. */
+  async livePicture(after, width) {
+    const answer = await ask(`/api/live/picture?after=${after}&width=${width}`);
+    return { state: JSON.parse(answer.headers.get('X-Live')), bitmap: answer.status === 204 ? null : await createImageBitmap(await answer.blob()) };
+  },
   export: (kind) => send('POST', `/api/exports/${kind}`),
   upload(file, progress) { // fetch says nothing of how far an upload is
     return new Promise((resolve, reject) => {

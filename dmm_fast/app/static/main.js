@@ -1,6 +1,7 @@
 // The page: what is shown, what is saved, and what keys and buttons do.
 
 import { api } from './api.js';
+import { Live } from './live.js';
 import { Mask } from './mask.js';
 import { Stage } from './stage.js';
 import { Timeline } from './timeline.js';
@@ -18,6 +19,7 @@ const app = {
 };
 const pictures = new Map(); // 'frame width' -> ImageBitmap
 let stage, timeline, target = 0, loading = null, shown = null;
+const live = new Live({ enter, fail, note: (text) => toast(text, 'note') });
 
 // ------------------------------------------------------------------------------------------------ frames
 
@@ -32,9 +34,10 @@ function goto(frame, { byHand = false } = {}) {
 
 async function load() {
   while (shown !== target) {
-    const frame = target;
+    const frame = target, { clip } = app;
     await saving; // what is painted goes first
     const [bitmap, { about, runs }] = await Promise.all([picture(frame, 1280), api.mask(frame)]);
+    if (clip !== app.clip) continue;
     if (stage.work && shown === frame) return;
     stage.dropStroke();
     app.bitmap = bitmap;
@@ -63,19 +66,20 @@ async function picture(frame, width) {
 function settle() {
   clearTimeout(settle.timer);
   settle.timer = setTimeout(async () => {
-    const frame = shown, wanted = stage.scale * app.clip.width * (devicePixelRatio || 1);
+    const frame = shown, { clip } = app, wanted = stage.scale * clip.width * (devicePixelRatio || 1);
+    const still = () => shown === frame && clip === app.clip;
     if (frame === null) return; // it is being loaded again, and settles then
     try {
       if (app.bitmap.width < app.clip.width && wanted > 1.2 * app.bitmap.width) {
         const bitmap = await picture(frame, wanted > 2560 ? 0 : 2560);
-        if (shown === frame) { app.bitmap = bitmap; stage.redraw(); }
+        if (still()) { app.bitmap = bitmap; stage.redraw(); }
       }
       if (app.tool === 'pick' && !app.running && !playing && stage.of !== frame) {
         hint('Looking for objects…');
         const found = await api.proposals(frame);
-        if (shown === frame) { stage.of = frame; stage.show(found); document.body.dataset.proposals = frame; }
+        if (still()) { stage.of = frame; stage.show(found); document.body.dataset.proposals = frame; }
       }
-    } catch (error) { fail(error); }
+    } catch (error) { if (clip === app.clip && !live.watching) fail(error); }
   }, 180);
 }
 
@@ -278,6 +282,7 @@ function describeButtons() {
   $('redo').disabled = !history.undone.length;
   const waiting = timeline.timeline.status.some((status) => status !== 1);
   const some = Object.keys(timeline.timeline.given).length || app.about?.given.length;
+  if (live.phase) { live.describe(Boolean(app.about ? app.about.given.length : some)); return; }
   $('run').textContent = app.running ? 'Stop' : waiting && timeline.timeline.status.some((s) => s !== OPEN) ? 'Run on' : 'Run';
   $('run').classList.toggle('busy', app.running);
   $('run').disabled = !app.running && (!some || !waiting);
@@ -347,7 +352,8 @@ function fail(error) { console.error(error); toast(error.message); }
 async function run() {
   try {
     await saving;
-    if (app.running) await api.stop();
+    if (live.phase) await live.go();
+    else if (app.running) await api.stop();
     else {
       app.following = $('along').checked;
       await api.run();
@@ -356,7 +362,9 @@ async function run() {
 }
 
 function hear(event) {
-  if (event.kind === 'run') {
+  if (event.kind === 'live') live.hear(event);
+  else if (live.watching || !app.clip) return;
+  else if (event.kind === 'run') {
     const ended = app.running && !event.running;
     describeRun(event);
     if (ended) { refresh(); settle(); }
@@ -493,13 +501,15 @@ const KEYS = {
   ArrowUp: () => jumpTo(givenFrames(), true), ArrowDown: () => jumpTo(givenFrames()), F2: () => rename(app.current),
   Delete: () => app.current && removeObject(app.current), Escape: () => stage.dropStroke(),
   Enter: () => (stage.points.length ? stage.closePolygon() : document.activeElement === stage.canvas && stage.give()),
-  Backspace: () => { stage.points.pop(); stage.redraw(); },
+  Backspace: () => { stage.points.pop(); stage.redraw(); }, t: () => live.turn(),
 };
+const LIVE_KEYS = { r: KEYS.r, t: KEYS.t, '?': KEYS['?'] };
 
 function key(event) {
   const { target: at } = event;
-  if (!app.clip || document.querySelector('dialog[open]') || at.matches('input:not([type=range]):not([type=checkbox]):not([readonly])')) return;
+  if (!(app.clip || live.watching) || document.querySelector('dialog[open]') || at.matches('input:not([type=range]):not([type=checkbox]):not([readonly])')) return;
   const control = event.ctrlKey || event.metaKey;
+  if (live.watching) { if (!control && !event.altKey) LIVE_KEYS[event.key.toLowerCase()]?.(); return; }
   if (control && event.key.toLowerCase() === 'z') { event.preventDefault(); (event.shiftKey ? redo : undo)(); return; }
   if (control && event.key.toLowerCase() === 'y') { event.preventDefault(); redo(); return; }
   if (control || event.altKey) return;
@@ -540,7 +550,6 @@ function wire() {
 // -------------------------------------------------------------------------------------------------- opening
 
 function welcome(limit) {
-  $('welcome').hidden = false;
   const actions = document.querySelector('.actions');
   actions.hidden = true;
   const take = async (file) => {
@@ -549,8 +558,7 @@ function welcome(limit) {
     try {
       await api.upload(file, (part) => { $('upload-text').textContent = `${file.name}: ${Math.round(100 * part)} %`; });
       actions.hidden = false;
-      $('welcome').hidden = true;
-      await open(await api.state());
+      await enter();
     } catch (error) { $('upload-text').textContent = ''; fail(error); }
   };
   $('choose').onclick = () => $('file').click();
@@ -565,35 +573,67 @@ function welcome(limit) {
   }
 }
 
+/** A clip's own: what was shown, painted or undone before belongs to another. */
 async function open(state) {
   const { clip } = state;
-  Object.assign(app, { clip, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0 });
-  document.title = `${clip.name} · dmm-fast`;
-  $('clip-name').textContent = clip.name;
-  $('clip-name').title = state.folder;
-  $('clip-facts').textContent = `${clip.width} × ${clip.height} · ${clip.frames} frames${clip.fps ? ` · ${+clip.fps.toFixed(2)} FPS` : ''}`;
-  $('studio').hidden = false;
+  Object.assign(app, { clip, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0, frame: 0, about: null, bitmap: null });
+  Object.assign(history, { done: [], undone: [] });
+  pictures.clear();
+  shown = stage.of = null;
+  document.body.dataset.shown = document.body.dataset.proposals = '';
+  stage.show(null);
+  $('clip-facts').textContent = `${clip.width} × ${clip.height} · ${live.phase ? 'the frame that was taken' : `${clip.frames} frames`}${clip.fps ? ` · ${+clip.fps.toFixed(2)} FPS` : ''}`;
   app.mask = new Mask(clip.width, clip.height);
-  stage = new Stage($('stage'), app);
-  timeline = new Timeline($('timeline'), app);
   timeline.timeline = state.timeline;
-  wire();
-  strength(45);
+  strength(+$('strength').value);
   resize(Math.max(4, Math.round(Math.min(clip.width, clip.height) / 24)));
   describeRun(state.run);
   describeTool();
-  let away = false;
-  api.listen(state.seq, hear, async (lost) => {
-    if (lost && !away) toast('The connection to the server is lost; trying again.', 'note');
-    if (!lost && away) { const now = await api.state(); describeRun(now.run); timeline.timeline = now.timeline; reload(); }
-    away = lost;
-  });
   const first = Object.keys(state.timeline.given).map(Number)[0] ?? 0;
   await goto(first);
   stage.fit();
   describeButtons();
-  Object.assign(window, { studio: app, stageView: () => stage }); // for the console, and tests
 }
 
-if (location.search.includes('token=')) window.history.replaceState(null, '', '/'); // kept by the cookie from here on
-api.state().then((state) => (state.clip ? open(state) : welcome(state.limit))).catch(fail);
+/** Show what the server has: a live source, a clip, or the choice of one. */
+let entering = Promise.resolve();
+function enter() {
+  entering = entering.then(async () => {
+    await saving;
+    const state = await api.state(), named = state.live?.source ?? state.clip?.name ?? 'dmm-fast';
+    app.colours = state.colours ?? [];
+    live.set(state.live, state.objects, app.css);
+    document.title = state.clip || state.live ? `${named} · dmm-fast` : named;
+    $('clip-name').textContent = named;
+    $('clip-name').title = state.folder ?? '';
+    $('then').textContent = live.phase ? 'follow live' : 'run';
+    $('studio').hidden = live.watching || !state.clip;
+    $('welcome').hidden = Boolean(state.clip || state.live);
+    if (live.watching) $('clip-facts').textContent = '';
+    else if (state.clip) await open(state);
+    else welcome(state.limit);
+    return state;
+  }).catch(fail);
+  return entering;
+}
+
+async function begin() {
+  if (location.search.includes('token=')) window.history.replaceState(null, '', '/'); // kept by the cookie from here on
+  stage = new Stage($('stage'), app);
+  timeline = new Timeline($('timeline'), app);
+  wire();
+  Object.assign(window, { studio: app, stageView: () => stage }); // for the console, and tests
+  const state = await enter();
+  let away = false;
+  if (state) api.listen(state.seq, hear, async (lost) => {
+    if (lost && !away) toast('The connection to the server is lost; trying again.', 'note');
+    if (!lost && away) {
+      const now = await api.state();
+      if (live.phase || now.live || now.clip?.opened !== app.clip?.opened) enter();
+      else { describeRun(now.run); timeline.timeline = now.timeline; reload(); }
+    }
+    away = lost;
+  });
+}
+
+begin();
