@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmm_fast.commands.options import add_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add(commands: Any) -> None:
@@ -20,10 +23,16 @@ def add(commands: Any) -> None:
          "a copy of half the size that matches by prices"),
         ("dmm-fast weights detector.safetensors --pack small-proposals.safetensors --without backbone.body.",
          "without the weights that another file has"),
+        ("dmm-fast weights runs/identity/last.safetensors --average runs/small/last.safetensors 0.25 --pack small.safetensors",
+         "three quarters of the one, a quarter of the other, which training went on from"),
     )  # fmt: skip
     parser.add_argument("file", nargs="?", default="small", metavar="FILE", help="(default: the file in the package)")
     parser.add_argument("--pack", metavar="OUT", help="write a half-precision copy")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network in the copy")
+    parser.add_argument(
+        "--average", nargs=2, metavar=("OTHER", "SHARE"),
+        help="the copy is the mean of both files, with this share of the other, in 0..1",
+    )  # fmt: skip
     parser.add_argument("--without", metavar="PREFIX", help="leave out weights whose names begin with this")
 
 
@@ -39,8 +48,8 @@ def run(a: argparse.Namespace) -> int:
     with safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
     if a.pack is None:
-        if a.set or a.without:
-            raise ValueError("--set and --without are for the copy that --pack writes")
+        if a.set or a.without or a.average:
+            raise ValueError("--set, --average and --without are for the copy that --pack writes")
         count = sum(tensor.numel() for tensor in tensors.values())
         print(f"{path}: {count:,} values, {path.stat().st_size / 1e6:.1f} MB")
         print(yaml.safe_dump(about, sort_keys=False).rstrip())
@@ -52,8 +61,28 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError(f"{path}: says nothing of a network whose settings --set could change")
     if changes:
         about["config"] = Config.from_dict(about["config"] | {k: yaml.safe_load(v) for k, v in changes.items()}).to_dict()
+    if a.average:
+        tensors = averaged(tensors, read_weights(a.average[0]), a.average)
     kept = {name: tensor for name, tensor in tensors.items() if not (a.without and name.startswith(a.without))}
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
     write_tensors(a.pack, half, about)
     print(f"{a.pack}: {Path(a.pack).stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def averaged(tensors: dict[str, Tensor], other: dict[str, Tensor], asked: tuple[str, str]) -> dict[str, Tensor]:
+    """The mean of two files' weights. asked: the other file and its share, as they were typed."""
+    import torch
+
+    from dmm_fast.training.setup import widened  # the other may be from before a layer got further inputs
+
+    name, text = asked
+    share = float(text) if text.replace(".", "", 1).isdecimal() else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"--average takes a file and its share in 0..1, got {text!r}")
+    other = widened(other, tensors)
+    if wrong := sorted(
+        n for n in {*tensors, *other} if n not in tensors or n not in other or tensors[n].shape != other[n].shape
+    ):
+        raise ValueError(f"{name}: holds another network: {wrong[0]} differs, and {len(wrong) - 1} more")
+    return {n: torch.lerp(t.float(), other[n].float(), share) if t.is_floating_point() else t for n, t in tensors.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
         known = {name for name in net.state_dict() if name.startswith("backbone.")}
     elif config.pretrained != "none":
         path = packaged("small") if config.pretrained == "small" else config.pretrained
-        load_weights(net, widened(read_weights(path), net), config.pretrained)
+        load_weights(net, widened(read_weights(path), net.state_dict()), config.pretrained)
         known = set(net.state_dict())
     net.train()
     net.backbone.requires_grad_(not config.freeze)
@@ -35,12 +36,13 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
     return net, known
 
 
-def widened(tensors: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """`tensors` for a net with further inputs, the last ones of its layers: their weights are 0, so that nothing changes at first.
+def widened(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` for a net whose weights are `own`, with further inputs, the last ones of its layers: their weights are 0, so that
+    nothing changes at first.
 
     So objects that were decided apart (`Config.objects`) can learn to be decided together.
     """
-    own, fitted = net.state_dict(), dict(tensors)
+    fitted = dict(tensors)
     for name, tensor in tensors.items():
         shape = own[name].shape if name in own else tensor.shape
         if tensor.ndim > 1 and len(shape) == tensor.ndim and shape[1] > tensor.size(1):

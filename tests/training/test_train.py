@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dmm_fast.model import Affinity, Candidates, Config, Output, Proposals, packaged, read_weights
+from dmm_fast.model import Affinity, Candidates, Config, DMMNet, Output, Proposals, read_weights, save_weights
+from dmm_fast.model import read_config as model_of
 from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from safetensors.torch import load_file
@@ -111,11 +112,13 @@ def test_a_configuration_survives_yaml(name):
     assert from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
-def test_weights_of_objects_apart_go_into_a_net_that_decides_together():
+def test_weights_of_objects_apart_go_into_a_net_that_decides_together(tmp_path):
     """The further inputs have weight 0, so that training goes on from what was there."""
     config = read_config("identity")
-    net, known = build_net(config)
-    old = read_weights(packaged("small"))
+    file = tmp_path / "old.safetensors"
+    save_weights(DMMNet(replace(config.model, objects="apart", memory=0)), file, {"format": 1})
+    net, known = build_net(replace(config, pretrained=str(file)))
+    old = read_weights(file)
     own = net.state_dict()
     assert known == own.keys() and net.together
     widened = {name for name in own if own[name].shape != old[name].shape}
@@ -463,3 +466,26 @@ def test_tensorboard(pond, tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert len(events.Scalars("train/loss")) == 4 and len(events.Scalars("val/J")) == 1
     assert events.Tags()["images"] == ["two"]
+
+
+def test_the_mean_of_two_files(tmp_path, capsys):
+    config = Config(backbone="test_resnet", input_size=(64, 96), refine="heavy", hidden=16, objects="together")
+    files = {}
+    for name, model in (("new", config), ("old", replace(config, objects="apart"))):
+        torch.manual_seed(len(files))
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_weights(DMMNet(model), files[name], {"format": 1, "config": model.to_dict()})
+    words = ["weights", str(files["new"]), "--average", str(files["old"]), "0.25", "--pack", str(tmp_path / "mean.safetensors")]
+    assert main(words) == 0
+    new, old, mean = (read_weights(tmp_path / f"{name}.safetensors") for name in ("new", "old", "mean"))
+    grown = 0
+    for name, tensor in mean.items():
+        before = torch.zeros_like(new[name])
+        before[tuple(map(slice, old[name].shape))] = old[name]
+        grown += old[name].shape != new[name].shape
+        assert torch.allclose(tensor.float(), (0.75 * new[name] + 0.25 * before).half().float(), atol=1e-3), name
+    assert grown == 5 and model_of(tmp_path / "mean.safetensors") == config
+    assert main([*words[:4], "2", *words[5:]]) == 2 and "a file and its share in 0..1, got '2'" in capsys.readouterr().err
+    other = replace(config, hidden=8)
+    save_weights(DMMNet(other), files["old"], {"format": 1, "config": other.to_dict()})
+    assert main(words) == 2 and "holds another network" in capsys.readouterr().err
