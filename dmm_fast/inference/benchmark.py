@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from dmm_fast.data.datasets import VideoDataset
 from dmm_fast.data.masks import VOID, read_ids
 from dmm_fast.evaluation import Report, evaluate
 from dmm_fast.files import whole_file
+from dmm_fast.inference.bench import machine
 from dmm_fast.inference.sets import SetJob, choose, segment_set
 from dmm_fast.proposals.sources import is_detector
 
@@ -95,6 +94,7 @@ def benchmark(
     dataset = job.open()
     names = choose(dataset, sequences)
     how = protocol_of(dataset, names)
+    facts = machine(torch.device(job.options.get("device", "cpu")))
     summary = segment_set(job, names, progress=progress)
     done = list(summary["videos"])
     if not done:
@@ -113,7 +113,7 @@ def benchmark(
         "data": summary["dataset"] | {"segmented": len(done), "frames": summary["frames"], "objects": len(scores.objects)},
         "scores": {"settings": scores.settings, "summary": scores.summary, "per_object": scores.per_object},
         "seconds": summary["seconds"],
-        "machine": _machine(job),
+        "machine": facts,
         "notes": _notes(job, dataset, names, summary, number),
         "failed": summary["failed"],
     }
@@ -169,13 +169,6 @@ def _method(job: SetJob) -> str:
     return ", ".join([f"{OURS} {network}", *changed])
 
 
-def _machine(job: SetJob) -> dict[str, Any]:
-    device = job.options.get("device", "cpu")
-    gpu = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else None
-    return {"device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}  # fmt: skip
-
-
 def _notes(job: SetJob, dataset: VideoDataset, names: list[str], summary: dict[str, Any], number: int) -> list[str]:
     live = is_detector(job.proposals) and not job.keep_proposals
     found = f"the detector {job.proposals}, live" if live else f"files ({job.proposals})"
@@ -214,10 +207,11 @@ def _markdown(result: dict[str, Any], table: Table | None) -> str:
     )
     where = " ".join(str(part) for part in (data["layout"], data["split"]) if part)
     scored = ", ".join(f"{name}: {value}" for name, value in result["scores"]["settings"].items())
-    machine = result["machine"]
+    facts = result["machine"]
+    computer = facts.get("GPU") or f"{facts['CPU']}, {facts['threads']} threads, load {facts['load before']} before"
     told = [
         f"{row['method']}: {Path(data['path']).name} ({where}), {data['segmented']} videos, {data['objects']} objects, {data['frames']} "
-        f"frames; {scored}; {machine['device']}, {machine['threads']} threads.",
+        f"frames; {scored}; {computer}.",
         *result["notes"],
         *([f"The other rows: {SOURCE}, Table {table.number}, {table.data}."] if table else []),
     ]

@@ -104,18 +104,16 @@ def segment(
     go_on = folder.find(source.stems, resume, overwrite)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector)
-    config: Any = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
-    how: dict[str, Any] = {"weights": weights, "refine": refine}
+    how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
     if go_on and folder.tuned.exists():
-        config, how = None, {"weights": folder.tuned}
+        how = {"weights": folder.tuned}
         if isinstance(propose, Live) and folder.tuned_proposer.exists():
             propose.load(folder.tuned_proposer)
-    detector = propose.proposer if isinstance(propose, Live) else None
-    segmenter = models.segmenter(
-        config, **how, matcher=matcher, decision=decision, device=device, graph=graph, precision=precision, proposer=detector
-    )
-    if budget is not None and segmenter.config.backbone == "none":
-        raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
+    segmenter = _load(
+        models, propose.proposer if isinstance(propose, Live) else None, **how, matcher=matcher, decision=decision,
+        device=device, graph=graph, precision=precision,
+    )  # fmt: skip
+    _check_online(budget, segmenter)
     folder.begin(source.stems, go_on)
     try:
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
@@ -128,6 +126,55 @@ def segment(
             folder.discard(source.stems)
         raise
     return report
+
+
+def check_options(
+    models: Models,
+    *,
+    proposals: str | os.PathLike | None = None,
+    detector_weights: str | os.PathLike = "DEFAULT",
+    save: Sequence[str] = ("masks",),
+    online: str | None = None,
+    image_id_offset: int | None = None,
+    clean_masks: bool = False,
+    **how: Any,
+) -> None:
+    """Load what runs with these arguments of `segment` need, before there is a video, and raise what each of them would.
+
+    proposals: a detector; None for files.
+    """
+    check_kinds(list(save))
+    budget = online_budget(online) if online is not None else None
+    detector = None
+    if proposals is not None:
+        detector = models.detector(proposals, detector_weights, device=how.get("device", "cpu"))
+    _check_online(budget, _load(models, detector, **how))
+
+
+def _load(
+    models: Models,
+    detector: Callable | None,
+    *,
+    preset: str | None = None,
+    backbone: str | None = None,
+    weights: str | os.PathLike | None = None,
+    refine: str | None = None,
+    matcher: str = "dmm",
+    decision: str = "confident",
+    device: str = "cpu",
+    graph: bool | None = None,
+    precision: str = "float32",
+) -> Segmenter:
+    config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
+    return models.segmenter(
+        config, weights=weights, refine=refine, matcher=matcher, decision=decision, device=device, graph=graph,
+        precision=precision, proposer=detector,
+    )  # fmt: skip
+
+
+def _check_online(budget: dict[str, float] | None, segmenter: Segmenter) -> None:
+    if budget is not None and segmenter.config.backbone == "none":
+        raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
 
 
 def _follow(

@@ -30,7 +30,7 @@ from dmm_fast.inference.folder import REPORT, UNFINISHED, RunError
 from dmm_fast.inference.models import Models
 from dmm_fast.inference.passes import Interrupted
 from dmm_fast.inference.proposing import save_proposals
-from dmm_fast.inference.run import segment
+from dmm_fast.inference.run import check_options, segment
 from dmm_fast.proposals.sources import is_detector
 
 GIVEN, KEPT, SUMMARY = "first-masks", "proposals", "summary.json"
@@ -169,11 +169,13 @@ def segment_set(job: SetJob, sequences: Sequence[str] | None = None, *, progress
     Videos that are finished are not done again, one that was interrupted goes on. A video that fails does not stop the others: it is
     in the summary's ``failed``, with the reason, and nothing of it is left.
 
-    Raises DataError for a data set, split or name that is not there, RunError for proposals in OUT that another detector has left, and
-    Interrupted after a signal: a later call goes on from there.
+    Raises DataError for a data set, split or name that is not there, RunError for proposals in OUT that another detector has left,
+    what `run.segment` raises for its options and weights, and Interrupted after a signal: a later call goes on from there.
     """
     kept = Kept(job)
     names = choose(kept.dataset, sequences)
+    if not all(finished(job, name) for name in names):  # what no video could work with is not a matter of one
+        check_options(kept.models, proposals=job.proposals if is_detector(job.proposals) else None, **job.options)
     _prepare(job)
     told = _Progress(names, progress)
     done: dict[str, dict[str, Any]] = {}

@@ -133,7 +133,7 @@ def test_networks_are_loaded_once_and_a_learning_run_has_its_own(davis, proposal
 
     monkeypatch.setattr(Segmenter, "tune", tune)
     segment_set(job(davis, tmp_path / "online", proposals, options={"preset": "small", "online": "1e"}))
-    assert len(made) == 4 and tuned == made[1:]
+    assert len(made) == 5 and tuned == made[2:]  # and one to see whether the options work
 
 
 def test_a_job_can_be_done_elsewhere(davis, proposals, tmp_path):
@@ -286,6 +286,12 @@ def test_what_cannot_be_asked(davis, proposals, tmp_path, capsys):
     fails(*here, "--proposals", proposals, "--keep-proposals", message="these proposals are kept already")
     fails(*here, "--zip", tmp_path / "no/x.zip", message="there is no directory")
     fails(*here, "--zip", tmp_path / "x.zip", "--sequences", "koi", message="--zip needs every video of the split")
+    # What no video could work with is said once.
+    fails(*here, "--proposals", proposals, "--weights", "gone.safetensors", "--preset", "small", message="gone.safetensors")
+    fails(*here, "--proposals", proposals, "--online", "soon", message="online learning takes seconds such as 30")
+    fails(*here, "--proposals", proposals, "--online", "3", message="online learning needs a network")
+    fails(*here, "--proposals", proposals, "--save", "gif", message="gif")
+    fails(*here, "--proposals", "small", "--backbone", "nonsense", message="nonsense")
     fails(davis / "JPEGImages/480p/koi", "--masks", "m.png", "--split", "val", message="--split belongs to a data set")
     fails(davis / "JPEGImages/480p/koi", message="--masks FIRST.png|DIR is missing")
     assert not (tmp_path / "out").exists()
