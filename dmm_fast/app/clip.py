@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmm_fast.data.video import FramesError, ImageFrames, VideoFrames, open_frames
+from dmm_fast.data.video import FramesError, ImageFrames, VideoFrames, open_frames, read_image
 
 WIDTHS = (320, 1280, 2560, 0)  # of pictures for the page; 0 is the frame's own
 CACHED = 96 << 20  # bytes of pictures kept
@@ -36,6 +36,8 @@ class Clip:
 
     def frame(self, index: int) -> np.ndarray:
         """One frame, uint8 [H, W, 3]."""
+        if isinstance(self.frames, ImageFrames):
+            return read_image(self.frames.files[index])
         _, frame = next(self.read(index), (index, None))
         if frame is None:
             raise FramesError(f"{self.path}: frame {index} cannot be decoded")

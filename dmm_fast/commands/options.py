@@ -199,6 +199,9 @@ def summarise(report: dict[str, Any], files: dict[str, Any]) -> None:
     shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in speed["seconds"].items())
     count = len(report["objects"])
     print(f"{speed['frames']} frames, {count} object{'s' * (count != 1)}, {speed['fps']} frames/s ({shares})")
+    if late := speed.get("latency"):
+        print(f"latency: {1000 * late['mean']:.0f} ms, {1000 * late['p95']:.0f} ms or less for 95 % of frames; "
+              f"{speed['dropped']} frames came in between and were dropped")  # fmt: skip
     for label, row in report["objects"].items():
         if row["lost"]:
             print(f"object {label}: no match in {row['lost']} of {row['frames']} frames, its last mask was kept there")

@@ -46,6 +46,8 @@ def add(commands: Any) -> None:
          "      object that has several is joined in between where both ways agree best"),
         ("dmm-fast segment clip.mov --masks first.png --out result --save cutout,alpha-video,tracks",
          "also the objects without their background, and their masks as COCO JSON"),
+        ("dmm-fast segment camera:0 --masks auto:2 --out live --record --seconds 60",
+         "the two surest objects that a camera sees, for a minute; rtsp://.., udp://.. and /dev/video0 work the same"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
          "match on ResNet-50 features and mask overlap"),
         ("dmm-fast segment --dataset DAVIS --split val --proposals DAVIS/proposals --out result",
@@ -54,13 +56,12 @@ def add(commands: Any) -> None:
          "and the zip that the server takes, with the frames it wants"),
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("frames", nargs="?", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
-    what.add_argument(
-        "--dataset",
-        metavar="DIR",
-        help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain folders",
-    )
-    parser.add_argument("--masks", metavar="FIRST.png|DIR", help="the objects to follow; a data set has them")
+    what.add_argument("frames", nargs="?", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a camera or stream as "
+        "it comes: camera:0, /dev/video0, rtsp://.., udp://..")  # fmt: skip
+    what.add_argument("--dataset", metavar="DIR", help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain "
+        "folders")  # fmt: skip
+    parser.add_argument("--masks", metavar="FIRST.png|DIR|auto:N", help="the objects to follow; of a stream auto:N takes the N surest "
+        "proposals of the first frame that has any; a data set has its own")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
     add_run_options(parser)
     parser.add_argument(
@@ -89,6 +90,16 @@ def add(commands: Any) -> None:
     )
     add_model_options(parser)
     add_detector_options(parser)
+    live = parser.add_argument_group(
+        "camera or stream", "the newest frame is taken each time, late ones are dropped and counted"
+    )
+    live.add_argument(
+        "--record", action="store_true", help="keep the frames that were taken, in OUT/recording, and their masks"
+    )
+    live.add_argument("--seconds", type=float, metavar="N", help="stop after so long (default: at the stream's end, or Ctrl-C)")
+    live.add_argument(
+        "--patience", type=float, default=5.0, metavar="N", help="seconds without a frame after which the source is gone (5)"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an unfinished run in OUT, if there is one")
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
@@ -96,10 +107,10 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
+    from dmm_fast.data.stream import is_stream
     from dmm_fast.inference.folder import SHEET
     from dmm_fast.inference.passes import Interrupted
     from dmm_fast.inference.results import result_files
-    from dmm_fast.inference.run import segment
 
     check_device(a.device)
     if a.dataset:
@@ -108,21 +119,49 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError("--masks FIRST.png|DIR is missing: the objects to follow")
     if of_a_set := [name for name in ("split", "sequences", "keep_proposals", "zip") if getattr(a, name)]:
         raise ValueError(f"--{of_a_set[0].replace('_', '-')} belongs to a data set; it needs --dataset")
+    live = is_stream(a.frames)
     try:
-        report = segment(
-            a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
-            image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, direction=a.direction, save=a.save, online=a.online,
-            resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **model_options(a),
-        )  # fmt: skip
+        report = _stream(a) if live else _file(a)
     except Interrupted as stop:
         complain(str(stop))
         return STOPPED
     if not a.quiet:
         out = Path(a.out)
-        files = {"masks": out / "*.png", "sheet": out / SHEET, "report": out / "report.json", "video": a.overlay}
-        files |= result_files(out, report)
+        files = {"report": out / "report.json", "video": a.overlay}
+        if not live or a.record:
+            files = {"masks": out / "*.png", "sheet": out / SHEET} | files | result_files(out, report)
         summarise(report, files)
     return 0
+
+
+def _file(a: argparse.Namespace) -> dict[str, Any]:
+    from dmm_fast.inference.folder import RunError
+    from dmm_fast.inference.run import segment
+
+    if a.record or a.seconds:
+        raise RunError(
+            f"--record and --seconds are for a camera or a stream; {a.frames} is a file (camera:0, rtsp://..: see --help)"
+        )
+    return segment(
+        a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, video=a.overlay,
+        image_id_offset=a.image_id_offset, clean_masks=a.clean_masks, direction=a.direction, save=a.save, online=a.online,
+        resume=a.resume, overwrite=a.overwrite, progress=not a.quiet, **model_options(a),
+    )  # fmt: skip
+
+
+def _stream(a: argparse.Namespace) -> dict[str, Any]:
+    from dmm_fast.inference.folder import RunError
+    from dmm_fast.inference.live import segment_stream
+
+    for name in ("resume", "online", "direction", "image_id_offset", "clean_masks", "backbone"):
+        if getattr(a, name) not in (None, False):
+            raise RunError(f"--{name.replace('_', '-')} is for files, not for a camera or a stream as it comes")
+    model = model_options(a)
+    del model["backbone"]
+    return segment_stream(
+        a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, record=a.record, save=a.save,
+        video=a.overlay, seconds=a.seconds, patience=a.patience, overwrite=a.overwrite, progress=not a.quiet, **model,
+    )  # fmt: skip
 
 
 def _run_set(a: argparse.Namespace) -> int:
@@ -133,6 +172,8 @@ def _run_set(a: argparse.Namespace) -> int:
     for name, why in (
         ("masks", "a data set has its own masks"),
         ("overlay", "it names one file; --resume --overlay makes a video's later"),
+        ("record", "it is for a camera or a stream"),
+        ("seconds", "it is for a camera or a stream"),
     ):
         if getattr(a, name):
             raise ValueError(f"--{name} does not go with --dataset: {why}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -369,7 +370,7 @@ def write_mask(path: str | os.PathLike, ids: np.ndarray) -> None:
     image = Image.fromarray(ids)
     image.putpalette(PALETTE)
     with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", compress_type=zlib.Z_RLE)  # twice as fast; masks are runs of one value
 
 
 # ------------------------------------------------------------------------------------------- id maps and mask stacks

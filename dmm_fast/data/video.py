@@ -28,6 +28,8 @@ ALPHA = {  # with alpha: codec, pixel format, options
 }
 HELD = 8  # pictures that wait for an earlier one
 STRETCH = 512 << 20  # bytes of frames that are held to be read backwards
+THREADS = min(4, os.cpu_count() or 1)  # that read or write pictures
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -79,16 +81,19 @@ class ImageFrames:
         return len(self.files)
 
     def read(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-        for file in self.files[start:]:
-            yield file.stem, read_image(file)
+        return self._read(range(start, len(self)))
 
     def read_back(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
-        for file in reversed(self.files[: start + 1]):
-            yield file.stem, read_image(file)
+        return self._read(range(start, -1, -1))
+
+    def _read(self, order: Iterable[int]) -> Iterator[tuple[str, np.ndarray]]:
+        files = [self.files[index] for index in order]
+        for file, image in zip(files, in_threads(read_image, files)):
+            yield file.stem, image
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
         for index in sorted(indices):
-            yield index, *next(self.read(index))
+            yield index, self.stems[index], read_image(self.files[index])
 
 
 class VideoFrames:
@@ -350,14 +355,28 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-class Behind:
-    """Calls that run in a thread, one after the other, behind the caller's back; at most `waiting` of them are due at a time.
+def in_threads(function: Callable[[S], T], items: Iterable[S], threads: int = THREADS) -> Iterator[T]:
+    """What `function` makes of each item, in order; threads work on the next few while the caller is busy with one."""
+    due, pool = deque[Future](), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            due.append(pool.submit(function, item))
+            if len(due) > threads:
+                yield due.popleft().result()
+        while due:
+            yield due.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    What one raises comes out of the next call, of `wait`, or at the end of the `with` block.
+
+class Behind:
+    """Calls that run in threads behind the caller's back, with one thread one after the other; few are due at a time.
+
+    What one raises comes out of a later call, of `wait`, or at the end of the `with` block.
     """
 
-    def __init__(self, waiting: int = 4):
-        self._pool, self._due, self._waiting = ThreadPoolExecutor(1), deque[Future](), waiting
+    def __init__(self, threads: int = 1):
+        self._pool, self._due, self._waiting = ThreadPoolExecutor(threads), deque[Future](), 4 * threads
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> None:
         while self._due and (self._due[0].done() or len(self._due) >= self._waiting):

@@ -11,8 +11,8 @@ from typing import Any
 from dmm_fast.files import whole_file
 from dmm_fast.inference.segmenter import Segmenter
 
-REPORT, SHEET, UNFINISHED = "report.json", "contact-sheet.png", "unfinished"
-RESULTS = ("binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
+REPORT, SHEET, UNFINISHED, RECORDING = "report.json", "contact-sheet.png", "unfinished", "recording"
+RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json")
 
 
 class RunError(ValueError):
@@ -152,6 +152,11 @@ class RunFolder:
         masks = [name for name in (f"{stem}.png" for stem in stems) if (self.path / name).exists()]
         return list(dict.fromkeys([*masks, *sorted(file.name for file in self.path.glob("*.png")),
                                    *(name for name in RESULTS if (self.path / name).exists())]))  # fmt: skip
+
+    @property
+    def started(self) -> bool:
+        """Whether a saved pass has come to the first objects."""
+        return any((one.checkpoint() or {}).get("started") for one in self.passes.values())
 
     def begin(self, stems: list[str], go_on: bool) -> None:
         """Make OUT ready for a run."""

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmm_fast.data.masks import read_ids, write_mask
-from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, prefetch
+from dmm_fast.data.video import THREADS, Behind, ImageFrames, VideoFrames, prefetch
 from dmm_fast.inference.folder import PassFolder, RunError, RunFolder
 from dmm_fast.inference.given import GivenMasks
 from dmm_fast.inference.proposing import Live
@@ -68,7 +68,11 @@ class Pass:
         number = self.order[self.next]
         source = iter(prefetch(self.frames.read(number) if self.order.step > 0 else self.frames.read_back(number)))
         saved = time.monotonic()
-        with bar, Behind() as self.behind, _stop_requested() as stop:
+        with (
+            bar,
+            Behind(THREADS) as self.behind,
+            stop_requested("finishing this frame, then saving; press again to stop at once") as stop,
+        ):
             self.stop = stop
             while True:
                 with self._clock("decode"):
@@ -108,11 +112,8 @@ class Pass:
         if self.order[self.next] in self.frames.missing:
             row["picture"] = "missing"  # it could not be decoded; another stands for it
         with self._clock("write"):  # what of it holds up the next frame
-            self.behind(self._write, row, ids)
-
-    def _write(self, row: dict[str, Any], ids: np.ndarray) -> None:
-        write_mask(self.folder.mask(row["frame"]), ids)
-        self.folder.append(row)
+            self.behind(write_mask, self.folder.mask(stem), ids)
+            self.folder.append(row)
 
     def _take_in(self, stem: str, frame: np.ndarray, ids: np.ndarray, objects: list[dict]) -> list[dict]:
         """Start with the masks given for this frame, or add them; an object that is followed goes on from its mask here.
@@ -181,9 +182,8 @@ class Pass:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came. The frame at hand is finished; a second Ctrl-C stops
-    at once."""
+def stop_requested(message: str) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; the first says `message`, a second Ctrl-C stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -191,7 +191,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, stack: Any) -> None:
         asked.set()
-        os.write(2, b"\nfinishing this frame, then saving; press again to stop at once\n")
+        os.write(2, f"\n{message}\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -105,7 +105,7 @@ def segment(
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
-    if go_on and folder.tuned.exists():
+    if go_on and online and folder.started:
         how = {"weights": folder.tuned}
         if isinstance(propose, Live) and folder.tuned_proposer.exists():
             propose.load(folder.tuned_proposer)

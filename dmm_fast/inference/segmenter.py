@@ -336,8 +336,8 @@ class Segmenter:
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file that a session with the same settings and weights has written by `save`."""
         session, state, frame, ids = _read_session(path)
-        mine = (self.config.to_dict(), self.matcher, self.decision)
-        if (session["config"], session["matcher"], session["decision"]) != mine:
+        mine = (self.config, self.matcher, self.decision)
+        if (Config.from_dict(session["config"]), session["matcher"], session["decision"]) != mine:
             raise ValueError(f"Segmenter.restore: {path} was written with other settings")
         self._take(path, session, state, frame, ids, "these")
 

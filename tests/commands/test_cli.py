@@ -145,7 +145,7 @@ def test_objects_that_come_late(clip, tmp_path):
     write_mask(masks / "00002.png", np.where(truth[2] == 4, 4, 0).astype(np.uint8))
     write_mask(masks / "00005.png", np.where(truth[5] == 1, 1, 0).astype(np.uint8))  # 0 there is not background
     write_mask(masks / "99999.png", truth[2])
-    report = segment(**options(clip, tmp_path / "out", masks=masks))
+    report = segment(**options(clip, tmp_path / "out", masks=masks, direction="forward"))
     found = [set(np.unique(read_mask(tmp_path / f"out/{index:05d}.png"))) - {0} for index in range(LENGTH)]
     assert found[0] == found[1] == set() and found[2] == found[3] == found[4] == {4} and found[5] == {1, 4}
     added = read_mask(tmp_path / "out/00005.png")
@@ -219,8 +219,10 @@ def test_real_clip_with_a_late_object(data, tmp_path):
     )
     assert report["size"] == [853, 480]
     assert {row["given"] for row in report["objects"].values()} == {"frame_000033"}
-    assert read_mask(tmp_path / "out/frame_000032.png").max() == 0
     assert read_mask(tmp_path / "out/frame_000035.png").max() > 0
+    before = read_mask(tmp_path / "out/frame_000032.png") > 0  # both ways: the mask is not the first frame's
+    given = read_mask(tmp_path / "out/frame_000033.png") > 0
+    assert (before & given).sum() > 0.3 * (before | given).sum()  # they move fast
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions
@@ -247,7 +249,7 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
     fails(capsys, command(clip, out), f"holds an unfinished run ({done} of 9 frames); --resume continues it")
     fails(capsys, command(clip, out, "--resume", "--matcher", "greedy"), "has matcher = 'dmm', this one 'greedy'")
     assert main(command(clip, out, "--resume")) == 0
-    assert [path.stem for path in written] == [f"{index:05d}" for index in range(LENGTH)]
+    assert sorted(path.stem for path in written) == [f"{index:05d}" for index in range(LENGTH)]
     assert contents(out) == contents(finished) and not (out / "unfinished").exists()
 
 

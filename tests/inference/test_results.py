@@ -135,7 +135,7 @@ def test_tracks_in_the_format_of_youtube_vis(finished):
 
 def test_an_object_that_is_not_there_yet_has_no_track(clip, tmp_path):
     write_mask(tmp_path / "00004.png", masks_at(4))
-    report = segment(**options(clip, tmp_path / "out", masks=tmp_path, save=["tracks", "binary"]))
+    report = segment(**options(clip, tmp_path / "out", masks=tmp_path, direction="forward", save=["tracks", "binary"]))
     content = json.loads((tmp_path / "out/tracks-youtube-vis.json").read_text())
     for annotation in content["annotations"]:
         assert annotation["segmentations"][:4] == annotation["bboxes"][:4] == annotation["areas"][:4] == [None] * 4
@@ -146,9 +146,9 @@ def test_an_object_that_is_not_there_yet_has_no_track(clip, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from dmm_fast.inference import results, run
+from dmm_fast.inference import passes, results, run
 where, number, *paths = sys.argv[1:]
-owner, name = {"frame": (run, "write_mask"), "result": (results.Tracks, "add"), "end": (results.Cutout, "__exit__")}[where]
+owner, name = {"frame": (passes, "write_mask"), "result": (results.Tracks, "add"), "end": (results.Cutout, "__exit__")}[where]
 original, calls = getattr(owner, name), []
 def dies(*arguments):
     calls.append(1)
