@@ -125,18 +125,22 @@ class Video:
                 first.setdefault(number, index)
         return [VideoObject(number, first[number], None) for number in sorted(first) if number]
 
-    def first_masks(self) -> dict[int, np.ndarray]:
-        """What a semi-supervised run is given: by frame the ids, uint8 [H, W], of the objects that first occur there, and of no other.
-
-        An object that is missing in the frame where the data set has it begin is taken from the first mask after that.
-        Raises DataError where there is no first mask, or no object in it.
-        """
+    def check_first_mask(self) -> None:
+        """Raise DataError where there is no mask to start from; reads none."""
         if not self.annotated:
             raise DataError(f"{self.name}: no masks; a video needs at least those of its first frame")
         if not self.late and self.annotated[0] != 0:
             raise DataError(
                 f"{self.name}: no mask of the first frame, {self.stems[0]}; the first is that of {self.stems[self.annotated[0]]}"
             )
+
+    def first_masks(self) -> dict[int, np.ndarray]:
+        """What a semi-supervised run is given: by frame the ids, uint8 [H, W], of the objects that first occur there, and of no other.
+
+        An object that is missing in the frame where the data set has it begin is taken from the first mask after that.
+        Raises DataError where there is no first mask, or no object in it.
+        """
+        self.check_first_mask()
         if self.late:
             begin = {number: first for number, first, _ in self.objects}
         else:

@@ -190,9 +190,11 @@ def segment_set(job: SetJob, sequences: Sequence[str] | None = None, *, progress
     for name in tqdm(names, desc="opening", unit=" videos", delay=2, leave=False, disable=None if progress else True):
         try:  # what cannot work is known before hours of work
             _check_name(name)
-            told.expect(name, len(kept.dataset.video(name)), finished(job, name))
+            video = kept.dataset.video(name)
+            video.check_first_mask()
+            told.expect(name, len(video), finished(job, name))
         except Exception as error:
-            failed[name] = _failure(error)
+            failed[name] = _failure(name, error)
             told.failed(name, failed[name]["error"])
     with told:
         for name in names:
@@ -205,7 +207,7 @@ def segment_set(job: SetJob, sequences: Sequence[str] | None = None, *, progress
                 write()
                 raise
             except Exception as error:
-                failed[name] = _failure(error)
+                failed[name] = _failure(name, error)
                 told.failed(name, failed[name]["error"])
     return write()
 
@@ -243,10 +245,10 @@ def _prepare(job: SetJob) -> None:
         mark.write_text(f"{detector}\n")
 
 
-def _failure(error: Exception) -> dict[str, str]:
+def _failure(name: str, error: Exception) -> dict[str, str]:
     """What to say of it; where it is a fault of ours, where it happened too."""
     if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
-        return {"error": str(error)}
+        return {"error": str(error).removeprefix(f"{name}: ")}
     return {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
 
 

@@ -238,7 +238,7 @@ def test_a_video_that_fails_is_named_and_the_rest_goes_on(davis, proposals, tmp_
     assert sorted(path.name for path in out.iterdir()) == ["carp", "first-masks", "summary.json", "trout"]
     assert sorted(path.name for path in (out / "first-masks").iterdir()) == ["carp", "trout"]
     summary = json.loads((out / "summary.json").read_text())
-    assert said in summary["failed"]["koi"]["error"] and list(summary["videos"]) == ["carp", "trout"]
+    assert said in f"koi: {summary['failed']['koi']['error']}" and list(summary["videos"]) == ["carp", "trout"]
 
 
 def test_a_full_disk(davis, proposals, tmp_path, monkeypatch):
