@@ -18,9 +18,9 @@ from dmm_fast.app.project import DONE, Project
 from dmm_fast.data.video import Behind, FramesError, prefetch
 from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import by_object, row_of, speed
-from dmm_fast.inference.run import run_settings
+from dmm_fast.inference.run import config_of, run_settings
 from dmm_fast.inference.segmenter import Segmenter
-from dmm_fast.model import Config, Proposals
+from dmm_fast.model import Proposals
 
 SAVE_EVERY = 3.0  # seconds between saved states
 HAND_OVER_EVERY = 30.0  # seconds between states of results/ that `dmm-fast segment --resume` can go on from
@@ -42,8 +42,9 @@ class Settings:
     def build(self, proposer: Any) -> Segmenter:
         model = dict(self.model)
         preset, backbone = model.pop("preset", None), model.pop("backbone", None)
-        config = Config.preset(preset or "davis", backbone=backbone) if backbone else preset
-        return Segmenter(config, weights=self.weights, device=self.device, graph=self.graph, proposer=proposer, **model)
+        return Segmenter(
+            config_of(preset, backbone), weights=self.weights, device=self.device, graph=self.graph, proposer=proposer, **model
+        )
 
 
 class Worker:

@@ -6,10 +6,13 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PRESETS = ("small", "iou", "youtube-vos", "davis", "segtrack")
 STOPPED = 130  # what a shell reports for a command that Ctrl-C ended
+FAILED = 3  # some videos of a data set failed, the others are done
+LAYOUTS = ("davis2016", "davis2017", "youtube-vos", "mose", "lvos", "segtrack", "folder", "video")
 
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
@@ -106,6 +109,68 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="run each step as a CUDA graph, several times faster (default: if possible)",
     )  # fmt: skip
     add_precision(group)
+
+
+def add_run_options(parser: argparse.ArgumentParser, files: str = "a COCO results file whose image_id is the frame's name or "
+                    "number, a COCO data set", metavar: str = "FILE|DETECTOR") -> None:  # fmt: skip
+    """How a video is segmented, the network aside."""
+    parser.add_argument(
+        "--proposals", default="small", metavar=metavar,
+        help=f"mask proposals: {files}, or a live detector: small (packaged, default), torchvision, FILE.safetensors from "
+        "train-proposals, or detectron2:CONFIG[:WEIGHTS]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clean-masks", action="store_true",
+        help="give the stray ids that anti-aliasing or interpolation leaves along outlines to their neighbours; without "
+        "it, such masks are refused",
+    )  # fmt: skip
+    parser.add_argument(
+        "--online", metavar="SECONDS|EPOCHS",
+        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e)",
+    )  # fmt: skip
+
+
+def add_set_options(parser: Any) -> None:
+    """Which videos of a data set."""
+    parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, valid, test-dev, ..")
+    parser.add_argument("--layout", choices=LAYOUTS, default="auto", metavar="NAME",
+                        help=f"of the data set: {', '.join(LAYOUTS)} (default: found out)")  # fmt: skip
+    parser.add_argument("--sequences", metavar="FILE|NAME,...", help="these videos only: a text file, or names")
+    parser.add_argument(
+        "--keep-proposals", action="store_true",
+        help="first write the detector's proposals of each video to OUT/proposals, then segment from these files",
+    )  # fmt: skip
+
+
+def named(sequences: str | None) -> list[str] | None:
+    """The names in a text file, one a line, or in a list with commas; None for all."""
+    if sequences is None:
+        return None
+    if Path(sequences).is_file():
+        lines = Path(sequences).read_text().splitlines()
+        return [name for line in lines if (name := line.strip().lstrip("*"))]  # SegTrack's lists start names with "*"
+    return sequences.split(",")
+
+
+def set_job(a: argparse.Namespace, dataset: str, **options: Any) -> Any:
+    """The `SetJob` of a command line with `add_set_options` and `add_run_options`; options: further ones of `run.segment`."""
+    from dmm_fast.inference.sets import SetJob
+
+    options |= {"detector_weights": a.detector_weights, "clean_masks": a.clean_masks, "online": a.online, **model_options(a)}
+    return SetJob(
+        dataset, a.out, a.layout, a.split, proposals=a.proposals, keep_proposals=a.keep_proposals, overwrite=a.overwrite,
+        options=options,
+    )  # fmt: skip
+
+
+def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: int = 20) -> None:
+    """Name the videos that failed."""
+    for name, why in list(failed.items())[: None if debug else most]:
+        complain(f"{name}: {why['error']}")
+        if debug and "traceback" in why:
+            print(why["traceback"], file=sys.stderr)
+    if len(failed) > most and not debug:
+        complain(f"and {len(failed) - most} more videos failed; summary.json has them all")
 
 
 def add_precision(parser: Any) -> None:

@@ -27,7 +27,11 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("frames", nargs="?", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
-    what.add_argument("--dataset", metavar="DIR", help="every video of DAVIS, YouTube-VOS, SegTrack or a plain data set")
+    what.add_argument(
+        "--dataset",
+        metavar="DIR",
+        help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain folders",
+    )
     parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, ..")
     parser.add_argument("--out", required=True, metavar="FILE|DIR", help="the file to write; for a data set the folder")
     parser.add_argument("--detector", default="small", metavar="NAME", help="see above (default: small)")
@@ -45,6 +49,7 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
+    from dmm_fast.inference.proposing import save_proposals
     from dmm_fast.proposals.base import ProposalError
     from dmm_fast.proposals.sources import open_proposer
 
@@ -57,7 +62,8 @@ def run(a: argparse.Namespace) -> int:
     propose = open_proposer(a.detector, a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
     for number, (path, video) in enumerate(videos, 1):
         if a.overwrite or not path.exists():
-            _write(path, video, propose, a.overwrite, a.quiet, f"{number}/{len(videos)}" if a.dataset else None)
+            label = f"{number}/{len(videos)} {path.stem}" if a.dataset else None
+            save_proposals(path, video, propose, fresh=a.overwrite, progress=not a.quiet, label=label)
     if not a.quiet:
         print(f"proposals of {len(videos)} video{'s' * (len(videos) != 1)}: {a.out}")
     return 0
@@ -74,20 +80,3 @@ def _videos(a: argparse.Namespace) -> list[tuple[Path, Any]]:
     dataset, out = open_dataset(a.dataset, split=a.split), Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     return [(out / f"{name}.json", dataset.video(name).source) for name in dataset.names]
-
-
-def _write(path: Path, source: Any, propose: Any, fresh: bool, quiet: bool, label: str | None) -> None:
-    from tqdm import tqdm
-
-    from dmm_fast.data.video import prefetch
-    from dmm_fast.proposals.coco import CocoWriter
-
-    with CocoWriter(path, source.size, fresh=fresh) as writer:
-        todo = [index for index, stem in enumerate(source.stems) if stem not in writer.done]
-        if writer.done and not quiet:
-            print(f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
-        bar = tqdm(total=len(todo), desc=label and f"{label} {path.stem}", unit=" frames", disable=True if quiet else None)
-        with bar:
-            for _, stem, frame in prefetch(source.pick(todo)):
-                writer.add(stem, propose(frame))
-                bar.update()

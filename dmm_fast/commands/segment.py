@@ -1,4 +1,4 @@
-"""``dmm-fast segment``: a video, from its first masks to masks of every frame."""
+"""``dmm-fast segment``: a video, from its first masks to masks of every frame; or every video of a data set."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from dmm_fast.commands.options import (
+    FAILED,
     STOPPED,
     add_command,
     add_detector_options,
     add_model_options,
+    add_run_options,
+    add_set_options,
     check_device,
     complain,
+    complain_of,
     model_options,
+    named,
+    set_job,
     summarise,
 )
 
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "segment", run, "segment a video from its first masks",
-        "Segment a video from its first masks.\n\n"
+        commands, "segment", run, "segment a video from its first masks, or every video of a data set",
+        "Segment a video from its first masks, or every video of a data set.\n\n"
         "Writes to OUT: one palette PNG per frame, contact-sheet.png, what --save asks for, and report.json with the matched\n"
         "proposal, its score, the runner-up's score and whether the object was lost, for each frame and object. The report\n"
-        "is written last. If a run stops before that, repeat the command with --resume.",
+        "is written last. If a run stops before that, repeat the command with --resume.\n\n"
+        "With --dataset, OUT has such a folder for each video, and summary.json. Finished videos are left as they are,\n"
+        "interrupted ones go on: repeat the command. A video that fails is reported and does not stop the others;\n"
+        "the exit code is then 3.",
         ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
          "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
         ("dmm-fast segment clip.mp4 --masks first.png --out result --overlay result.mp4 --device cuda",
@@ -41,23 +50,20 @@ def add(commands: Any) -> None:
          "the two surest objects that a camera sees, for a minute; rtsp://.., udp://.. and /dev/video0 work the same"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
          "match on ResNet-50 features and mask overlap"),
+        ("dmm-fast segment --dataset DAVIS --split val --proposals DAVIS/proposals --out result",
+         "a data set; proposals are files NAME.json in a folder, or a detector's"),
+        ("dmm-fast segment --dataset YouTubeVOS --split valid_all_frames --out result --zip result.zip",
+         "and the zip that the server takes, with the frames it wants"),
     )  # fmt: skip
-    parser.add_argument("frames", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a camera or stream as it comes: camera:0, "
-        "/dev/video0, rtsp://.., udp://..")  # fmt: skip
-    parser.add_argument("--masks", required=True, metavar="FIRST.png|DIR|auto:N",
-        help="the objects to follow; of a stream auto:N takes the N surest proposals of the first frame that has any")  # fmt: skip
-    parser.add_argument(
-        "--clean-masks", action="store_true",
-        help="give the stray ids that anti-aliasing or interpolation leaves along outlines to their neighbours; without "
-        "it, such masks are refused",
-    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("frames", nargs="?", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a camera or stream as "
+        "it comes: camera:0, /dev/video0, rtsp://.., udp://..")  # fmt: skip
+    what.add_argument("--dataset", metavar="DIR", help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain "
+        "folders")  # fmt: skip
+    parser.add_argument("--masks", metavar="FIRST.png|DIR|auto:N", help="the objects to follow; of a stream auto:N takes the N surest "
+        "proposals of the first frame that has any; a data set has its own")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
-    parser.add_argument(
-        "--proposals", default="small", metavar="FILE|DETECTOR",
-        help="mask proposals: a COCO results file whose image_id is the frame's name or number, a COCO data set, or a live "
-        "detector: small (packaged, default), torchvision, FILE.safetensors from train-proposals, or "
-        "detectron2:CONFIG[:WEIGHTS]",
-    )  # fmt: skip
+    add_run_options(parser)
     parser.add_argument(
         "--direction", choices=("both", "forward", "backward"),
         help="where objects are followed to from the frames in which they are given (default: both where the first mask is not the "
@@ -77,10 +83,11 @@ def add(commands: Any) -> None:
         "--overlay", metavar="OUT.mp4",
         help="write a video of the frames with the masks drawn on them, with the input's frame times and sound",
     )  # fmt: skip
-    parser.add_argument(
-        "--online", metavar="SECONDS|EPOCHS",
-        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e)",
-    )  # fmt: skip
+    sets = parser.add_argument_group("with --dataset")
+    add_set_options(sets)
+    sets.add_argument(
+        "--zip", metavar="FILE.zip", help="also write what the data set's server takes, checked against its rules"
+    )
     add_model_options(parser)
     add_detector_options(parser)
     live = parser.add_argument_group(
@@ -106,6 +113,12 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.inference.results import result_files
 
     check_device(a.device)
+    if a.dataset:
+        return _run_set(a)
+    if not a.masks:
+        raise ValueError("--masks FIRST.png|DIR is missing: the objects to follow")
+    if of_a_set := [name for name in ("split", "sequences", "keep_proposals", "zip") if getattr(a, name)]:
+        raise ValueError(f"--{of_a_set[0].replace('_', '-')} belongs to a data set; it needs --dataset")
     live = is_stream(a.frames)
     try:
         report = _stream(a) if live else _file(a)
@@ -149,3 +162,44 @@ def _stream(a: argparse.Namespace) -> dict[str, Any]:
         a.frames, a.masks, a.out, proposals=a.proposals, detector_weights=a.detector_weights, record=a.record, save=a.save,
         video=a.overlay, seconds=a.seconds, patience=a.patience, overwrite=a.overwrite, progress=not a.quiet, **model,
     )  # fmt: skip
+
+
+def _run_set(a: argparse.Namespace) -> int:
+    from dmm_fast.data.submission import check_layout, write_submission
+    from dmm_fast.inference.passes import Interrupted
+    from dmm_fast.inference.sets import SUMMARY, segment_set
+
+    for name, why in (
+        ("masks", "a data set has its own masks"),
+        ("overlay", "it names one file; --resume --overlay makes a video's later"),
+        ("record", "it is for a camera or a stream"),
+        ("seconds", "it is for a camera or a stream"),
+    ):
+        if getattr(a, name):
+            raise ValueError(f"--{name} does not go with --dataset: {why}")
+    if a.direction not in (None, "forward"):
+        raise ValueError("--dataset goes forward only: what comes before an object's first mask is not scored")
+    job = set_job(a, a.dataset, image_id_offset=a.image_id_offset, save=a.save)
+    if a.zip:
+        if a.sequences:
+            raise ValueError("--zip needs every video of the split: leave --sequences out; what is finished is not done again")
+        if not Path(a.zip).resolve().parent.is_dir():
+            raise ValueError(f"{a.zip}: there is no directory {Path(a.zip).parent}")
+        check_layout(job.open())
+    try:
+        summary = segment_set(job, named(a.sequences), progress=not a.quiet)
+    except Interrupted as stop:
+        complain(f"{str(stop).partition(';')[0]}; repeat the command to continue")
+        return STOPPED
+    complain_of(summary["failed"], a.debug)
+    if a.zip and not summary["failed"]:
+        count = write_submission(job.open(), Path(a.out), Path(a.zip), progress=not a.quiet)
+    elif a.zip:
+        complain(f"{a.zip}: not written, since not every video is done")
+    if not a.quiet:
+        print(f"{len(summary['videos'])} videos, {summary['frames']} frames, {summary['objects']} objects, {summary['fps']} frames/s; "
+              f"{len(summary['failed'])} failed")  # fmt: skip
+        print(f"{'summary':12}{Path(a.out) / SUMMARY}")
+        if a.zip and not summary["failed"]:
+            print(f"{'zip':12}{a.zip} ({count} masks)")
+    return FAILED if summary["failed"] else 0

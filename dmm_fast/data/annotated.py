@@ -37,6 +37,8 @@ class Video:
     merge: every object counts as object 1, as DAVIS 2016 has it.
     strict: 255 is always void. Otherwise a mask of 0 and 255 alone is one object.
     dense: every visible object is in every annotation, so 0 is background. YouTube-VOS's validation split is not.
+    late: objects may come later than the first frame. In DAVIS they do not: there the first mask has all that count.
+    scored: the names of the frames that a server wants of a result; None for all.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class Video:
         strict: bool = False,
         binary: bool = False,
         dense: bool = True,
+        late: bool = True,
         proposals: Path | None = None,
         top: int = TOP,
     ):
-        self.name, self.source, self.dense = name, source, dense
+        self.name, self.source, self.dense, self.late = name, source, dense, late
+        self.scored: list[str] | None = None
         self.stems, self.size = list(source.stems), source.size
         self._files, self._merge, self._strict, self._binary = files, merge, strict, binary
         self._proposals, self._top = proposals, top
@@ -120,6 +124,43 @@ class Video:
             for number in np.unique(self.truth(index)).tolist():
                 first.setdefault(number, index)
         return [VideoObject(number, first[number], None) for number in sorted(first) if number]
+
+    def check_first_mask(self) -> None:
+        """Raise DataError where there is no mask to start from; reads none."""
+        if not self.annotated:
+            raise DataError(f"{self.name}: no masks; a video needs at least those of its first frame")
+        if not self.late and self.annotated[0] != 0:
+            raise DataError(
+                f"{self.name}: no mask of the first frame, {self.stems[0]}; the first is that of {self.stems[self.annotated[0]]}"
+            )
+
+    def first_masks(self) -> dict[int, np.ndarray]:
+        """What a semi-supervised run is given: by frame the ids, uint8 [H, W], of the objects that first occur there, and of no other.
+
+        An object that is missing in the frame where the data set has it begin is taken from the first mask after that.
+        Raises DataError where there is no first mask, or no object in it.
+        """
+        self.check_first_mask()
+        if self.late:
+            begin = {number: first for number, first, _ in self.objects}
+        else:
+            begin = {int(number): 0 for number in np.unique(self.truth(0)) if number}
+        given: dict[int, np.ndarray] = {}
+        waiting = dict(sorted(begin.items()))
+        for index in self.annotated:
+            due = [number for number, first in waiting.items() if first <= index]
+            if due:
+                ids = self.truth(index)
+                if there := [number for number in due if (ids == number).any()]:
+                    given[index] = np.where(np.isin(ids, there), ids, np.uint8(0))
+                    waiting = {number: first for number, first in waiting.items() if number not in there}
+        if waiting:
+            raise DataError(
+                f"{self.name}: object{'s' * (len(waiting) > 1)} {listed([str(n) for n in waiting])} in none of its masks"
+            )
+        if not given:
+            raise DataError(f"{self.name}: no object in its masks")
+        return given
 
     @property
     def has_proposals(self) -> bool:

@@ -1,4 +1,5 @@
-"""Data sets of annotated video on disk: DAVIS 2016 and 2017, YouTube-VOS, SegTrack v2, plain folders, stills, video files.
+"""Data sets of annotated video on disk: DAVIS 2016 and 2017, YouTube-VOS, MOSE, LVOS, SegTrack v2, plain folders, stills, video
+files.
 
 ``open_dataset(path)`` finds the layout. A data set lists videos by name; a video gives frames, object ids and proposals
 by frame. What is missing or contradicts its layout raises a `DataError` that names the file and the rule.
@@ -28,10 +29,12 @@ class VideoDataset:
     """Videos by name: ``len(dataset)``, ``dataset.names``, ``dataset.video(name)``, and iteration over the videos.
 
     path: the data set's folder. names: the videos to list, all by default. proposals: a folder with a COCO results file
-    NAME.json for each video, of which a frame keeps the ``top`` best. A layout defines ``find`` and ``open``.
+    NAME.json for each video, of which a frame keeps the ``top`` best. partial: videos that a split lists and that are not there
+    are listed all the same, and raise when they are opened. A layout defines ``find`` and ``open``.
     """
 
     layout = ""
+    split: str | None = None
 
     def __init__(
         self,
@@ -40,12 +43,13 @@ class VideoDataset:
         *,
         proposals: str | os.PathLike | None = None,
         top: int = TOP,
+        partial: bool = False,
     ):
-        self.path, self.top = Path(path), top
+        self.path, self.top, self.partial = Path(path), top, partial
         self.proposals = None if proposals is None else _folder(Path(proposals), "proposals")
         found = self.find()
-        self.names = found if names is None else list(names)
-        if unknown := sorted(set(self.names) - set(found)):
+        self.names = found if names is None else list(dict.fromkeys(names))
+        if not partial and (unknown := sorted(set(self.names) - set(found))):
             raise DataError(f"{self.path}: the {self.layout} layout has no video {listed(unknown)} here, of {len(found)}")
         if not self.names:
             raise DataError(f"{self.path}: no video in the {self.layout} layout")
@@ -83,6 +87,10 @@ class VideoDataset:
         """Names of all videos of the layout, sorted."""
         raise NotImplementedError
 
+    def truth(self) -> Path | None:
+        """The folder with a folder of masks per video; None where masks are kept otherwise."""
+        return None
+
     def open(self, name: str) -> Video:
         raise NotImplementedError
 
@@ -102,6 +110,7 @@ class FolderDataset(VideoDataset):
     layout = "folder"
     merge = strict = False
     complete = False  # whether every video must have annotations
+    late = True  # whether objects may come later than the first frame
 
     @property
     def images(self) -> Path:
@@ -115,10 +124,13 @@ class FolderDataset(VideoDataset):
         return _folders(_folder(self.images, "frames"))
 
     def open(self, name: str) -> Video:
-        files = _masks(self.annotations / name)
+        source, files = open_frames(self.images / name), _masks(self.annotations / name)
         if self.complete and not files:
             raise DataError(f"{self.annotations / name}: no masks; the {self.layout} layout has at least the first frame's")
-        return self._video(name, open_frames(self.images / name), files, merge=self.merge, strict=self.strict)
+        return self._video(name, source, files, merge=self.merge, strict=self.strict, late=self.late)
+
+    def truth(self) -> Path | None:
+        return self.annotations
 
 
 class DavisDataset(FolderDataset):
@@ -130,6 +142,7 @@ class DavisDataset(FolderDataset):
 
     layout = "davis"
     complete = True
+    late = False
 
     def __init__(
         self, path: str | os.PathLike, names: Iterable[str] | None = None, *, year: str = "2017", split: str | None = None,
@@ -137,6 +150,7 @@ class DavisDataset(FolderDataset):
     ):  # fmt: skip
         if year not in ("2016", "2017"):
             raise DataError(f"DAVIS is of the year 2016 or 2017, got {year!r}")
+        self.year, self.split = year, split
         self.merge, self.strict = year == "2016", year == "2017"
         root = _folder(Path(path) / "JPEGImages", "frames")
         there = [part for part in ("480p", "Full-Resolution") if (root / part).is_dir()]
@@ -152,7 +166,8 @@ class DavisDataset(FolderDataset):
         files = [sets / part / f"{split}.txt" for part in (year, *(("480p", "1080p") if year == "2016" else ()))]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            raise DataError(f"{files[0]}: no such list of videos; DAVIS keeps its splits in ImageSets/{year}")
+            there = sorted({found.stem for part in files for found in part.parent.glob("*.txt")})
+            raise DataError(f"{files[0]}: no such list of videos; DAVIS keeps its splits in ImageSets/{year}, {_there(there)}")
         lines = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
         return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
@@ -176,14 +191,17 @@ class YouTubeVOSDataset(VideoDataset):
     layout = "youtube-vos"
 
     def __init__(
-        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str = "train", seed: int = 0,
+        self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str | None = None, seed: int = 0,
         counts: tuple[int, int] = SPLIT_COUNTS, **settings,
     ):  # fmt: skip
         root = Path(path)
+        inside = (root / "meta.json").is_file()  # .../train itself, not its parent
+        self.split = split = split or (root.name if inside else "train")
         whole, _, part = split.partition("-")
         base = whole.removesuffix("_all_frames")
-        # Given .../train itself, or its parent.
-        parent = root.parent if (root / "meta.json").is_file() and root.name == base else root
+        parent = root.parent if inside and root.name == base else root
+        if not (parent / whole).is_dir():
+            raise DataError(f"{parent / whole}: no such split, {_there(_parts(parent))}")
         self.images = _folder(parent / whole / "JPEGImages", "frames")
         self.annotations = _folder(parent / base / "Annotations", "annotations")
         self.dense = base == "train"
@@ -196,7 +214,7 @@ class YouTubeVOSDataset(VideoDataset):
 
     def find(self) -> list[str]:
         there = set(_folders(self.images))
-        if missing := sorted(set(self._meta) - there):
+        if not self.partial and (missing := sorted(set(self._meta) - there)):
             what = f"meta.json lists {len(self._meta)} videos, {len(missing)} of them have no frames"
             raise DataError(f"{self.images / missing[0]}: no such directory: {what}")
         return sorted(self._meta)
@@ -219,6 +237,74 @@ class YouTubeVOSDataset(VideoDataset):
                 raise DataError(f"{self.annotations / name / bare[0]}.png: no such mask, and {where} is seen in that frame")
             objects.append(VideoObject(int(number), min(index[stem] for stem in frames), entry.get("category")))
         video.objects = sorted(objects)
+        wanted = {stem for entry in self._meta[name].values() for stem in entry["frames"]}
+        video.scored = [stem for stem in video.stems if stem in wanted]
+        return video
+
+    def truth(self) -> Path | None:
+        return self.annotations
+
+
+class SplitsDataset(FolderDataset):
+    """A folder per split, each with ``JPEGImages/<video>`` and ``Annotations/<video>``; the path of one, or of their parent.
+
+    split: the name of the folder; it may be left out where there is one.
+    """
+
+    strict = complete = True
+
+    def __init__(self, path: str | os.PathLike, names: Iterable[str] | None = None, *, split: str | None = None, **settings):
+        root = Path(path)
+        if (root / "JPEGImages").is_dir() and split in (None, root.name):
+            root, split = root.parent, root.name
+        parts = _parts(root)
+        if split is None and len(parts) == 1:
+            split = parts[0]
+        if split not in parts:
+            wrong = f"{root}: which split?" if split is None else f"{root / split}: no such split,"
+            raise DataError(f"{wrong} {_there(parts)}")
+        self.split = split
+        super().__init__(root / split, names, **settings)
+
+
+class MoseDataset(SplitsDataset):
+    """MOSE: ``<split>/{JPEGImages,Annotations}/<video>``; of the splits valid and test the first masks alone."""
+
+    layout = "mose"
+
+
+class LvosDataset(SplitsDataset):
+    """LVOS: ``<split>/{JPEGImages,Annotations}/<video>`` and ``<split>/<split>_meta.json`` or ``<split>/meta.json``, if any.
+
+    Objects and their first frames are those of that file; without it all masks are read to find them.
+    """
+
+    layout = "lvos"
+
+    def __init__(self, path: str | os.PathLike, names: Iterable[str] | None = None, **settings):
+        self._meta: dict[str, dict[str, Any]] = {}
+        super().__init__(path, names, **settings)
+        if files := [file for file in _metas(self.path) if _has_ranges(file)]:
+            self._meta_file = files[0]
+            self._meta = _read_meta(files[0])
+
+    def open(self, name: str) -> Video:
+        video = super().open(name)
+        if name in self._meta:
+            index = {int(stem): i for i, stem in enumerate(video.stems) if stem.isdecimal()}
+            objects = []
+            for number, entry in self._meta[name].items():
+                where = f"{self._meta_file}: video {name}, object {number}"
+                if not (number.isdecimal() and 0 < int(number) < VOID):
+                    raise DataError(f"{where}: an object's id is a number in 1..{VOID - 1}")
+                try:
+                    start = int(entry["frame_range"]["start"])
+                except (KeyError, TypeError, ValueError):
+                    raise DataError(f"{where}: needs frame_range with its start, the number of a frame") from None
+                if start not in index:
+                    raise DataError(f"{where}: frame {start} is not in {self.images / name}")
+                objects.append(VideoObject(int(number), index[start], None))
+            video.objects = sorted(objects)
         return video
 
 
@@ -235,6 +321,17 @@ def split_names(names: Iterable[str], part: str, seed: int = 0, counts: tuple[in
     if part not in parts:
         raise DataError(f"the parts of train are train-train, train-val and train-test, got train-{part}")
     return sorted(parts[part])
+
+
+def _metas(folder: Path) -> list[Path]:
+    """``meta.json``, ``valid_meta.json``: files that list the objects of a split's videos."""
+    return sorted(folder.glob("*meta.json")) if folder.is_dir() else []
+
+
+def _has_ranges(file: Path) -> bool:
+    """Whether a file of objects is LVOS's: it tells the range of frames in which each is seen, YouTube-VOS's lists the frames."""
+    with file.open(errors="replace") as text:
+        return "frame_range" in text.read(4096)
 
 
 def _read_meta(file: Path) -> dict[str, dict[str, Any]]:
@@ -260,12 +357,18 @@ class SegTrackDataset(VideoDataset):
         if names is None and split is not None:
             file = Path(path) / "ImageSets" / f"{split}.txt"
             if not file.is_file():
-                raise DataError(f"{file}: no such list of videos")
+                raise DataError(
+                    f"{file}: no such list of videos, {_there(sorted(one.stem for one in file.parent.glob('*.txt')))}"
+                )
+            self.split = split
             names = [name for line in file.read_text().splitlines() if (name := line.strip().lstrip("*"))]
         super().__init__(path, names, **settings)
 
     def find(self) -> list[str]:
         return _folders(_folder(self.path / "JPEGImages", "frames"))
+
+    def truth(self) -> Path | None:
+        return self.path / "GroundTruth"
 
     def open(self, name: str) -> Video:
         source = open_frames(self.path / "JPEGImages" / name)
@@ -307,20 +410,24 @@ class VideoFilesDataset(VideoDataset):
     layout = "video"
 
     def find(self) -> list[str]:
-        files = {self.path.stem: self.path} if self.path.is_file() else _by_stem(self.path, VIDEO_SUFFIXES)
-        self._files = files
-        return sorted(files)
+        self._files = {self.path.stem: [self.path]} if self.path.is_file() else _all_by_stem(self.path, VIDEO_SUFFIXES)
+        return sorted(self._files)
+
+    def truth(self) -> Path | None:
+        return (self.path.parent if self.path.is_file() else self.path) / "Annotations"
 
     def open(self, name: str) -> Video:
-        file = self._files[name]
+        file, *others = self._files[name]
+        if others:
+            raise _same_name(others[0], file)
         return self._video(name, open_frames(file), _masks(file.parent / "Annotations" / name))
 
 
 # ------------------------------------------------------------------------------------------------------- what is where
 
 LAYOUTS = {
-    "davis2016": DavisDataset, "davis2017": DavisDataset, "youtube-vos": YouTubeVOSDataset, "segtrack": SegTrackDataset,
-    "folder": FolderDataset, "stills": StillsDataset, "video": VideoFilesDataset,
+    "davis2016": DavisDataset, "davis2017": DavisDataset, "youtube-vos": YouTubeVOSDataset, "mose": MoseDataset,
+    "lvos": LvosDataset, "segtrack": SegTrackDataset, "folder": FolderDataset, "stills": StillsDataset, "video": VideoFilesDataset,
 }  # fmt: skip
 
 
@@ -358,10 +465,15 @@ def open_dataset(
 def find_layout(path: Path) -> str:
     """The layout of a folder, by what lies in it."""
     images = path / "JPEGImages"
-    if path.is_file() or (path.is_dir() and not images.is_dir() and _by_stem(path, VIDEO_SUFFIXES)):
+    if path.is_file() or (path.is_dir() and not images.is_dir() and _all_by_stem(path, VIDEO_SUFFIXES)):
         return "video"
-    if any((folder / "meta.json").is_file() for folder in (path, path / "train", path / "valid", path / "test")):
+    metas = [file for folder in (path, *(path / part for part in _parts(path))) for file in _metas(folder)]
+    if any(file.name == "meta.json" and not _has_ranges(file) for file in metas):
         return "youtube-vos"
+    if any(map(_has_ranges, metas)):
+        return "lvos"
+    if not images.is_dir() and _parts(path):
+        return "mose"
     if (path / "GroundTruth").is_dir() and images.is_dir():
         return "segtrack"
     if (images / "480p").is_dir() or (images / "Full-Resolution").is_dir():
@@ -384,17 +496,35 @@ def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def _parts(path: Path) -> list[str]:
+    """Folders that have frames in a folder of their own: splits."""
+    return [name for name in _folders(path) if (path / name / "JPEGImages").is_dir()] if path.is_dir() else []
+
+
+def _there(names: list[str]) -> str:
+    return f"there: {listed(names)}" if names else "and there is none"
+
+
+def _all_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """Files by stem; none where there is no such folder."""
-    if not folder.is_dir():
-        return {}
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.suffix.lower() in suffixes and file.name[0] != ".":
-            if file.stem in files:
-                raise DataError(f"{file}: the same name as {files[file.stem].name}; one of them must go")
-            files[file.stem] = file
+            files.setdefault(file.stem, []).append(file)
     return files
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The same where no two may have one name."""
+    files = _all_by_stem(folder, suffixes)
+    for first, *others in files.values():
+        if others:
+            raise _same_name(others[0], first)
+    return {stem: found[0] for stem, found in files.items()}
+
+
+def _same_name(file: Path, other: Path) -> DataError:
+    return DataError(f"{file}: the same name as {other.name}; one of them must go")
 
 
 def _masks(folder: Path) -> dict[str, list[Path]]:

@@ -195,6 +195,15 @@ class RunFolder:
         self.write_report(report)
         shutil.rmtree(self._work)
 
+    def discard(self, stems: list[str]) -> None:
+        """Remove an unfinished run and all that it wrote."""
+        self._clear(stems)
+        shutil.rmtree(self._work)
+        for torn in self.path.glob(".*.tmp"):
+            torn.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def write_report(self, report: dict[str, Any]) -> None:
         head = json.dumps({name: value for name, value in report.items() if name != "frames"}, indent=1)
         rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame

@@ -55,8 +55,8 @@ class Pass:
         self.notes: list[str] = checkpoint["notes"]
         self.started: bool = checkpoint["started"]
 
-    def follow(self, progress: bool, save_every: float) -> None:
-        """Raises Interrupted after a signal, with all saved."""
+    def follow(self, progress: bool, save_every: float, label: str | None = None) -> None:
+        """Raises Interrupted after a signal, with all saved. label: what stands before the progress bar."""
         if self.next == len(self.order):
             return
         self.progress = progress
@@ -64,7 +64,7 @@ class Pass:
         if self.started:
             self.segmenter.restore(self.folder.state(self.next))
         bar = tqdm(total=len(self.order), initial=self.next, unit=" frames", disable=None if progress else True,
-                   desc=self.name if len(self.run.passes) > 1 else None)  # fmt: skip
+                   desc=self.name if len(self.run.passes) > 1 else label)  # fmt: skip
         number = self.order[self.next]
         source = iter(prefetch(self.frames.read(number) if self.order.step > 0 else self.frames.read_back(number)))
         saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Where a run's proposals come from: a file or a live detector."""
+"""Where a run's proposals come from: a file or a live detector; and how a detector's are kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from dmm_fast.data.video import ImageFrames, VideoFrames
+from dmm_fast.data.video import ImageFrames, VideoFrames, prefetch
 from dmm_fast.model import Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
-from dmm_fast.proposals.coco import read_coco
+from dmm_fast.proposals.coco import CocoWriter, read_coco
 from dmm_fast.proposals.sources import is_detector, open_proposer
 
 
@@ -47,10 +48,34 @@ def proposal_source(
     offset: int | None,
     frames: ImageFrames | VideoFrames,
     device: str,
+    opened: Callable[..., Callable] = open_proposer,
 ) -> tuple[Callable, list[str]]:
-    """(stem, frame) -> Proposals, and what the user should know of them."""
+    """(stem, frame) -> Proposals, and what the user should know of them. opened: what gives a detector, as `open_proposer` does."""
     if is_detector(proposals):
-        return Live(open_proposer(proposals, weights, device=device)), []
+        return Live(opened(proposals, weights, device=device)), []
     file = read_coco(proposals)
     notes = file.align(frames.stems, offset)
     return lambda stem, frame: file.runs(stem, frame.shape[:2]), notes
+
+
+def save_proposals(
+    path: Path,
+    frames: ImageFrames | VideoFrames,
+    propose: Callable,
+    *,
+    fresh: bool = False,
+    progress: bool = False,
+    label: str | None = None,
+) -> None:
+    """Write a detector's proposals of every frame to a COCO results file, or go on where an earlier call was cut short.
+
+    fresh: start again. label: what stands before the progress bar.
+    """
+    with CocoWriter(path, frames.size, fresh=fresh) as writer:
+        todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
+        if writer.done and progress:
+            tqdm.write(f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
+        with tqdm(total=len(todo), desc=label, unit=" frames", disable=None if progress else True) as bar:
+            for _, stem, frame in prefetch(frames.pick(todo)):
+                writer.add(stem, propose(frame))
+                bar.update()

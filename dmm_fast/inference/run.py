@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -24,7 +24,8 @@ from dmm_fast.data.video import ImageFrames, VideoFrames, check_video_name, open
 from dmm_fast.inference.folder import RunError, RunFolder, direction_of
 from dmm_fast.inference.given import GivenMasks, span
 from dmm_fast.inference.joining import Join, backward_from, join
-from dmm_fast.inference.passes import Pass
+from dmm_fast.inference.models import Models
+from dmm_fast.inference.passes import Interrupted, Pass
 from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import by_object, speed
 from dmm_fast.inference.results import check_kinds, write_results
@@ -36,7 +37,7 @@ DIRECTIONS = ("both", "forward", "backward")
 
 
 def segment(
-    frames: str | os.PathLike,
+    frames: str | os.PathLike | ImageFrames | VideoFrames,
     masks: str | os.PathLike,
     out: str | os.PathLike,
     *,
@@ -60,11 +61,14 @@ def segment(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    label: str | None = None,
     save_every: float = 5.0,
+    models: Models | None = None,
+    tidy: bool = False,
 ) -> dict[str, Any]:
     """Segment a clip; returns the report that is also written to OUT/report.json.
 
-    frames: a directory of images or a video file. masks: the first frame's masks, or a directory with masks of several
+    frames: a directory of images or a video file, or either opened. masks: the first frame's masks, or a directory with masks of several
     frames (see `GivenMasks`). clean_masks: give the stray ids of smoothed masks to their neighbours; else they are refused.
     proposals: a COCO file or a detector (see `open_proposer`). image_id_offset: added to the file's image ids to give the
     frames' numbers; without one, ids that are off by a constant are found out (see `ProposalFile.align`).
@@ -73,12 +77,14 @@ def segment(
     save: kinds of results, of masks (always), binary, cutout, alpha-video, tracks. video: an overlay video to write.
     online: how long to fit the network to the first frame before the rest, "30" for seconds or "20e" for epochs of 8 steps.
     graph: whether the step runs as a CUDA graph, precision: of the convolutions (see `Segmenter`); the report says what it was.
-    save_every: seconds between saved states.
+    save_every: seconds between saved states. label: what stands before the progress bar.
+    models: where networks are taken from that an earlier run has loaded; a run with online learning takes none from there.
+    tidy: after an error leave nothing of the run in OUT; else what --resume goes on from stays.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
     """
     kinds = check_kinds(list(save))
-    source, out = open_frames(frames), Path(out)
+    source, out = frames if isinstance(frames, ImageFrames | VideoFrames) else open_frames(frames), Path(out)
     given = GivenMasks(Path(masks), source, clean_masks)
     if video is not None:
         check_video_name(video, coming=out)
@@ -96,38 +102,108 @@ def segment(
     if resume and folder.finished:
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
-    propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device)
-    config = config_of(preset, backbone)
-    how: dict[str, Any] = {"weights": weights, "refine": refine}
+    models = models if models is not None and budget is None else Models()
+    propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector)
+    how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
     if go_on and online and folder.started:
-        config, how = None, {"weights": folder.tuned}
+        how = {"weights": folder.tuned}
         if isinstance(propose, Live) and folder.tuned_proposer.exists():
             propose.load(folder.tuned_proposer)
-    detector = propose.proposer if isinstance(propose, Live) else None
-    segmenter = Segmenter(
-        config, **how, matcher=matcher, decision=decision, device=device, graph=graph, precision=precision, proposer=detector
-    )
+    segmenter = _load(
+        models, propose.proposer if isinstance(propose, Live) else None, **how, matcher=matcher, decision=decision,
+        device=device, graph=graph, precision=precision,
+    )  # fmt: skip
+    _check_online(budget, segmenter)
+    folder.begin(source.stems, go_on)
+    try:
+        passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
+        settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}
+        report = _report(source, folder, given, passes, settings, progress) | {"results": kinds}
+        report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
+        folder.finish(report)
+    except Exception as error:
+        if tidy and not isinstance(error, Interrupted):
+            folder.discard(source.stems)
+        raise
+    return report
+
+
+def check_options(
+    models: Models,
+    *,
+    proposals: str | os.PathLike | None = None,
+    detector_weights: str | os.PathLike = "DEFAULT",
+    save: Sequence[str] = ("masks",),
+    online: str | None = None,
+    image_id_offset: int | None = None,
+    clean_masks: bool = False,
+    **how: Any,
+) -> None:
+    """Load what runs with these arguments of `segment` need, before there is a video, and raise what each of them would.
+
+    proposals: a detector; None for files.
+    """
+    check_kinds(list(save))
+    budget = online_budget(online) if online is not None else None
+    detector = None
+    if proposals is not None:
+        detector = models.detector(proposals, detector_weights, device=how.get("device", "cpu"))
+    _check_online(budget, _load(models, detector, **how))
+
+
+def _load(
+    models: Models,
+    detector: Callable | None,
+    *,
+    preset: str | None = None,
+    backbone: str | None = None,
+    weights: str | os.PathLike | None = None,
+    refine: str | None = None,
+    matcher: str = "dmm",
+    decision: str = "confident",
+    device: str = "cpu",
+    graph: bool | None = None,
+    precision: str = "float32",
+) -> Segmenter:
+    return models.segmenter(
+        config_of(preset, backbone), weights=weights, refine=refine, matcher=matcher, decision=decision, device=device, graph=graph,
+        precision=precision, proposer=detector,
+    )  # fmt: skip
+
+
+def _check_online(budget: dict[str, float] | None, segmenter: Segmenter) -> None:
     if budget is not None and segmenter.config.backbone == "none":
         raise RunError("online learning needs a network: without a backbone (the preset iou) there is nothing to learn")
-    folder.begin(source.stems, go_on)
+
+
+def _follow(
+    frames: ImageFrames | VideoFrames,
+    folder: RunFolder,
+    given: GivenMasks,
+    propose: Callable,
+    segmenter: Segmenter,
+    budget: dict[str, float] | None,
+    notes: list[str],
+    progress: bool,
+    label: str | None,
+    save_every: float,
+) -> list[Pass]:
+    """The passes of a run, made with networks that are ready."""
     passes: list[Pass] = []
+    direction = folder.settings["direction"]
     for name in folder.passes:
         last = backward_from(given.places) if direction == "both" else given.last
-        order = range(len(source)) if name == "forward" else range(last, -1, -1)
-        one = Pass(name, order, source, given, propose, segmenter, folder)
+        order = range(len(frames)) if name == "forward" else range(last, -1, -1)
+        one = Pass(name, order, frames, given, propose, segmenter, folder)
         if passes:
             one.company = passes[0].folder
         elif not one.next:
-            one.online, one.notes = budget, [segmenter.note, *given.notes, *_not_followed(source, given, direction), *notes]
+            one.online, one.notes = budget, [segmenter.note, *given.notes, *_not_followed(frames, given, direction), *notes]
             for note in one.notes[1:] if progress else []:
                 tqdm.write(f"note: {note}", sys.stderr)  # now, not after hours
-        one.follow(progress, save_every)
+        one.follow(progress, save_every, label)
         passes.append(one)
-    settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}
-    report = _report(source, folder, given, passes, settings, progress) | {"results": kinds}
-    report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
-    folder.finish(report)
-    return report
+    return passes
 
 
 def config_of(preset: str | None, backbone: str | None) -> Any:

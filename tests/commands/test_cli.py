@@ -478,7 +478,9 @@ def test_as_a_command_of_its_own(clip, tmp_path):
     assert (tmp_path / "out/report.json").exists()
 
 
-@pytest.mark.parametrize("name", ["segment", "proposals", "train-proposals", "evaluate", "explain", "demo", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["segment", "benchmark", "proposals", "train-proposals", "evaluate", "explain", "demo", "doctor"]
+)
 def test_help_has_examples(name, capsys):
     for arguments in (["--help"], [name, "--help"]):
         with pytest.raises(SystemExit) as stop:

@@ -226,6 +226,74 @@ def test_youtube_meta_that_is_wrong(youtube, objects, message):
         open_dataset(youtube).video("003234408d")
 
 
+# -------------------------------------------------------------------------------------------------------- MOSE and LVOS
+
+
+def test_a_folder_per_split(tmp_path):
+    for split in ("train", "valid"):
+        for stem in video_frames(tmp_path / split / "JPEGImages", "0a1b", 3):
+            mask(tmp_path / split / f"Annotations/0a1b/{stem}.png", squares(1, 255, 2))
+    with pytest.raises(DataError, match="which split. there: train, valid"):
+        open_dataset(tmp_path)
+    dataset = open_dataset(tmp_path, split="valid")
+    assert dataset.layout == "mose" and dataset.split == "valid" and dataset.names == ["0a1b"]
+    assert (dataset.video("0a1b").ids(1) == squares(1, 0, 2)).all()  # 255 is void
+    assert open_dataset(tmp_path / "valid").layout == "folder"
+    assert open_dataset(tmp_path / "valid", "mose").split == "valid"
+    with pytest.raises(DataError, match="no such split, there: train, valid"):
+        open_dataset(tmp_path, split="test")
+    ranges = {
+        "0a1b": {"objects": {"1": {"frame_range": {"start": "00000", "end": "00002"}}, "2": {"frame_range": {"start": 1}}}}
+    }
+    meta = tmp_path / "valid/meta.json"
+    meta.write_text(json.dumps({"videos": ranges}))
+    dataset = open_dataset(tmp_path, split="valid")
+    assert dataset.layout == "lvos"
+    assert dataset.video("0a1b").objects == [VideoObject(1, 0, None), VideoObject(2, 1, None)]
+    for wrong, message in (({"end": 3}, "needs frame_range with its start"), ({"start": 9}, "frame 9 is not in")):
+        meta.write_text(json.dumps({"videos": {"0a1b": {"objects": {"1": {"frame_range": wrong}}}}}))
+        with pytest.raises(DataError, match=message):
+            open_dataset(tmp_path, split="valid").video("0a1b")
+
+
+def test_first_masks(folder, davis2017, tmp_path):
+    """Of each object the first mask; in DAVIS the objects are those of the first frame."""
+    late = tmp_path / "late"
+    video_frames(late / "JPEGImages", "a", 4)
+    for stem, ids in (
+        ("00000", squares(1)),
+        ("00001", squares(1, 2)),
+        ("00002", squares(3, 2, 1)),
+        ("00003", squares(1, 2, 3)),
+    ):
+        mask(late / f"Annotations/a/{stem}.png", ids)
+    given = open_dataset(late).video("a").first_masks()
+    assert list(given) == [0, 1, 2]
+    assert (given[0] == squares(1)).all() and (given[1] == squares(0, 2)).all() and (given[2] == squares(3)).all()
+    mask(davis2017 / "Annotations/480p/bear/00001.png", squares(1, 2, 3))
+    assert list(open_dataset(davis2017, "davis2017", names=["bear"]).video("bear").first_masks()) == [0]
+    merged = open_dataset(davis2017, "davis2016", names=["bear"]).video("bear").first_masks()
+    assert (merged[0] == squares(1, 1)).all()  # void is no object
+    (davis2017 / "Annotations/480p/bear/00000.png").unlink()
+    with pytest.raises(DataError, match="bear: no mask of the first frame, 00000; the first is that of 00001"):
+        open_dataset(davis2017, names=["bear"]).video("bear").first_masks()
+
+
+def test_videos_that_a_split_lists_and_that_are_not_there(davis2017, youtube):
+    (davis2017 / "ImageSets/2017/val.txt").write_text("dogs-jump\ngone\n")
+    with pytest.raises(DataError, match="the davis layout has no video gone here"):
+        open_dataset(davis2017, "davis2017", split="val")
+    dataset = open_dataset(davis2017, "davis2017", split="val", partial=True)
+    assert dataset.names == ["dogs-jump", "gone"] and len(dataset.video("dogs-jump")) == 3
+    with pytest.raises(FramesError, match="480p/gone: no such directory"):
+        dataset.video("gone")
+    (youtube / "valid/JPEGImages/00f88c4f0a").rename(youtube / "elsewhere")
+    with pytest.raises(FramesError, match="00f88c4f0a: no such directory"):
+        open_dataset(youtube, "youtube-vos", split="valid", partial=True).video("00f88c4f0a")
+    with pytest.raises(DataError, match="no such split, there: train, valid, valid_all_frames"):
+        open_dataset(youtube, "youtube-vos", split="test")
+
+
 # ------------------------------------------------------------------------------------------------------------ SegTrack
 
 
