@@ -7,7 +7,7 @@ from typing import Any
 
 REFINEMENTS = ("none", "light", "heavy")
 FOLLOW = ("matched", "refined")
-OBJECTS = ("apart", "together")
+OBJECTS = ("apart", "sharing", "together")
 LAYERS = ("dykstra", "prices")
 DYKSTRA = ("reset", "carry")
 
@@ -27,9 +27,9 @@ class Config:
     otherwise the object keeps its last mask and is lost.
     Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. A light one that
     is `serial` passes its state from object to object too, as the authors' code does. A heavy one decides for its `objects`
-    "apart", or "together": pixels and proposals then go to one of the objects or to none. It can keep a `memory` of so many
-    frames of each object beside the template, in which the object was seen well. `follow` says which masks the
-    next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
+    "apart"; "sharing", where a proposal's parts are divided among them; or "together", where pixels are divided as well. It can keep
+    a `memory` of so many frames of each object beside the template, in which the object was seen well. `follow` says which
+    masks the next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
     """
 
     backbone: str = "none"
@@ -118,6 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refine": "heavy",
         "hidden": 64,
         "follow": "refined",
+        "objects": "sharing",
         "layer": "prices",
         "n_grad": 80,
         "n_proj": 1,

@@ -68,7 +68,7 @@ class DMMNet(nn.Module):
             self.refinement = (
                 LightRefinement(channels, config.hidden, config.serial)
                 if light
-                else HeavyRefinement(channels, config.hidden, config.objects == "together", config.memory)
+                else HeavyRefinement(channels, config.hidden, config.objects, config.memory)
             )
         self.channels = sum(channels[-4:])
         self.embed = nn.Linear(self.channels, config.embed, bias=False) if config.embed else nn.Identity()

@@ -200,6 +200,11 @@ class Memory(nn.Module):
         return cues.view(cues.size(0), 3, height, width)
 
 
+def probabilities(logits: Tensor, valid: Tensor, divided: bool) -> Tensor:
+    """Logits of each object against none, [N, ...], as probabilities; divided among the objects and none, or each by itself."""
+    return among(logits, valid) if divided else torch.sigmoid(logits)
+
+
 def laid_out(keys: Tensor, bias: Tensor) -> Tensor:
     """Keys [N, K, h, w] with what is laid into them, [1, 4, h, w], cell by cell: [N, h w, K + 4]."""
     return torch.cat([keys, bias.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1).flatten(2).transpose(1, 2)
@@ -259,20 +264,20 @@ class HeavyRefinement(nn.Module):
     proposals painted with this share, and with the rest of it. The image's part of each convolution is computed once
     however many objects there are.
 
-    together: a proposal's shares, and the probabilities of a pixel, are divided among the objects and none (`among`), and both the
-    judge and the decoder also see what speaks for the object's strongest rival: its cosine, what it was assigned, its parts, its
-    template's evidence. With one object that is the same as apart.
+    objects: "sharing" divides a proposal's shares among the objects and none (`among`), and both the judge and the decoder also see what
+    speaks for the object's strongest rival: its cosine, what it was assigned, its parts, its template's evidence. "together" divides
+    the probabilities of a pixel as well. With one object both are the same as "apart".
 
     memory: so many further frames of each object are compared as its template is, at half the size (`remember`).
     """
 
-    def __init__(self, channels: list[int], hidden: int, together: bool = False, memory: int = 0) -> None:
+    def __init__(self, channels: list[int], hidden: int, objects: str = "apart", memory: int = 0) -> None:
         super().__init__()
-        self.together = together
+        self.sharing, self.together = objects != "apart", objects == "together"
         self.memory = memory
         self.key_fine, self.key_coarse = nn.Conv2d(channels[2], hidden, 1), nn.Conv2d(channels[3], hidden, 1)
         self.template, self.last = Memory(near=False, frames=memory), Memory(near=True)
-        rivals = int(together)
+        rivals = int(self.sharing)
         self.judge = nn.Sequential(nn.Linear(8 + 3 * rivals, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
         maps, cues = 5, 6  # painted masks; what the two memories say
         images: list[nn.Module] = []
@@ -332,19 +337,19 @@ class HeavyRefinement(nn.Module):
         last = state.masks * state.valid[:, None, None]  # [N, h1, w1]
         others = beside(last, state.valid)  # [N, h1, w1]
         pairs = [affinity.cosine, affinity.iou]
-        if self.together:
+        if self.sharing:
             pairs += [kept, beside(kept, state.valid), beside(affinity.cosine, state.valid)]
         logits = self.parts(candidates.cover, pairs, last, others, cues)  # [N, M]
-        share = self.probabilities(logits, state.valid)
+        share = probabilities(logits, state.valid, self.sharing)
         inside = (share[:, :, None, None] * candidates.cover).amax(1)
         outside = ((1.0 - share)[:, :, None, None] * candidates.cover).amax(1)
         maps = [matched, last, others, inside, outside]
-        if self.together:
+        if self.sharing:
             maps.append(beside(inside, state.valid))
             cues = torch.cat([cues, beside(torch.sigmoid(5.0 * cues[:, 0]), state.valid)[:, None]], 1)
 
         logits = self.decode(features, torch.stack(maps, 1), cues)[:, 0]
-        inside = self.probabilities(doubled(logits), state.valid)
+        inside = probabilities(doubled(logits), state.valid, self.together)
         mask = F.adaptive_avg_pool2d(inside[:, None], [keys.size(2), keys.size(3)])
         keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
         hidden = [state.hidden[0], state.hidden[1], keys, mask]
@@ -368,10 +373,6 @@ class HeavyRefinement(nn.Module):
             frames.append(torch.where(due, newest, old))
             newest = old
         return [torch.cat(frames, 2), count]
-
-    def probabilities(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """Logits of each object against none, [N, ...], as probabilities."""
-        return among(logits, valid) if self.together else torch.sigmoid(logits)
 
     def parts(self, cover: Tensor, pairs: list[Tensor], last: Tensor, others: Tensor, cues: Tensor) -> Tensor:
         """How much of each proposal belongs to each object, from what it covers and what is known of each pair [N, M]: logits

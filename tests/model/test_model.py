@@ -44,6 +44,7 @@ CONFIGS = {
     "light": Config(**SMALL, refine="light", hidden=16),
     "serial": Config(**SMALL, refine="light", hidden=16, serial=True),
     "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
+    "sharing": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="sharing", min_cosine=0.1),
     "together": Config(
         **SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="together", memory=2, min_cosine=0.1
     ),
