@@ -48,11 +48,11 @@ def proposal_source(
     offset: int | None,
     frames: ImageFrames | VideoFrames,
     device: str,
-    opened: Callable[..., Callable] = open_proposer,
+    opened: Callable[..., Callable] | None = None,
 ) -> tuple[Callable, list[str]]:
-    """(stem, frame) -> Proposals, and what the user should know of them. opened: what gives a detector, as `open_proposer` does."""
+    """(stem, frame) -> Proposals, and what the user should know of them. opened: what gives a detector in place of `open_proposer`."""
     if is_detector(proposals):
-        return Live(opened(proposals, weights, device=device)), []
+        return Live((opened or open_proposer)(proposals, weights, device=device)), []
     file = read_coco(proposals)
     notes = file.align(frames.stems, offset)
     return lambda stem, frame: file.runs(stem, frame.shape[:2]), notes

@@ -407,7 +407,8 @@ def _resolve(
     if weights == "imagenet" and refine is None and not isinstance(config, Config):
         refine = "none"
     if refine is not None and refine != chosen.refine:
-        chosen = replace(chosen, refine=refine, follow="matched" if refine == "none" else chosen.follow)
+        heavy = {} if refine == "heavy" else {"objects": "apart", "memory": 0}  # which only that knows
+        chosen = replace(chosen, refine=refine, follow="matched" if refine == "none" else chosen.follow, **heavy)
     return chosen, weights
 
 

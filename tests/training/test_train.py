@@ -120,7 +120,7 @@ def test_weights_of_objects_apart_go_into_a_net_that_decides_together(tmp_path):
     net, known = build_net(replace(config, pretrained=str(file)))
     old = read_weights(file)
     own = net.state_dict()
-    assert known == own.keys() and net.together
+    assert known == own.keys() and net.refinement.sharing
     widened = {name for name in own if own[name].shape != old[name].shape}
     assert widened == {"refinement.judge.0.weight", *(f"refinement.owns.{k}.weight" for k in range(4))}
     for name in own:
