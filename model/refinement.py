@@ -200,9 +200,15 @@ class Memory(nn.Module):
         return cues.view(cues.size(0), 3, height, width)
 
 
-def probabilities(logits: Tensor, valid: Tensor, divided: bool) -> Tensor:
-    """Logits of each object against none, [N, ...], as probabilities; divided among the objects and none, or each by itself."""
-    return among(logits, valid) if divided else torch.sigmoid(logits)
+def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
+    """Probabilities of `valid` objects [N] from their logits against none [N, ...], o_i / (1 + o_i + rivalry * sum of the other o_j) with the
+    odds o = exp(logit): each by itself (0), divided among the objects and none (1), or in between."""
+    if rivalry == 0.0:
+        return torch.sigmoid(logits)
+    if rivalry == 1.0:
+        return among(logits, valid)
+    odds = logits.clamp(max=40.0).flatten(1).exp() * valid[:, None].to(logits.dtype)
+    return (odds / (1.0 + odds + rivalry * (odds.sum(0, keepdim=True) - odds))).view(logits.shape)
 
 
 def laid_out(keys: Tensor, bias: Tensor) -> Tensor:
@@ -255,6 +261,11 @@ def _recall_in_a_loop(query: Tensor, known: Tensor, value: Tensor, total: Tensor
     return while_loop(left, following, (total, done))[0]
 
 
+RIVALRY = (
+    0.3  # of objects that share: divided pixels (1) make small objects vanish, pixels apart (0) let alike ones change places
+)
+
+
 class HeavyRefinement(nn.Module):
     """A U-Net in RGMP's style, from five levels of features (stem, conv2-5) and what is known of each object.
 
@@ -265,15 +276,16 @@ class HeavyRefinement(nn.Module):
     however many objects there are.
 
     objects: "sharing" divides a proposal's shares among the objects and none (`among`), and both the judge and the decoder also see what
-    speaks for the object's strongest rival: its cosine, what it was assigned, its parts, its template's evidence. "together" divides
-    the probabilities of a pixel as well. With one object both are the same as "apart".
+    speaks for the object's strongest rival: its cosine, what it was assigned, its parts, its template's evidence; of a pixel, rivals count
+    by `RIVALRY`. "together" divides pixels as well. With one object both are the same as "apart".
 
     memory: so many further frames of each object are compared as its template is, at half the size (`remember`).
     """
 
     def __init__(self, channels: list[int], hidden: int, objects: str = "apart", memory: int = 0) -> None:
         super().__init__()
-        self.sharing, self.together = objects != "apart", objects == "together"
+        self.sharing = objects != "apart"
+        self.rivalry = {"apart": 0.0, "sharing": RIVALRY, "together": 1.0}[objects]
         self.memory = memory
         self.key_fine, self.key_coarse = nn.Conv2d(channels[2], hidden, 1), nn.Conv2d(channels[3], hidden, 1)
         self.template, self.last = Memory(near=False, frames=memory), Memory(near=True)
@@ -340,7 +352,7 @@ class HeavyRefinement(nn.Module):
         if self.sharing:
             pairs += [kept, beside(kept, state.valid), beside(affinity.cosine, state.valid)]
         logits = self.parts(candidates.cover, pairs, last, others, cues)  # [N, M]
-        share = probabilities(logits, state.valid, self.sharing)
+        share = probabilities(logits, state.valid, float(self.sharing))
         inside = (share[:, :, None, None] * candidates.cover).amax(1)
         outside = ((1.0 - share)[:, :, None, None] * candidates.cover).amax(1)
         maps = [matched, last, others, inside, outside]
@@ -349,7 +361,7 @@ class HeavyRefinement(nn.Module):
             cues = torch.cat([cues, beside(torch.sigmoid(5.0 * cues[:, 0]), state.valid)[:, None]], 1)
 
         logits = self.decode(features, torch.stack(maps, 1), cues)[:, 0]
-        inside = probabilities(doubled(logits), state.valid, self.together)
+        inside = probabilities(doubled(logits), state.valid, self.rivalry)
         mask = F.adaptive_avg_pool2d(inside[:, None], [keys.size(2), keys.size(3)])
         keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
         hidden = [state.hidden[0], state.hidden[1], keys, mask]

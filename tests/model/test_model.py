@@ -27,7 +27,7 @@ from dmm_fast.model.features import roi_means
 from dmm_fast.model.inference import folded
 from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
 from dmm_fast.model.network import make_backbone
-from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside
+from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, probabilities
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -440,6 +440,17 @@ def test_among():
     torch.testing.assert_close(shares[:, 1], torch.tensor([0.0, 1.0, 0.0]))
     alone = torch.randn(1, 4, 5)
     torch.testing.assert_close(among(alone, torch.tensor([True])), torch.sigmoid(alone))
+
+
+@pytest.mark.parametrize("rivalry", [0.0, 0.3, 1.0])
+def test_probabilities_with_rivals(rivalry):
+    logits, valid = 3 * torch.randn(4, 5, 6), torch.tensor([True, True, False, True])
+    odds = logits.double().exp() * valid[:, None, None]
+    expected = odds / (1 + odds + rivalry * (odds.sum(0) - odds))
+    torch.testing.assert_close(probabilities(logits, valid, rivalry)[valid], expected[valid].float(), atol=1e-6, rtol=1e-5)
+    alone = torch.tensor([False, True, False, False])
+    torch.testing.assert_close(probabilities(logits, alone, rivalry)[1], torch.sigmoid(logits[1]))
+    assert torch.isfinite(probabilities(logits * 1e4, valid, rivalry)).all()
 
 
 def test_objects_that_compete(scene):
