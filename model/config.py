@@ -27,10 +27,10 @@ class Config:
     otherwise the object keeps its last mask and is lost.
     Refinement: "none", "light" (ConvLSTM) or "heavy" (U-Net) with `hidden` channels in the coarsest layer. A light one that
     is `serial` passes its state from object to object too, as the authors' code does. A heavy one decides for its `objects`
-    "apart"; "sharing", where a proposal's parts are divided among them and rivals weaken each other's pixels; or "together", where pixels
-    are divided as well. It can keep
-    a `memory` of so many frames of each object beside the template, in which the object was seen well. `follow` says which
-    masks the next frame's IoU is taken with: the "matched" ones (the paper) or the "refined".
+    "apart"; "sharing", where a proposal's parts are divided among them and rivals weaken each other's pixels; or "together",
+    where pixels are divided as well. It can keep a `memory` of so many frames of each object beside the template, in which the
+    object was seen well. `follow` says which masks the next frame's IoU is taken with: the "matched" ones (the paper) or the
+    "refined".
     """
 
     backbone: str = "none"

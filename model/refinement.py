@@ -261,9 +261,8 @@ def _recall_in_a_loop(query: Tensor, known: Tensor, value: Tensor, total: Tensor
     return while_loop(left, following, (total, done))[0]
 
 
-RIVALRY = (
-    0.3  # of objects that share: divided pixels (1) make small objects vanish, pixels apart (0) let alike ones change places
-)
+# Of objects that share: divided pixels (1) make small objects vanish, pixels apart (0) let alike ones change places.
+RIVALRY = 0.3
 
 
 class HeavyRefinement(nn.Module):

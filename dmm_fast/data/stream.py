@@ -41,12 +41,13 @@ class Snapshot(NamedTuple):
 class Stream:
     """The newest frame of a source, again and again: what comes in while the caller works is dropped and counted.
 
-    name: see `is_stream`. patience: seconds without a frame after which the source counts as gone. A context manager; as an iterator it
-    ends when the source does, `ended` then says how. Raises FramesError where the source cannot be opened.
+    name: see `is_stream`; the attribute is without a password. patience: seconds without a frame after which the source counts as
+    gone. A context manager; as an iterator it ends when the source does, `ended` then says how. Raises FramesError where the source
+    cannot be opened.
     """
 
     def __init__(self, name: str, patience: float = 5.0):
-        self.name, self.patience = name, patience
+        self.name, self.patience, self._address = public_name(name), patience, name
         self.dropped = 0
         self.ended = ""
         self._container, first = self._open()
@@ -56,7 +57,7 @@ class Stream:
         self._newest: tuple[int, float, Any] | None = (0, time.monotonic(), first)
         self._last = -1  # the number of the frame that was taken last
         self._changed, self._closing = threading.Condition(), False
-        self._thread = threading.Thread(target=self._read, name=f"reading {name}", daemon=True)
+        self._thread = threading.Thread(target=self._read, name=f"reading {self.name}", daemon=True)
 
     def __enter__(self) -> Stream:
         self._thread.start()
@@ -89,10 +90,10 @@ class Stream:
     def _open(self) -> tuple[Any, Any]:
         import av
 
-        target, kind = self.name, None
-        if re.fullmatch(r"camera:\d+|/dev/video\d+", self.name):
+        target, kind = self._address, None
+        if re.fullmatch(r"camera:\d+|/dev/video\d+", target):
             kind, pattern = CAMERAS.get(sys.platform, CAMERAS["linux"])
-            target = self.name if self.name.startswith("/") else pattern.format(self.name.partition(":")[2])
+            target = target if target.startswith("/") else pattern.format(target.partition(":")[2])
         try:
             container = av.open(target, format=kind, options=PROMPT, timeout=(2 * self.patience, self.patience))
             if not container.streams.video:

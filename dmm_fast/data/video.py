@@ -202,10 +202,12 @@ class VideoFrames:
 
     def read_back(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
         """(stem, frame) from `start` down to the first; decoded in stretches of at most `STRETCH` bytes."""
-        most = max(8, STRETCH // (3 * math.prod(self.size)))
-        for stop in range(start + 1, 0, -most):
+        most, stop = max(8, STRETCH // (3 * math.prod(self.size))), start + 1
+        while stop > 0:
             begin = max(0, stop - most)
+            begin = next((key for key in self.timeline.keys if begin <= key < stop), begin)  # nothing is decoded to be dropped
             held = list(islice(self.read(begin, seek=True), stop - begin))
+            stop = begin
             while held:
                 yield held.pop()
 

@@ -19,9 +19,9 @@ class GivenMasks:
     """Where objects come from.
 
     A file gives the objects of the first frame, or of the frame of that name. A directory gives, by frame name,
-    masks of any frames: an object goes on from each mask that it has, and 0 says nothing of objects given elsewhere. A directory of which
-    no file has the name of a frame holds the first frame's masks, one file per object. clean: stray ids of smoothed masks
-    are given to their neighbours, not refused.
+    masks of any frames: an object goes on from each mask that it has, and 0 says nothing of objects given elsewhere. A
+    directory of which no file has the name of a frame holds the first frame's masks, one file per object. clean: stray ids of
+    smoothed masks are given to their neighbours, not refused.
     """
 
     def __init__(self, path: Path, frames: ImageFrames | VideoFrames, clean: bool = False):
@@ -39,28 +39,25 @@ class GivenMasks:
         elif extra := len(by_stem) - len(self._files):
             self.notes.append(f"{path}: {extra} of {len(by_stem)} masks do not have the name of a frame and are not used")
         self._stems = frames.stems
-        there = [index for index, stem in enumerate(frames.stems) if stem in self._files]
-        self.first, self.last = there[0], there[-1]  # frames
-        self.read(
-            frames.stems[self.first], first=True
-        )  # so that a bad mask is reported at once, not after the model has loaded
+        self._there = [index for index, stem in enumerate(frames.stems) if stem in self._files]
+        self.first = self._there[0]  # the number of the first frame that has masks
+        self.read(frames.stems[self.first])  # so that a bad mask is reported at once, not after the model has loaded
 
     @cached_property
     def places(self) -> dict[int, list[int]]:
         """Per object the numbers of the frames in which it is given, rising; reads all masks."""
         found: dict[int, list[int]] = {}
-        for index in range(self.first, self.last + 1):
-            if (stem := self._stems[index]) in self:
-                for label in np.unique(self.read(stem, first=index == self.first)[0]).tolist():
-                    found.setdefault(label, []).append(index)
+        for index in self._there:
+            for label in np.unique(self.read(self._stems[index])[0]).tolist():
+                found.setdefault(label, []).append(index)
         return {label: places for label, places in sorted(found.items()) if label}
 
     def __contains__(self, stem: str) -> bool:
         return stem in self._files
 
-    def read(self, stem: str, first: bool) -> tuple[np.ndarray, list[str]]:
-        """-> ids uint8 [H, W] and notes; first: there must be an object."""
-        if first:
+    def read(self, stem: str) -> tuple[np.ndarray, list[str]]:
+        """-> ids uint8 [H, W] and notes; in the first masks there must be an object."""
+        if stem == self._stems[self.first]:
             return read_first_masks(self._files[stem], self.size, self.clean)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MaskWarning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,11 @@ class Join:
                 f"(IoU {self.iou:.2f} at best, in {self.at}); a mask given in between would help")  # fmt: skip
 
 
-def backward_from(given: dict[int, list[int]]) -> int:
-    """The frame from which a backward pass is of use: the last in which an object is given that it can improve; -1 for none."""
-    return max((places[-1] for places in given.values() if places[-1] > 0), default=-1)
+def backward_from(given: dict[int, list[int]], direction: str) -> int:
+    """The frame from which a pass backward is made: the last in which an object is given. Of both ways one from the first frame, whose
+    masks are the forward pass's, is of no use: then -1, for none."""
+    last = max(places[-1] for places in given.values())
+    return last if last > 0 or direction == "backward" else -1
 
 
 def join(
@@ -46,20 +49,24 @@ def join(
     in which it is given last, and in between from the forward pass up to the frame in which both agree best. Where objects of
     two passes overlap, the higher score is in front. given: per object the numbers of its frames, rising.
     """
-    both = len(run.passes) == 2
-    meetings = _meetings(stems, run, given, progress) if both else {}
+    meetings = _meetings(stems, run, given, progress) if len(run.passes) == 2 else {}
     rows = {name: {row["frame"]: row for row in folder.rows()} for name, folder in run.passes.items()}
     joined = []
     for index, stem in enumerate(_told(stems, "joining", progress)):
         found = {name: rows[name][stem] for name in run.passes if stem in rows[name]}
+        if len(found) == 1:  # one pass came here, so what it left is the result
+            name, row = next(iter(found.items()))
+            shutil.copyfile(run.passes[name].mask(stem), run.mask(stem))
+            joined.append(row | {"objects": [_marked(entry, name) for entry in row["objects"]]})
+            continue
         masks = {name: read_ids(run.passes[name].mask(stem)) for name in found}
         layers: list[tuple[float, np.ndarray, dict[str, Any]]] = []
         for label, places in given.items():
-            name = _source(index, places, meetings.get(label, {})) if both else next(iter(run.passes))
-            for entry in found[name]["objects"] if name in found else ():
+            name = _source(index, places, meetings.get(label, {}))
+            for entry in found[name]["objects"] if found else ():
                 if entry["id"] == label:
                     first = 2.0 if "given" in entry else entry["score"]
-                    layers.append((first, masks[name] == label, entry | ({"direction": name} if name == "backward" else {})))
+                    layers.append((first, masks[name] == label, _marked(entry, name)))
         ids = np.zeros(size, np.uint8)
         for _, mask, entry in sorted(layers, key=lambda layer: layer[0]):
             ids[mask] = entry["id"]
@@ -72,6 +79,10 @@ def join(
         for (first, last), (at, iou) in spans.items()
     ]
     return joined, joins
+
+
+def _marked(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    return entry | {"direction": name} if name == "backward" else entry
 
 
 Spans = dict[tuple[int, int], tuple[int, float]]  # between two frames: where the passes meet, and their IoU there

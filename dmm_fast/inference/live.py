@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dmm_fast.data.masks import read_first_masks, write_mask
-from dmm_fast.data.stream import Snapshot, Stream
+from dmm_fast.data.stream import Snapshot, Stream, public_name
 from dmm_fast.data.video import Behind, ImageFrames, check_video_name
 from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import RECORDING, RunError, RunFolder
@@ -115,9 +115,9 @@ def segment_stream(
     """Follow objects in a stream until it ends, Ctrl-C, or for some seconds; returns the report that is also in OUT/report.json.
 
     source: see `dmm_fast.data.stream.is_stream`. The newest frame is taken each time; the report counts those that were dropped.
-    masks: the first frame's masks, or "auto:N" for the N surest proposals of the first frame that has any. record: keep the frames that were taken, in
-    OUT/recording, and their masks; `save` and `video` need it (see `run.segment`). patience: seconds without a frame after which the source
-    counts as gone. model: preset, weights, refine, matcher, decision, graph, precision, as `Segmenter` takes them.
+    masks: the first frame's masks, or "auto:N" for the N surest proposals of the first frame that has any. record: keep the frames
+    that were taken, in OUT/recording, and their masks; `save` and `video` need it (see `run.segment`). patience: seconds without
+    a frame after which the source counts as gone. model: preset, weights, refine, matcher, decision, graph, precision, as `Segmenter` takes them.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used.
     """
@@ -130,7 +130,13 @@ def segment_stream(
         check_video_name(video, coming=out)
     if not is_detector(proposals):
         raise RunError(f"{proposals}: a stream needs a live detector for its proposals, not a file of them")
-    settings = {"frames": source, "masks": str(masks), "proposals": str(proposals), "direction": "forward", **model}
+    settings = {
+        "frames": public_name(source),
+        "masks": str(masks),
+        "proposals": str(proposals),
+        "direction": "forward",
+        **model,
+    }
     folder = RunFolder(out, settings)
     folder.find([], False, overwrite)
     proposer = open_proposer(proposals, detector_weights, device=device)
@@ -163,7 +169,7 @@ def segment_stream(
     kept.close()
     rows = kept.rows()
     if not latencies:
-        raise RunError(f"{source}: {stream.ended}; no object was found in {len(rows)} frames")
+        raise RunError(f"{stream.name}: {stream.ended}; no object was found in {len(rows)} frames")
     report: dict[str, Any] = {
         "dmm_fast": version("dmm_fast"),
         "settings": {**settings, "device": str(segmenter.device), "graph": segmenter.graph},

@@ -120,7 +120,7 @@ class Pass:
 
         Draws them into `ids`; returns the frame's objects.
         """
-        masks, notes = self.given.read(stem, first=not self.started)
+        masks, notes = self.given.read(stem)
         self.notes += [f"{stem}: {note}" for note in notes if f"{stem}: {note}" not in self.notes]
         given = {int(label): masks == label for label in np.unique(masks) if label}
         followed = self.segmenter.object_ids if self.started else []

@@ -1,8 +1,8 @@
 """From a clip and its first masks to masks on disk: what ``dmm-fast segment`` runs.
 
 The folder OUT holds one palette PNG per frame, ``contact-sheet.png``, ``report.json`` and what else was asked for (see
-`results`). While a run goes on, or after it was cut short, OUT also holds ``unfinished/`` with what a later run needs to go on from there; the report is written
-last, so a folder without it is never mistaken for a finished one.
+`results`). While a run goes on, or after it was cut short, OUT also holds ``unfinished/`` with what a later run needs to go on
+from there; the report is written last, so a folder without it is never mistaken for a finished one.
 """
 
 from __future__ import annotations
@@ -192,15 +192,16 @@ def _follow(
     passes: list[Pass] = []
     direction = folder.settings["direction"]
     for name in folder.passes:
-        last = backward_from(given.places) if direction == "both" else given.last
-        order = range(len(frames)) if name == "forward" else range(last, -1, -1)
+        order = range(len(frames)) if name == "forward" else range(backward_from(given.places, direction), -1, -1)
         one = Pass(name, order, frames, given, propose, segmenter, folder)
         if passes:
             one.company = passes[0].folder
-        elif not one.next:
-            one.online, one.notes = budget, [segmenter.note, *given.notes, *_not_followed(frames, given, direction), *notes]
-            for note in one.notes[1:] if progress else []:
-                tqdm.write(f"note: {note}", sys.stderr)  # now, not after hours
+        else:
+            one.online = budget
+            if not one.next:
+                one.notes = [segmenter.note, *given.notes, *_not_followed(frames, given, direction), *notes]
+                for note in one.notes[1:] if progress else []:
+                    tqdm.write(f"note: {note}", sys.stderr)  # now, not after hours
         one.follow(progress, save_every, label)
         passes.append(one)
     return passes
@@ -263,8 +264,8 @@ def _not_followed(frames: ImageFrames | VideoFrames, given: GivenMasks, directio
     if direction == "forward" and (before := frames.stems[: given.first]):
         where = f"lie before the first mask, that of frame {frames.stems[given.first]}"
         return [f"{span(before)} {where}: no object is followed there, their masks are empty (--direction both does)"]
-    if direction == "backward" and (after := frames.stems[given.last + 1 :]):
-        where = f"lie after the last mask, that of frame {frames.stems[given.last]}"
+    if direction == "backward" and (after := frames.stems[(last := backward_from(given.places, direction)) + 1 :]):
+        where = f"lie after the last mask, that of frame {frames.stems[last]}"
         return [f"{span(after)} {where}: no object is followed there, their masks are empty (--direction both does)"]
     return []
 

@@ -183,6 +183,30 @@ def test_learning_serves_both_passes(clip, tmp_path, monkeypatch):
     assert {row["frame"] for row in report["frames"] if row["objects"]} == {f"{t:05d}" for t in range(LENGTH)}
 
 
+def test_a_run_that_stops_before_the_first_mask_still_learns(clip, tmp_path, monkeypatch):
+    masks, learnt = masks_of(clip, tmp_path / "masks", {5: [1]}), []
+
+    def tune(self, frame, masks, proposals=None, **budget):
+        learnt.append(budget)
+        if len(learnt) == 1:
+            raise KeyboardInterrupt  # as a second Ctrl-C would; five frames without objects are saved by then
+        return 7
+
+    monkeypatch.setattr(Segmenter, "tune", tune)
+    asked = {"proposals": clip / "proposals/koi.json", "online": "1e", "direction": "forward", "save_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        segment(clip / "JPEGImages/koi", masks, tmp_path / "out", **asked)
+    report = segment(clip / "JPEGImages/koi", masks, tmp_path / "out", resume=True, **asked)
+    assert len(learnt) == 2 and any("was fitted to this frame, 7 steps" in note for note in report["notes"])
+
+
+def test_backward_from_the_last_mask_that_has_an_object(clip, tmp_path):
+    masks = masks_of(clip, tmp_path / "masks", {3: [1], 9: []})
+    report = run(clip, masks, tmp_path / "out", direction="backward")
+    assert "00004 to 00013 (10 frames) lie after the last mask" in str(report["notes"])
+    assert read_ids(tmp_path / "out/00000.png").max() == 1 and read_ids(tmp_path / "out/00004.png").max() == 0
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.ts"])
 @pytest.mark.parametrize("damage", [False, True])
 def test_reading_backwards_in_small_stretches(tmp_path, monkeypatch, name, damage):

@@ -80,6 +80,8 @@ def test_a_source_that_vanishes(sent):
 
 
 def test_sources_that_cannot_be_opened(tmp_path):
+    with pytest.raises(FramesError, match="^rtsp://127.0.0.1:9/door: cannot be opened"):  # a password is not repeated
+        Stream("rtsp://me:secret@127.0.0.1:9/door")
     with pytest.raises(FramesError, match="tcp://127.0.0.1:9: cannot be opened"):
         Stream("tcp://127.0.0.1:9")
     with pytest.raises(FramesError, match="camera:77: cannot be opened"):
