@@ -119,7 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refine": "heavy",
         "hidden": 64,
         "follow": "refined",
-        "objects": "sharing",
+        "objects": "together",
         "layer": "prices",
         "n_grad": 80,
         "n_proj": 1,
