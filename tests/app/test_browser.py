@@ -26,7 +26,6 @@ from dmm_fast.app.server import Studio
 from dmm_fast.app.worker import Settings
 from dmm_fast.data.masks import read_mask
 from dmm_fast.inference import proposing
-from dmm_fast.inference.demo import make_clip
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -35,13 +34,6 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 SIZE, LENGTH = (180, 320), 14
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    make_clip(folder, seed=7, frames=LENGTH, size=SIZE)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -34,13 +34,6 @@ SIZE, LENGTH, PORT, TOKEN = (96, 160), 12, 8765, "correct-horse"
 OWN = {"origin": f"http://127.0.0.1:{PORT}"}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    make_clip(folder, seed=7, frames=LENGTH, size=SIZE)
-    return folder
-
-
 @pytest.fixture
 def sent(demo):
     with senders(demo / "JPEGImages/koi") as start:

@@ -19,17 +19,9 @@ from dmm_fast.app.project import DONE, OPEN, STALE, ProjectError, open_project
 from dmm_fast.app.worker import Settings, Worker
 from dmm_fast.data.masks import read_mask
 from dmm_fast.data.video import VideoWriter, open_frames
-from dmm_fast.inference.demo import make_clip
 from dmm_fast.inference.run import segment
 
 SIZE, LENGTH = (96, 160), 12
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    make_clip(folder, seed=7, frames=LENGTH, size=SIZE)
-    return folder
 
 
 @pytest.fixture

@@ -24,13 +24,6 @@ SIZE, LENGTH, PORT, TOKEN = (48, 80), 5, 8765, "correct-horse"
 OWN = {"origin": f"http://127.0.0.1:{PORT}"}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    make_clip(folder, seed=7, frames=LENGTH, size=SIZE)
-    return folder
-
-
 @pytest.fixture
 def studio(demo, tmp_path):
     made = Studio(tmp_path / "koi.dmm", Settings(str(demo / "proposals/koi.json"), model={"preset": "iou"}))
