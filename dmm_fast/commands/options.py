@@ -169,6 +169,14 @@ def part(text: str) -> float:
     return value
 
 
+def check_alone() -> None:
+    """Refuse a single video under torchrun: each process would do it, in the same place."""
+    from dmm_fast.inference.on_torchrun import under_torchrun
+
+    if under_torchrun():
+        raise ValueError("torchrun shares out the videos of a data set (--dataset); one video is done by one process")
+
+
 def engine_of(a: argparse.Namespace) -> Any:
     """The `Engine` of a command line with `add_engine_options`; checks that the device is there where the work is done."""
     from dmm_fast.inference.videos import open_engine

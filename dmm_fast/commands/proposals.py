@@ -12,6 +12,7 @@ from dmm_fast.commands.options import (
     STOPPED,
     add_command,
     add_engine_options,
+    check_alone,
     check_device,
     complain,
     complain_of,
@@ -76,6 +77,7 @@ def run(a: argparse.Namespace) -> int:
 
     if a.dataset:
         return _run_set(a)
+    check_alone()
     check_device(a.device)
     if of_a_set := [name for name in ("split", "sequences", "engine") if getattr(a, name)]:
         raise ValueError(f"--{of_a_set[0]} belongs to a data set; it needs --dataset")

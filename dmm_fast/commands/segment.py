@@ -15,6 +15,7 @@ from dmm_fast.commands.options import (
     add_model_options,
     add_run_options,
     add_set_options,
+    check_alone,
     check_device,
     complain,
     complain_of,
@@ -119,6 +120,7 @@ def run(a: argparse.Namespace) -> int:
 
     if a.dataset:
         return _run_set(a)
+    check_alone()
     check_device(a.device)
     if not a.masks:
         raise ValueError("--masks FIRST.png|DIR is missing: the objects to follow")

@@ -126,8 +126,8 @@ class _List:
         self.token, self.names = token, names
         self._thread(self._beat)
 
-    def _thread(self, target: Callable, *words: Any) -> None:
-        self._threads.append(threading.Thread(target=target, args=words, daemon=True))
+    def _thread(self, target: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=target, daemon=True))
         self._threads[-1].start()
 
     def work(self, job: Job, kept: Any) -> None:
@@ -140,16 +140,14 @@ class _List:
 
     def collect(self, took: Took) -> None:
         """Begin to hand over the outcomes as they come, in a thread: this process works on videos too."""
-        self._left = set(range(len(self.names)))
-        self._collecting = threading.Lock()
-        self._thread(self._collect, took)
-        self._took = took
+        self._left, self._collecting, self._took = set(range(len(self.names))), threading.Lock(), took
+        self._thread(self._collect)
 
-    def _collect(self, took: Took) -> None:
+    def _collect(self) -> None:
         seen: dict[int, tuple[str | None, float]] = {}
         while not self._end.wait(0.5):
             try:
-                self._look(took)
+                self._look()
                 now = time.monotonic()
                 for rank in range(1, self.size):
                     beat = self._get(self.token, "beat", rank)
@@ -159,13 +157,13 @@ class _List:
             except dist.DistError:  # then `_beat` ends this process
                 return
 
-    def _look(self, took: Took) -> None:
+    def _look(self) -> None:
         with self._collecting:
             for number in sorted(self._left):
                 if (text := self._get(self.token, "outcome", number)) is not None:
                     self._left.discard(number)
                     outcome: Outcome = json.loads(text)
-                    took(self.names[number], outcome)
+                    self._took(self.names[number], outcome)
 
     def wait(self) -> None:
         """Until every video is done. Nobody leaves before: the store may be the first process's, and torchrun starts all or none."""
@@ -177,7 +175,7 @@ class _List:
                 time.sleep(0.2)
             self._count(self.token, "left", add=1)
             if self.rank == 0:
-                self._look(self._took)
+                self._look()
                 due = time.monotonic() + LOST
                 while self._count(self.token, "left") < self.size - len(self._lost) and time.monotonic() < due:
                     time.sleep(0.05)
@@ -186,7 +184,8 @@ class _List:
         """Raise RunError where nothing is left but the videos of processes that have vanished."""
         if not self._lost:
             return
-        doing = {number: self._get(self.token, "taken", number) for number in self._left}
+        with self._collecting:
+            doing = {number: self._get(self.token, "taken", number) for number in self._left}
         if all(rank is not None and int(rank) in self._lost for rank in doing.values()):
             who = ", ".join(map(str, self._lost))
             names = ", ".join(self.names[number] for number in sorted(doing))

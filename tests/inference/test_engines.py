@@ -372,6 +372,7 @@ def test_engines_that_cannot_be(zoo, tmp_path, monkeypatch, capsys):
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
             patch.setenv(name, value)
         fails("--engine", "ray", message="--engine ray under torchrun: take one of them")
+        fails(message="torchrun shares out the videos of a data set", command=lambda *_: ["segment", *single[:-2]])
     pytest.importorskip("ray")
     fails("--engine", "ray:127.0.0.1:1", message="--engine ray:127.0.0.1:1: nobody answers there")
     fails("--engine", "ray:head", message="takes the HOST:PORT of the cluster's head")
