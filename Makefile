@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   formatting, lint and types
 # make bench   the benchmarks of this machine
+# make cluster DATA=..  how data sets go faster with processes and machines, and what a lost one costs
 # make tidy    clang-tidy over the C++ sources, some minutes
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
 # make oldest  do the native sources compile with the oldest torch that is supported?
@@ -14,7 +15,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check tidy bench runtime oldest sanitize clean
+.PHONY: demo test check tidy bench cluster runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -38,6 +39,10 @@ tidy: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Plain folders with JPEGImages, Annotations and proposals.
+cluster: $(VENV)/.built
+	$(BIN)/python benchmarks/cluster.py $(or $(DATA),$(error make cluster DATA=folder with JPEGImages, Annotations and proposals))
 
 $(VENV)/.installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)

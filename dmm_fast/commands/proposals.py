@@ -6,7 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import add_command, check_device, count
+from dmm_fast.commands.options import (
+    FAILED,
+    LAYOUTS,
+    STOPPED,
+    add_command,
+    add_engine_options,
+    check_alone,
+    check_device,
+    complain,
+    complain_of,
+    count,
+    engine_of,
+    named,
+)
 
 
 def add(commands: Any) -> None:
@@ -14,6 +27,8 @@ def add(commands: Any) -> None:
         commands, "proposals", run, "run a detector on a video or a data set and save its proposals",
         "Run an instance segmenter on every frame and write its proposals as a COCO results file, so that you can segment the\n"
         "video many times without it. Repeat the command to continue an interrupted run.\n\n"
+        "With --dataset, OUT is a folder with NAME.json for each video. Files that are there are left as they are. A video that\n"
+        "fails is reported and does not stop the others; the exit code is then 3.\n\n"
         "detectors:\n"
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
@@ -23,6 +38,8 @@ def add(commands: Any) -> None:
         ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
         ("dmm-fast proposals --dataset DAVIS --split val --out DAVIS/proposals --detector net.safetensors",
          "one file for each video"),
+        ("torchrun --nproc-per-node 4 -m dmm_fast proposals --dataset DAVIS --out DAVIS/proposals --device cuda",
+         "by four processes, each with a GPU (docs/many-machines.md)"),
         ("dmm-fast proposals frames/ --out p.json --detector detectron2:mask_rcnn.yaml:model.pkl", "a model of your own"),
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
@@ -33,6 +50,9 @@ def add(commands: Any) -> None:
         help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain folders",
     )
     parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, ..")
+    parser.add_argument("--layout", choices=LAYOUTS, default="auto", metavar="NAME",
+                        help=f"of the data set: {', '.join(LAYOUTS)} (default: found out)")  # fmt: skip
+    parser.add_argument("--sequences", metavar="FILE|NAME,...", help="these videos only: a text file, or names")
     parser.add_argument("--out", required=True, metavar="FILE|DIR", help="the file to write; for a data set the folder")
     parser.add_argument("--detector", default="small", metavar="NAME", help="see above (default: small)")
     parser.add_argument("--top", type=count, default=50, metavar="N", help="proposals kept per frame (default: 50)")
@@ -46,37 +66,48 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace files, and restart interrupted runs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    add_engine_options(parser)
 
 
 def run(a: argparse.Namespace) -> int:
+    from dmm_fast.data.video import open_frames
     from dmm_fast.inference.proposing import save_proposals
     from dmm_fast.proposals.base import ProposalError
     from dmm_fast.proposals.sources import open_proposer
 
+    if a.dataset:
+        return _run_set(a)
+    check_alone()
     check_device(a.device)
-    if a.split and not a.dataset:
-        raise ValueError("--split is a part of a data set; it needs --dataset")
-    videos = _videos(a)
-    if a.frames and Path(a.out).exists() and not a.overwrite:
+    if of_a_set := [name for name in ("split", "sequences", "engine") if getattr(a, name)]:
+        raise ValueError(f"--{of_a_set[0]} belongs to a data set; it needs --dataset")
+    video = open_frames(a.frames)
+    if Path(a.out).exists() and not a.overwrite:
         raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
     propose = open_proposer(a.detector, a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
-    for number, (path, video) in enumerate(videos, 1):
-        if a.overwrite or not path.exists():
-            label = f"{number}/{len(videos)} {path.stem}" if a.dataset else None
-            save_proposals(path, video, propose, fresh=a.overwrite, progress=not a.quiet, label=label)
+    save_proposals(Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet)
     if not a.quiet:
-        print(f"proposals of {len(videos)} video{'s' * (len(videos) != 1)}: {a.out}")
+        print(f"proposals of 1 video: {a.out}")
     return 0
 
 
-def _videos(a: argparse.Namespace) -> list[tuple[Path, Any]]:
-    """(file to write, frames to read) of each video."""
-    if a.frames:
-        from dmm_fast.data.video import open_frames
+def _run_set(a: argparse.Namespace) -> int:
+    from dmm_fast.inference.passes import Interrupted
+    from dmm_fast.inference.proposal_sets import ProposalsJob, propose_set
 
-        return [(Path(a.out), open_frames(a.frames))]
-    from dmm_fast.data.datasets import open_dataset
-
-    dataset, out = open_dataset(a.dataset, split=a.split), Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
-    return [(out / f"{name}.json", dataset.video(name).source) for name in dataset.names]
+    job = ProposalsJob(
+        a.dataset, a.out, a.layout, a.split, detector=a.detector, weights=a.detector_weights, top=a.top, short_side=a.short_side,
+        device=a.device, overwrite=a.overwrite,
+    )  # fmt: skip
+    try:
+        summary = propose_set(job, named(a.sequences), engine=engine_of(a), progress=not a.quiet)
+    except Interrupted as stop:
+        complain(str(stop))
+        return STOPPED
+    if summary is None:
+        return 0  # the first process of torchrun tells
+    complain_of(summary["failed"], a.debug)
+    if not a.quiet:
+        done, failed = len(summary["videos"]), len(summary["failed"])
+        print(f"proposals of {done} video{'s' * (done != 1)}: {a.out}; {failed} failed")
+    return FAILED if summary["failed"] else 0

@@ -12,10 +12,13 @@ import torch
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, prefetch
+from dmm_fast.inference.folder import RunError, make_out
 from dmm_fast.model import Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
 from dmm_fast.proposals.coco import CocoWriter, read_coco
 from dmm_fast.proposals.sources import is_detector, open_proposer
+
+DETECTOR = "detector.txt"  # in a folder of proposals: whose they are
 
 
 class Live:
@@ -66,12 +69,14 @@ def save_proposals(
     fresh: bool = False,
     progress: bool = False,
     label: str | None = None,
+    apart: Path | None = None,
 ) -> None:
     """Write a detector's proposals of every frame to a COCO results file, or go on where an earlier call was cut short.
 
-    fresh: start again. label: what stands before the progress bar.
+    fresh: start again. label: what stands before the progress bar. apart: a path on the same storage where the file is made before it
+    takes its place, for two processes that may have the same video; nothing goes on then.
     """
-    with CocoWriter(path, frames.size, fresh=fresh) as writer:
+    with CocoWriter(apart or path, frames.size, fresh=fresh) as writer:
         todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
         if writer.done and progress:
             tqdm.write(f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
@@ -79,3 +84,18 @@ def save_proposals(
             for _, stem, frame in prefetch(frames.pick(todo)):
                 writer.add(stem, propose(frame))
                 bar.update()
+    if apart is not None:
+        apart.replace(path)
+
+
+def mark_detector(folder: Path, detector: str, weights: str | os.PathLike, overwrite: bool, **how: Any) -> None:
+    """Make a folder of proposals that says whose they are; RunError where they are another detector's.
+
+    how: further settings of the detector; those that are None are its own.
+    """
+    asked = " ".join([detector, *([str(weights)] if weights != "DEFAULT" else []),
+                      *(f"{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None)])  # fmt: skip
+    mark = make_out(folder) / DETECTOR
+    if not overwrite and mark.exists() and (before := mark.read_text().strip()) != asked:
+        raise RunError(f"{folder}: holds proposals of the detector {before}, not {asked}; --overwrite replaces them")
+    mark.write_text(f"{asked}\n")
