@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +16,7 @@ from dmm_fast.ops.vision import NO_RUN, decode_runs, mask_iou, paste_combine, pa
 TOP = 50  # proposals kept per frame, Section 3 of the paper
 SAME = 0.7  # IoU above which two masks of one model are one proposal
 TWICE = 0.9  # and of several sources: the better of two masks is often not that of the higher score
-COMPARED = 480  # masks are compared with this many pixels on the frame's short side at most
+COMPARED = 240  # masks are compared with this many pixels on the frame's short side at most
 AT_ONCE = 8  # masks of the frame's size at a time
 
 
@@ -44,7 +45,7 @@ def suppress(masks: Tensor, scores: Tensor, top: int = TOP, overlap: float = SAM
     order = scores.argsort(descending=True, stable=True)
     same = (mask_iou(masks[order].contiguous(), masks[order].contiguous()) > overlap).cpu().numpy()  # [M, M]
     kept: list[int] = []
-    gone = same[:0].any(0)  # [M]
+    gone = np.zeros(len(same), bool)  # [M]
     for index in range(len(same)):
         if not gone[index] and len(kept) < top:
             kept.append(index)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +59,7 @@ class HubProposer:
         self.family, self.model, self.processor = _load(str(model), where, known)
         self.model = self.model.eval().requires_grad_(False).to(self.device)
         self.options = self._options(str(model), short_side)
-        self.task = _task(where, known) if self.family == "oneformer" else None
+        self.task = _task(where, known, self.model.config.task_seq_len) if self.family == "oneformer" else None
 
     def _options(self, name: str, short_side: int | None) -> dict[str, Any]:
         """What the image processor is told with every frame."""
@@ -145,9 +143,7 @@ class HubProposer:
             for index, one in enumerate(candidates):
                 logits = output.pred_masks[index].flatten(0, 1)  # [3 P, h / 4, w / 4]
                 one.add(logits, output.iou_scores[index].flatten().clamp(0, 1), padded, insides[index], stable=True)
-        return [
-            one.best(self.top, size, padded, inside) for one, size, inside in zip(candidates, sizes, insides)
-        ]  # fmt: skip
+        return [one.best(self.top, *sides) for one, sides in zip(candidates, zip(sizes, [padded] * len(sizes), insides))]
 
 
 class _Candidates:
@@ -250,7 +246,7 @@ def _load(model: str, where: str, known: dict[str, Any]) -> tuple[str, Any, Any]
 
     try:
         config = AutoConfig.from_pretrained(where, **known)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as below
         raise ProposalError(f"hf:{model}: no model that transformers {transformers.__version__} knows ({_line(error)}); "
                             f"families that give proposals: {FAMILIES}") from None  # fmt: skip
     family, names = config.model_type, config.architectures or []
@@ -270,9 +266,9 @@ def _load(model: str, where: str, known: dict[str, Any]) -> tuple[str, Any, Any]
     of_model: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if family == "sam3_video":  # the part of it that takes points; transformers 5.24 does not find its tensors by itself
         of_model["key_mapping"] = {r"^tracker_model\.": ""}
-    of_images: dict[str, Any] = (
-        {"class_info_file": None} if family == "oneformer" else {}
-    )  # names of classes, from another repository
+    of_images: dict[str, Any] = {}
+    if family == "oneformer":
+        of_images["class_info_file"] = None  # names of classes, from another repository
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what is missing is told below
     logging.disable_progress_bar()  # of tensors; downloads have their own
@@ -294,13 +290,10 @@ def _load(model: str, where: str, known: dict[str, Any]) -> tuple[str, Any, Any]
     return family, net, processor
 
 
-def _task(where: str, known: dict[str, Any]) -> Tensor:
-    """OneFormer is told what to do: [1, T] token ids, as its own processor makes them."""
+def _task(where: str, known: dict[str, Any], length: int) -> Tensor:
+    """OneFormer is told what to do: [1, length] token ids, as its own processor makes them."""
     from transformers import AutoTokenizer
 
-    length = 77
-    if (file := Path(where) / "processor_config.json").is_file():
-        length = json.loads(file.read_text()).get("task_seq_length", length)
     try:
         tokens = AutoTokenizer.from_pretrained(where, **known)(
             "the task is instance", padding="max_length", max_length=length, truncation=True, return_tensors="pt"

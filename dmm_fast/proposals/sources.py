@@ -108,9 +108,12 @@ class Merged:
 
     def batch(self, frames: Sequence[np.ndarray | Tensor]) -> list[Proposals]:
         """The proposals of each frame."""
-        sizes = [frame.shape[:2] if isinstance(frame, np.ndarray) else tuple(frame.shape[1:]) for frame in frames]
         found = zip(*(propose_all(propose, frames) for propose in self.proposers))
-        return [merge(parts, size, self.top) for parts, size in zip(found, sizes)]
+        merged = []
+        for frame, parts in zip(frames, found):
+            height, width = frame.shape[:2] if isinstance(frame, np.ndarray) else frame.shape[1:]
+            merged.append(merge(parts, (height, width), self.top))
+        return merged
 
 
 def propose_all(propose: Callable, frames: Sequence[np.ndarray | Tensor]) -> list[Proposals]:

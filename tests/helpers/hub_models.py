@@ -19,6 +19,11 @@ HIERA = {
     "num_attention_heads_per_stage": [1, 1, 2, 2], "window_size_per_stage": [8, 4, 8, 4], "global_attention_blocks": [3],
     "num_query_pool_stages": 3, "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
+MEMORY = {
+    "memory_attention_hidden_size": 32, "memory_attention_num_layers": 1, "memory_attention_feed_forward_hidden_size": 16,
+    "memory_encoder_hidden_size": 32, "memory_encoder_output_channels": 16, "mask_downsampler_embed_dim": 32, "memory_fuser_embed_dim": 32,
+    "memory_fuser_intermediate_dim": 16, "memory_fuser_num_layers": 1, "memory_attention_rope_feat_sizes": [8, 8],
+}  # fmt: skip
 
 
 def save(family: str, folder: Path) -> Path:
@@ -74,28 +79,21 @@ class _OneFormerFiles:
         images = t.OneFormerImageProcessor(size={"shortest_edge": 96, "longest_edge": 192}).to_dict()
         images |= {"class_info_file": "coco_panoptic.json", "repo_path": "shi-labs/oneformer_demo"}
         (folder / "preprocessor_config.json").write_text(json.dumps(images, default=str))
-        (folder / "processor_config.json").write_text(
-            json.dumps({"processor_class": "OneFormerProcessor", "task_seq_length": 9})
-        )
-        words = [
-            "<|startoftext|>",
-            "<|endoftext|>",
-            *"abcdefghijklmnopqrstuvwxyz",
-            *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
-        ]
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
         (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
         (folder / "merges.txt").write_text("#version: 0.2\n")
         tokenizer = {"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
-def eomt():
-    config = t.EomtConfig(
+def eomt(kind: str = "Eomt"):
+    config = getattr(t, f"{kind}Config")(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=96, patch_size=8, num_blocks=1, num_queries=12,
-        mlp_ratio=1, num_upscale_blocks=1, **CLASSES,
+        num_upscale_blocks=1, intermediate_size=16, mlp_ratio=1, **CLASSES,
     )  # fmt: skip
     size = {"shortest_edge": 96, "longest_edge": 96}
-    return t.EomtForUniversalSegmentation(config), t.EomtImageProcessor(size=size, do_pad=True)
+    return getattr(t, f"{kind}ForUniversalSegmentation")(config), t.EomtImageProcessor(size=size, do_pad=True)
 
 
 def detr():
@@ -134,15 +132,19 @@ def sam(kind: str = "Sam"):
     return getattr(t, f"{kind}Model")(config), processor
 
 
-def sam2():
+def sam2(video: bool = False):
+    """video: what the hub has as SAM 2, whose part without a memory is taken."""
     vision = t.Sam2VisionConfig(
         backbone_config=t.Sam2HieraDetConfig(**HIERA), backbone_channel_list=[32, 24, 16, 8], fpn_hidden_size=32,
         backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
     )  # fmt: skip
     prompt = {"hidden_size": 32, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
     decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    config = t.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    return t.Sam2Model(config), t.Sam2ImageProcessor(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32})
+    parts = {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}
+    processor = t.Sam2ImageProcessor(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32})
+    if video:
+        return t.Sam2VideoModel(t.Sam2VideoConfig(image_size=128, **parts, **MEMORY)), processor
+    return t.Sam2Model(t.Sam2Config(**parts)), processor
 
 
 def smooth(model: nn.Module) -> None:
@@ -213,9 +215,7 @@ def sam3_video():
     }  # fmt: skip
     tracker = {
         "model_type": "sam3_tracker_video", "image_size": 112, "vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder,
-        "memory_attention_hidden_size": 32, "memory_attention_num_layers": 1, "memory_attention_feed_forward_hidden_size": 16,
-        "memory_encoder_hidden_size": 32, "memory_encoder_output_channels": 16, "mask_downsampler_embed_dim": 32, "memory_fuser_embed_dim": 32,
-        "memory_fuser_intermediate_dim": 16, "memory_fuser_num_layers": 1, "memory_attention_rope_feat_sizes": [8, 8],
+        **MEMORY,
     }  # fmt: skip
     config = t.Sam3VideoConfig(detector_config=detector, tracker_config=tracker)
     return t.Sam3VideoModel(config), t.Sam3ImageProcessor(
@@ -224,6 +224,6 @@ def sam3_video():
 
 
 FAMILIES = {
-    "mask2former": mask2former, "maskformer": maskformer, "oneformer": oneformer, "eomt": eomt, "detr": detr, "rf_detr": rf_detr, "sam": sam,
-    "sam_hq": lambda: sam("SamHQ"), "sam2": sam2, "sam3_tracker": sam3_tracker, "sam3_video": sam3_video,
+    "mask2former": mask2former, "maskformer": maskformer, "oneformer": oneformer, "eomt": eomt, "eomt_dinov3": lambda: eomt("EomtDinov3"), "detr": detr, "rf_detr": rf_detr, "sam": sam,
+    "sam_hq": lambda: sam("SamHQ"), "sam2": sam2, "sam2_video": lambda: sam2(video=True), "sam3_tracker": sam3_tracker, "sam3_video": sam3_video,
 }  # fmt: skip

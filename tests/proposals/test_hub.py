@@ -40,10 +40,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_family_is_here():
-    assert set(hub_models.FAMILIES) | {"eomt_dinov3", "sam2_video"} == {
-        *QUERIES,
-        *PROMPTS,
-    }  # the two differ in their weights' origin
+    assert set(hub_models.FAMILIES) == {*QUERIES, *PROMPTS}
 
 
 @pytest.mark.parametrize("family", hub_models.FAMILIES)
@@ -119,7 +116,7 @@ def test_eomts_masks_are_those_of_its_own(folder):
     assert mask_iou(masks, last[None]).max() > 0.97
 
 
-@pytest.mark.parametrize("family", PROMPTS.keys() & hub_models.FAMILIES.keys())
+@pytest.mark.parametrize("family", PROMPTS)
 def test_mask_generators_are_asked_as_by_their_processor(family, folder):
     """The best proposal is among the masks that the family's own post-processing makes of the same grid of points."""
     propose = HubProposer(folder(family), points=4, top=3)
@@ -138,7 +135,7 @@ def test_mask_generators_are_asked_as_by_their_processor(family, folder):
     assert (iou.amax(1) == 1).all()
 
 
-@pytest.mark.parametrize("family", QUERIES.keys() & hub_models.FAMILIES.keys())
+@pytest.mark.parametrize("family", QUERIES)
 def test_masks_lie_where_they_are_seen(family, folder):
     """Padded or not: a model whose masks are what is bright gives the bright part of the frame."""
     propose = HubProposer(folder(family))
