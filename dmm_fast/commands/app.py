@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--proposals", default="small", metavar="FILE|DETECTOR",
         help="what can be clicked, and what a run chooses from: small (packaged, default), torchvision, FILE.safetensors, "
-        "detectron2:CONFIG[:WEIGHTS], or a COCO results file; as for segment",
+        "hf:MODEL, detectron2:CONFIG[:WEIGHTS], a COCO results file, or several with commas; as for segment",
     )  # fmt: skip
     server = parser.add_argument_group("server")
     server.add_argument("--port", type=partial(count, least=0), metavar="N", help="(default: 8765, or a free one)")
@@ -75,12 +75,12 @@ def run(a: argparse.Namespace) -> int:
         raise ImportError(f"the page needs the package {error.name}: pip install 'dmm_fast[vos,app]'") from None
     from dmm_fast.app.worker import Settings
     from dmm_fast.data.stream import is_stream
-    from dmm_fast.proposals.sources import is_detector
+    from dmm_fast.proposals.sources import DETECTORS, split
 
     check_device(a.device)
-    if not is_detector(a.proposals) and not Path(a.proposals).is_file():
-        raise FileNotFoundError(f"{a.proposals}: no such proposals file; a detector is small, torchvision, FILE.safetensors "
-                                "or detectron2:CONFIG[:WEIGHTS]")  # fmt: skip
+    for file in split(a.proposals)[1]:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such proposals file; a detector is {DETECTORS}")
     model = model_options(a)
     settings = Settings(a.proposals, a.detector_weights, model.pop("weights"), model.pop("device"), model.pop("graph"), model)
     studio = Studio(Path(a.project) if a.project else None, settings, a.upload_limit << 30)

@@ -117,7 +117,7 @@ def add_run_options(parser: argparse.ArgumentParser, files: str = "a COCO result
     parser.add_argument(
         "--proposals", default="small", metavar=metavar,
         help=f"mask proposals: {files}, or a live detector: small (packaged, default), torchvision, FILE.safetensors from "
-        "train-proposals, or detectron2:CONFIG[:WEIGHTS]",
+        "train-proposals, hf:MODEL of the Hugging Face hub, or detectron2:CONFIG[:WEIGHTS]; or several, with commas (docs/proposals.md)",
     )  # fmt: skip
     parser.add_argument(
         "--clean-masks", action="store_true",

@@ -33,7 +33,10 @@ def add(commands: Any) -> None:
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
         "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
-        "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo",
+        "  hf:MODEL[@REVISION]           a segmenter of the Hugging Face hub (Mask2Former, OneFormer, EoMT, DETR, SAM 1 to 3, ..), or\n"
+        "                                its folder; needs dmm_fast[hf]\n"
+        "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo\n"
+        "  NAME,NAME,FILE                several of these, and files of proposals, merged (docs/proposals.md)",
         ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
         ("dmm-fast proposals clip.mp4 --out proposals.json --device cuda --top 20", "fewer, on a GPU"),
         ("dmm-fast proposals --dataset DAVIS --split val --out DAVIS/proposals --detector net.safetensors",
@@ -41,6 +44,8 @@ def add(commands: Any) -> None:
         ("torchrun --nproc-per-node 4 -m dmm_fast proposals --dataset DAVIS --out DAVIS/proposals --device cuda",
          "by four processes, each with a GPU (docs/many-machines.md)"),
         ("dmm-fast proposals frames/ --out p.json --detector detectron2:mask_rcnn.yaml:model.pkl", "a model of your own"),
+        ("dmm-fast proposals clip.mp4 --out p.json --detector small,hf:facebook/sam2.1-hiera-tiny --device cuda",
+         "what either of two models finds"),
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("frames", nargs="?", metavar="FRAMES_DIR|VIDEO", help="a directory of images, or a video file")
@@ -64,6 +69,10 @@ def add(commands: Any) -> None:
         help="weights for torchvision's Mask R-CNN (.pth, .safetensors; default: COCO's, downloaded on first use)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of models of the hub and of detectron2"
+    )
+    parser.add_argument("--batch", type=count, metavar="N", help="frames at once in these models (default: 8 on a GPU, else 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace files, and restart interrupted runs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     add_engine_options(parser)
@@ -73,7 +82,7 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.data.video import open_frames
     from dmm_fast.inference.proposing import save_proposals
     from dmm_fast.proposals.base import ProposalError
-    from dmm_fast.proposals.sources import open_proposer
+    from dmm_fast.proposals.sources import open_proposer, split
 
     if a.dataset:
         return _run_set(a)
@@ -84,8 +93,12 @@ def run(a: argparse.Namespace) -> int:
     video = open_frames(a.frames)
     if Path(a.out).exists() and not a.overwrite:
         raise ProposalError(f"{a.out}: is there already; --overwrite replaces it")
-    propose = open_proposer(a.detector, a.detector_weights, top=a.top, short_side=a.short_side, device=a.device)
-    save_proposals(Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet)
+    detector, files = split(a.detector)
+    how: dict[str, Any] = {"top": a.top, "short_side": a.short_side, "device": a.device, "precision": a.precision}
+    propose = open_proposer(detector, a.detector_weights, **how) if detector else None
+    save_proposals(
+        Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top
+    )
     if not a.quiet:
         print(f"proposals of 1 video: {a.out}")
     return 0
@@ -97,7 +110,7 @@ def _run_set(a: argparse.Namespace) -> int:
 
     job = ProposalsJob(
         a.dataset, a.out, a.layout, a.split, detector=a.detector, weights=a.detector_weights, top=a.top, short_side=a.short_side,
-        device=a.device, overwrite=a.overwrite,
+        device=a.device, precision=a.precision, batch=a.batch, overwrite=a.overwrite,
     )  # fmt: skip
     try:
         summary = propose_set(job, named(a.sequences), engine=engine_of(a), progress=not a.quiet)

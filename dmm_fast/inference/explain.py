@@ -31,7 +31,7 @@ from dmm_fast.data.video import FramesError, ImageFrames, VideoFrames, open_fram
 from dmm_fast.evaluation import held, jaccard
 from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import REPORT, UNFINISHED
-from dmm_fast.inference.proposing import Live
+from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import sharing
 from dmm_fast.inference.run import config_of
 from dmm_fast.inference.segmenter import Segmenter
@@ -39,7 +39,7 @@ from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import mask_iou
 from dmm_fast.proposals.base import full_masks
 from dmm_fast.proposals.coco import read_coco
-from dmm_fast.proposals.sources import is_detector, open_proposer
+from dmm_fast.proposals.sources import open_proposer, split
 
 GONE = 0.1  # J below which a visible object counts as lost, whatever the run believed
 JUMP = 0.25  # IoU of a mask with that of the frame before, below which it may lie on another object: docs/explain.md says how often it does
@@ -392,15 +392,24 @@ def _pngs(folder: Path) -> dict[str, Path]:
 
 def _open_proposals(source: Source, settings: dict[str, Any], where: str | os.PathLike, device: str) -> list[str]:
     """Open the run's proposals once more; -> what the user should know of them."""
-    if not is_detector(where):
-        if not Path(where).exists():
+    detector, files = split(where)
+    for file in files:
+        if not Path(file).exists():
             raise ExplainError(
-                f"{where}: the run's proposals are gone; name them with --proposals, or leave them out (--no-proposals)"
+                f"{file}: the run's proposals are gone; name them with --proposals, or leave them out (--no-proposals)"
             )
-        file = read_coco(where)
-        source.propose = lambda stem, frame: file.runs(stem, source.size)
-        return file.align(source.stems, settings["image_id_offset"])
-    live = Live(open_proposer(where, settings["detector_weights"] or "DEFAULT", device=device))
+    weights, precision = settings["detector_weights"] or "DEFAULT", settings["precision"]
+    if not detector and len(files) == 1:
+        opened = read_coco(files[0])
+        source.propose = lambda stem, frame: opened.runs(stem, source.size)
+        return opened.align(source.stems, settings["image_id_offset"])
+    if files:
+        source.propose, notes = proposal_source(
+            where, weights, settings["image_id_offset"], source.frames, device, precision=precision
+        )
+        source.live = True
+        return notes
+    live = Live(open_proposer(where, weights, device=device, precision=precision))
     if settings["online"] and live.learns:
         return [f"the detector {where} learnt the first frame in this run (--online) and was not kept, so its proposals cannot be found "
                 "again: the loss is not split"]  # fmt: skip

@@ -139,7 +139,7 @@ def segment_stream(
     }
     folder = RunFolder(out, settings)
     folder.find([], False, overwrite)
-    proposer = open_proposer(proposals, detector_weights, device=device)
+    proposer = open_proposer(proposals, detector_weights, device=device, precision=model.get("precision", "float32"))
     preset = model.pop("preset", None)
     segmenter = Segmenter(preset, device=device, proposer=proposer, **model)
     spent: dict[str, float] = defaultdict(float)

@@ -18,14 +18,16 @@ from dmm_fast.inference.models import Models
 from dmm_fast.inference.proposing import mark_detector, save_proposals
 from dmm_fast.inference.videos import each_video
 from dmm_fast.proposals.base import TOP
+from dmm_fast.proposals.sources import renamed, split
 
 
 @dataclass(frozen=True)
 class ProposalsJob:
     """A data set and the detector that goes over its videos; can be pickled.
 
-    dataset, layout, split: see `open_dataset`. detector, weights, top, short_side, device: see `open_proposer`. overwrite: do finished
-    videos again.
+    dataset, layout, split: see `open_dataset`. detector, weights, top, short_side, device, precision: see `open_proposer`; a detector
+    may also be a folder with NAME.json for each video, or several of both, with commas. batch: see `save_proposals`. overwrite: do
+    finished videos again.
     """
 
     dataset: str
@@ -37,6 +39,8 @@ class ProposalsJob:
     top: int = TOP
     short_side: int | None = None
     device: str = "cpu"
+    precision: str = "float32"
+    batch: int | None = None
     overwrite: bool = False
 
     def open(self) -> VideoDataset:
@@ -48,8 +52,10 @@ class ProposalsJob:
     def check(self, kept: Kept, device: str | None = None) -> None:
         self.load(kept.models, device or self.device)
 
-    def load(self, models: Models, device: str) -> Callable:
-        return models.detector(self.detector, self.weights, top=self.top, short_side=self.short_side, device=device)
+    def load(self, models: Models, device: str) -> Callable | None:
+        detector, _ = split(self.detector)
+        how: dict[str, Any] = {"top": self.top, "short_side": self.short_side, "device": device, "precision": self.precision}
+        return models.detector(detector, self.weights, **how) if detector else None
 
     def look(self, name: str, dataset: VideoDataset) -> Video:
         if name != Path(name).name:
@@ -64,7 +70,9 @@ class ProposalsJob:
 
     def prepare(self) -> None:
         top = self.top if self.top != TOP else None
-        mark_detector(Path(self.out), self.detector, self.weights, self.overwrite, top=top, short_side=self.short_side)
+        precision = self.precision if self.precision != "float32" else None
+        how = {"top": top, "short_side": self.short_side, "precision": precision}
+        mark_detector(Path(self.out), self.detector, self.weights, self.overwrite, **how)
 
     def do(
         self, name: str, kept: Kept, *, apart: Path | None = None, progress: bool = False, label: str | None = None
@@ -74,7 +82,11 @@ class ProposalsJob:
         if not self.finished(name):
             propose, began = self.load(kept.models, self.device), time.perf_counter()
             work = place_in(apart, path.name) if apart is not None else None
-            save_proposals(path, video.source, propose, fresh=self.overwrite, progress=progress, label=label, apart=work)
+            files = split(renamed(self.detector, lambda folder: Path(folder) / path.name))[1]
+            save_proposals(
+                path, video.source, propose, fresh=self.overwrite, progress=progress, label=label, apart=work, batch=self.batch,
+                files=files, top=self.top,
+            )  # fmt: skip
             seconds = time.perf_counter() - began
         return {
             "frames": len(video),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from dmm_fast.data.video import ImageFrames, VideoFrames, prefetch
 from dmm_fast.inference.folder import RunError, make_out
 from dmm_fast.model import Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
-from dmm_fast.proposals.coco import CocoWriter, read_coco
-from dmm_fast.proposals.sources import is_detector, open_proposer
+from dmm_fast.proposals.base import TOP, merge
+from dmm_fast.proposals.coco import CocoWriter, ProposalFile, read_coco
+from dmm_fast.proposals.sources import open_proposer, propose_all, split
 
 DETECTOR = "detector.txt"  # in a folder of proposals: whose they are
 
@@ -52,38 +54,74 @@ def proposal_source(
     frames: ImageFrames | VideoFrames,
     device: str,
     opened: Callable[..., Callable] | None = None,
+    precision: str = "float32",
 ) -> tuple[Callable, list[str]]:
     """(stem, frame) -> Proposals, and what the user should know of them. opened: what gives a detector in place of `open_proposer`."""
-    if is_detector(proposals):
-        return Live((opened or open_proposer)(proposals, weights, device=device)), []
-    file = read_coco(proposals)
-    notes = file.align(frames.stems, offset)
-    return lambda stem, frame: file.runs(stem, frame.shape[:2]), notes
+    detector, paths = split(proposals)
+    live = Live((opened or open_proposer)(detector, weights, device=device, precision=precision)) if detector else None
+    files, notes = open_files(paths, frames, offset)
+    if live is not None and not files:
+        return live, notes
+    if live is None and len(files) == 1:
+        return lambda stem, frame: files[0].runs(stem, frame.shape[:2]), notes
+
+    def merged(stem: str, frame: np.ndarray) -> Proposals:
+        return _with_files([live(stem, frame)] if live else [], files, stem, frame.shape[:2])
+
+    return merged, notes
+
+
+def open_files(
+    paths: Sequence[str | os.PathLike], frames: ImageFrames | VideoFrames, offset: int | None = None
+) -> tuple[list[ProposalFile], list[str]]:
+    """Proposals files of a clip, and what the user should know of them."""
+    files = [read_coco(path) for path in paths]
+    return files, [note for file in files for note in file.align(frames.stems, offset)]
+
+
+def _with_files(
+    found: list[Proposals], files: Sequence[ProposalFile], stem: str, size: tuple[int, int], top: int = TOP
+) -> Proposals:
+    return merge([*found, *(file.runs(stem, size) for file in files)], size, top)
 
 
 def save_proposals(
     path: Path,
     frames: ImageFrames | VideoFrames,
-    propose: Callable,
+    propose: Callable | None,
     *,
     fresh: bool = False,
     progress: bool = False,
     label: str | None = None,
     apart: Path | None = None,
+    batch: int | None = None,
+    files: Sequence[str | os.PathLike] = (),
+    top: int = TOP,
 ) -> None:
     """Write a detector's proposals of every frame to a COCO results file, or go on where an earlier call was cut short.
 
     fresh: start again. label: what stands before the progress bar. apart: a path on the same storage where the file is made before it
-    takes its place, for two processes that may have the same video; nothing goes on then.
+    takes its place, for two processes that may have the same video; nothing goes on then. batch: frames that the detector has at once,
+    if it can; None: 8 on a GPU, else 1. files: proposals files of the same clip, merged with the detector's, if there is one, to `top`
+    a frame.
     """
+    batch = batch or (8 if getattr(getattr(propose, "device", None), "type", "cpu") == "cuda" else 1)
+    opened, notes = open_files(files, frames)
     with CocoWriter(apart or path, frames.size, fresh=fresh) as writer:
         todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
         if writer.done and progress:
-            tqdm.write(f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
+            notes.insert(0, f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
+        for note in notes if progress else []:
+            tqdm.write(note)
         with tqdm(total=len(todo), desc=label, unit=" frames", disable=None if progress else True) as bar:
-            for _, stem, frame in prefetch(frames.pick(todo)):
-                writer.add(stem, propose(frame))
-                bar.update()
+            coming = iter(prefetch(frames.pick(todo)))
+            while some := list(islice(coming, batch)):
+                found = (
+                    [[each] for each in propose_all(propose, [frame for *_, frame in some])] if propose else [[]] * len(some)
+                )
+                for (_, stem, frame), parts in zip(some, found):
+                    writer.add(stem, _with_files(parts, opened, stem, frame.shape[:2], top) if opened else parts[0])
+                bar.update(len(some))
     if apart is not None:
         apart.replace(path)
 

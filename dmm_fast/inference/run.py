@@ -31,7 +31,7 @@ from dmm_fast.inference.report import by_object, speed
 from dmm_fast.inference.results import check_kinds, write_results
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Config
-from dmm_fast.proposals.sources import is_detector
+from dmm_fast.proposals.sources import renamed, sources
 
 DIRECTIONS = ("both", "forward", "backward")
 
@@ -71,7 +71,7 @@ def segment(
 
     frames: a directory of images or a video file, or either opened. masks: the first frame's masks, or a directory with masks of several
     frames (see `GivenMasks`). clean_masks: give the stray ids of smoothed masks to their neighbours; else they are refused.
-    proposals: a COCO file or a detector (see `open_proposer`). image_id_offset: added to the file's image ids to give the
+    proposals: a COCO file, a detector (see `open_proposer`), or several of both, with commas. image_id_offset: added to the file's image ids to give the
     frames' numbers; without one, ids that are off by a constant are found out (see `ProposalFile.align`).
     direction: "forward", "backward" or "both": where objects are followed to from the frames in which they are given; None: both
     where the first mask is not the first frame's, else forward. Both passes are joined (see `joining`).
@@ -105,7 +105,7 @@ def segment(
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
     models = models if models is not None and budget is None else Models()
-    propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector)
+    propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
     if go_on and online and folder.started:
         how = {"weights": folder.tuned}
@@ -158,7 +158,8 @@ def check_options(
     budget = online_budget(online) if online is not None else None
     detector = None
     if proposals is not None:
-        detector = models.detector(proposals, detector_weights, device=how.get("device", "cpu"))
+        where, precision = how.get("device", "cpu"), how.get("precision", "float32")
+        detector = models.detector(proposals, detector_weights, device=where, precision=precision)
     _check_online(budget, _load(models, detector, **how))
 
 
@@ -235,10 +236,10 @@ def run_settings(
     return {
         "frames": str(frames.resolve()),
         "masks": str(masks.resolve()),
-        "proposals": str(proposals if is_detector(proposals) else Path(proposals).resolve()),
+        "proposals": renamed(proposals, lambda path: Path(path).resolve()),
         **model,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
-        "detector_weights": str(detector_weights) if proposals == "torchvision" else None,
+        "detector_weights": str(detector_weights) if "torchvision" in sources(proposals) else None,
     }
 
 

@@ -28,7 +28,7 @@ from dmm_fast.inference.models import Models
 from dmm_fast.inference.proposing import mark_detector, save_proposals
 from dmm_fast.inference.run import check_options, segment
 from dmm_fast.inference.videos import each_video
-from dmm_fast.proposals.sources import is_detector
+from dmm_fast.proposals.sources import is_detector, renamed, split
 
 GIVEN, KEPT, SUMMARY = "first-masks", "proposals", "summary.json"
 
@@ -37,8 +37,8 @@ GIVEN, KEPT, SUMMARY = "first-masks", "proposals", "summary.json"
 class SetJob:
     """A data set and how its videos are segmented; can be pickled.
 
-    dataset, layout, split: see `open_dataset`. proposals: a detector (see `open_proposer`), or a folder with a file NAME.json for
-    each video. keep_proposals: first write the detector's to OUT/proposals, then segment from these files, as a later call does
+    dataset, layout, split: see `open_dataset`. proposals: a detector (see `open_proposer`), a folder with a file NAME.json for
+    each video, or several of both, with commas. keep_proposals: first write the detector's to OUT/proposals, then segment from these files, as a later call does
     that names the folder. overwrite: do finished videos again. options: further arguments of `run.segment`.
     """
 
@@ -53,14 +53,16 @@ class SetJob:
 
     def open(self) -> VideoDataset:
         """Raises DataError where there is no such data set or split. What is wrong with one video it says when it is opened."""
-        folder = None if is_detector(self.proposals) else self.proposals
-        if folder is not None and Path(folder).is_file():
-            raise DataError(
-                f"{folder}: a file; a data set's proposals are a folder with NAME.json for each video, or a detector"
-            )
-        if folder is not None and self.keep_proposals:
-            raise DataError(f"{folder}: these proposals are kept already; --keep-proposals is for a detector's")
-        dataset = open_dataset(self.dataset, self.layout, split=self.split, proposals=folder, partial=True)
+        _, folders = split(self.proposals)
+        for folder in folders:
+            if Path(folder).is_file():
+                raise DataError(
+                    f"{folder}: a file; a data set's proposals are a folder with NAME.json for each video, or a detector"
+                )
+            if self.keep_proposals:
+                raise DataError(f"{folder}: these proposals are kept already; --keep-proposals is for a detector's")
+        first = folders[0] if folders else None
+        dataset = open_dataset(self.dataset, self.layout, split=self.split, proposals=first, partial=True)
         if dataset.layout == "stills":
             raise DataError(f"{self.dataset}: the stills layout has single images, in which nothing can be followed")
         return dataset
@@ -151,7 +153,7 @@ def segment_one(
     out = job.folder(name)
     masks = _give(video, Path(job.out) / GIVEN / name, keep=_begun(out) and not job.overwrite)
     try:
-        proposals = job.proposals if is_detector(job.proposals) else str(Path(job.proposals) / f"{name}.json")
+        proposals = renamed(job.proposals, lambda folder: Path(folder) / f"{name}.json")
         if job.keep_proposals:
             proposals = _keep(job, video, kept.models, apart, progress, label)
         report = segment(
@@ -213,9 +215,8 @@ def _keep(job: SetJob, video: Video, models: Models, apart: Path | None, progres
     path = Path(job.out) / KEPT / f"{video.name}.json"
     if job.overwrite or not path.exists():
         options = job.options
-        detector = models.detector(
-            job.proposals, options.get("detector_weights", "DEFAULT"), device=options.get("device", "cpu")
-        )
+        how = {"device": options.get("device", "cpu"), "precision": options.get("precision", "float32")}
+        detector = models.detector(job.proposals, options.get("detector_weights", "DEFAULT"), **how)
         label = f"{label or video.name}: proposals"
         work = place_in(apart, path.name) if apart is not None else None
         save_proposals(path, video.source, detector, fresh=job.overwrite, progress=progress, label=label, apart=work)

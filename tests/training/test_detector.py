@@ -198,7 +198,7 @@ def test_regions_are_not_sought_on_the_finest_level(weights):
 
 
 def test_names_of_detectors():
-    with pytest.raises(ProposalError, match="a detector is small, torchvision, FILE.safetensors or detectron2"):
+    with pytest.raises(ProposalError, match="a detector is small, torchvision, FILE.safetensors, hf:MODEL or detectron2"):
         open_proposer("yolo")
 
 
@@ -365,14 +365,20 @@ def detectron2(monkeypatch):
     class DefaultPredictor:
         made = []
 
+        input_format = "BGR"
+
         def __init__(self, cfg):
             self.cfg = cfg
+            self.aug = types.SimpleNamespace(get_transform=lambda image: types.SimpleNamespace(apply_image=lambda image: image))
             self.made.append(self)
 
-        def __call__(self, image):
+        def model(self, inputs):
+            return [self.find(**each) for each in inputs]
+
+        def find(self, image, height, width):
             self.image = image
             boxes = torch.tensor([[10.0, 10, 40, 40], [50, 10, 80, 40], [10, 10, 41, 41]])
-            masks = torch.zeros(3, *image.shape[:2], dtype=torch.bool)
+            masks = torch.zeros(3, height, width, dtype=torch.bool)
             for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
                 mask[y0:y1, x0:x1] = True
             return {"instances": Instances(
@@ -410,7 +416,7 @@ def test_detectron2_from_its_zoo(detectron2):
     cfg = predictor.cfg
     assert cfg.files == [f"/zoo/{name}"] and f"https://zoo/{name}.pkl" == cfg.MODEL.WEIGHTS
     assert (cfg.MODEL.DEVICE, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.INPUT.MIN_SIZE_TEST) == ("cpu", 0.0, 480)
-    assert (predictor.image == frame[:, :, ::-1]).all(), "detectron2's predictor wants BGR"
+    assert (predictor.image.numpy() == frame[:, :, ::-1].transpose(2, 0, 1)).all(), "this model wants BGR"
     assert scores.tolist() == pytest.approx([0.9, 0.6]), "of one region with two classes the better is kept, best first"
     assert masks.dtype == torch.bool and masks.shape == (2, *SIZE) and boxes[0].tolist() == [10, 10, 41, 41]
     assert torch.equal(propose(torch.from_numpy(frame).permute(2, 0, 1)).masks, masks)
