@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
         "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
-        "  hf:MODEL[@REVISION]           a segmenter of the Hugging Face hub (Mask2Former, OneFormer, EoMT, DETR, SAM 1 to 3, ..), or\n"
+        "  hf:MODEL[@REVISION]           a segmenter of the Hugging Face hub (Mask2Former, OneFormer, EoMT, DETR, SAM, ..), or\n"
         "                                its folder; needs dmm_fast[hf]\n"
         "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo\n"
         "  NAME,NAME,FILE                several of these, and files of proposals, merged (docs/proposals.md)",
@@ -96,9 +96,7 @@ def run(a: argparse.Namespace) -> int:
     detector, files = split(a.detector)
     how: dict[str, Any] = {"top": a.top, "short_side": a.short_side, "device": a.device, "precision": a.precision}
     propose = open_proposer(detector, a.detector_weights, **how) if detector else None
-    save_proposals(
-        Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top
-    )
+    save_proposals(Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top)
     if not a.quiet:
         print(f"proposals of 1 video: {a.out}")
     return 0
