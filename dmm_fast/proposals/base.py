@@ -9,7 +9,8 @@ from torch import Tensor
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import NO_RUN, decode_runs, paste_combine
 
-TOP = 50  # proposals kept per frame, Section 3 of the paper
+TOP = 50
+"""Proposals kept per frame (Section 3 of the paper)."""
 
 
 class ProposalError(ValueError):
