@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 @cache
 def blocks(page: Path) -> list[Block]:
-    """The page's commands and Python, from top to bottom; what stands before keeps tracebacks at the page's lines."""
+    """The page's commands and Python, from top to bottom."""
     text = page.read_text()
     fences = re.finditer(
         r"^(?:<!-- not run: (?P<excuse>.+) -->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$", text, re.M | re.S
@@ -106,7 +106,7 @@ def anchors(page: Path) -> set[str]:
     for heading in re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M):
         slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
         found.add(slug)
-    return found | {f"{name}" for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)}
+    return found | set(re.findall(r"^::: (\S+)", page.read_text(), re.M))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -293,9 +293,8 @@ def things(tmp_path_factory) -> Path:
     write_coco(folder / "proposals.json", found, SIZE)
     (folder / "DAVIS" / "proposals").mkdir()
     shutil.copy(folder / "proposals.json", folder / "DAVIS" / "proposals" / "bear.json")
-    for file in ("DAVIS/ImageSets/2017/val.txt",):
-        (folder / file).parent.mkdir(parents=True)
-        (folder / file).write_text("bear\n")
+    (folder / "DAVIS" / "ImageSets" / "2017").mkdir(parents=True)
+    (folder / "DAVIS" / "ImageSets" / "2017" / "val.txt").write_text("bear\n")
     with VideoWriter(folder / "clip.mp4", SIZE, fps=12) as writer:
         for frame, _ in shots:
             writer.write(frame)
