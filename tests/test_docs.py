@@ -283,9 +283,9 @@ def things(tmp_path_factory) -> Path:
     for time, (frame, ids) in enumerate(shots):
         masks, scores = (torch.from_numpy(part) for part in scene.proposals(time))
         found[f"{time:05d}"] = Proposals(mask_boxes(masks), scores, masks)
-        for place in ("frames", "DAVIS/JPEGImages/480p/bear", "DAVIS16/JPEGImages/bear"):
+        for place in ("frames", "DAVIS/JPEGImages/480p/bear"):
             save(folder / place / f"{time:05d}.jpg", frame)
-        for place in ("Annotations/clip", "results/clip", "DAVIS/Annotations/480p/bear", "DAVIS16/Annotations/bear"):
+        for place in ("Annotations/clip", "results/clip", "DAVIS/Annotations/480p/bear"):
             save(folder / place / f"{time:05d}.png", ids)
     save(folder / "first.png", shots[0][1])
     for time in (0, FRAMES - 1):
