@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   formatting, lint and types
 # make bench   the benchmarks of this machine
+# make docs    the documentation site in build/site; a broken link or reference is an error
 # make cluster DATA=..  how data sets go faster with processes and machines, and what a lost one costs
 # make tidy    clang-tidy over the C++ sources, some minutes
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
@@ -15,7 +16,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check tidy bench cluster runtime oldest sanitize clean
+.PHONY: demo test check docs tidy bench cluster runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -28,6 +29,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+# The reference is read from sources, never imported: here the package with its two guest rooms, as it is installed.
+docs: $(VENV)/.built
+	$(BIN)/pip install -q 'dmm_fast[docs]'
+	rm -rf build/docs && mkdir -p build/docs/dmm_fast
+	ln -sf $(CURDIR)/dmm_fast/* build/docs/dmm_fast && ln -sfn $(CURDIR)/model $(CURDIR)/kernels build/docs/dmm_fast
+	cd build/docs && $(CURDIR)/$(BIN)/zensical build --strict --clean -f $(CURDIR)/zensical.toml
 
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
 tidy: $(VENV)/.installed
@@ -70,4 +78,4 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize_readers.py
 
 clean:
-	rm -rf build dist *.egg-info dmm_fast/lib demo
+	rm -rf build dist .cache *.egg-info dmm_fast/lib demo

@@ -102,6 +102,7 @@ class Config:
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
+        """All settings by name, for `from_dict`."""
         return asdict(self)
 
     @classmethod
@@ -136,3 +137,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3, "refine": "heavy", "hidden": 128},
     "segtrack": {"backbone": "resnet50", "short_side": 800, "iou_weight": 0.9, "refine": "heavy", "hidden": 128},
 }
+"""Settings by name, for `Config.preset`: the packaged network's, overlap alone, and the paper's."""

@@ -327,6 +327,7 @@ class DMMNet(nn.Module):
         return self.decide(features, candidates, affinity, assignment, state)
 
     def forward(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """The same as `step`."""
         return self.step(frame, proposals, state)
 
 
