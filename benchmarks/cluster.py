@@ -4,8 +4,8 @@
 
 DATASET: plain folders with `JPEGImages/VIDEO` and `Annotations/VIDEO`. Takes the first frames of some videos and segments them with the
 packaged network by one process, by 1 and 2 processes of torchrun and by a Ray cluster of 1 and of 2 machines with a core each, all on this
-machine; then, matching on mask overlap alone, by a cluster of 4 machines of which a worker and a machine are killed in the middle. Every
-outcome must be that of one process, byte by byte. What more processes than cores would do is computed: see `model`.
+machine; then more and longer ones, matching on mask overlap alone, by a cluster of 4 machines of which a worker and a machine are killed in
+the middle. Every outcome must be that of one process, byte by byte. What more processes than cores would do is computed: see `model`.
 """
 
 from __future__ import annotations
@@ -117,9 +117,10 @@ def main() -> None:
     proposals = a.proposals or a.dataset / "proposals"
     shutil.rmtree(a.work, ignore_errors=True)
     cut(a.dataset, a.work / "data", a.videos, a.frames)
+    cut(a.dataset, a.work / "more", 4 * a.videos, 2 * a.frames)
 
-    def job(out: str, **options: Any) -> SetJob:
-        return SetJob(str(a.work / "data"), str(a.work / out), proposals=str(proposals), options=options)
+    def job(out: str, data: str = "data", **options: Any) -> SetJob:
+        return SetJob(str(a.work / data), str(a.work / out), proposals=str(proposals), options=options)
 
     print("| | videos | wall, s | frames/s | load before |\n|---|--:|--:|--:|--:|", flush=True)
 
@@ -138,21 +139,23 @@ def main() -> None:
     for count in (1, 2):
         with Cluster(count) as cluster:
             engine = OnRay(cluster.all.address)
-            row(f"Ray, {count}", f"ray{count}", lambda count=count: segment_set(job(f"ray{count}"), engine=engine), "one")  # noqa: B023
-    segment_set(job("iou", preset="iou"))
+            row(f"Ray, {count}", f"ray{count}", lambda count=count: segment_set(job(f"ray{count}"), engine=engine), "one")
+    segment_set(job("iou", "more", preset="iou"))
     killed: list[str] = []
     with Cluster(4) as cluster:
         threading.Thread(target=cluster.kill, args=(killed,), daemon=True).start()
-        run = lambda: segment_set(job("killed", preset="iou"), engine=OnRay(cluster.all.address), progress=True)  # noqa: E731
+        run = lambda: segment_set(job("killed", "more", preset="iou"), engine=OnRay(cluster.all.address), progress=True)  # noqa: E731
         row("Ray, 4, overlap alone, a worker and a machine killed", "killed", run, "iou")
     assert killed == ["a worker", "a machine"], f"killed in time: {killed}"
 
-    each = [sum(video["seconds"].values()) for video in one["videos"].values()]
-    start = one["wall"] - sum(each)
-    print(f"\nvideos of {min(each):.1f} to {max(each):.1f} s, {start:.1f} s to start; the model:")
-    alone = model(each, start, 1)
-    for count in (1, 2, 4, 8, 16, 64):
-        print(f"{count} processes: {alone / model(each, start, count):.1f} times one")
+    rate = one["frames"] / sum(one["seconds"].values())
+    start = one["wall"] - sum(one["seconds"].values())
+    lengths = [len(list(video.iterdir())) for video in (a.dataset / "JPEGImages").iterdir()]
+    each = [length / rate for length in lengths]
+    print(f"\nThe model, for all {len(lengths)} videos of the data set, {min(lengths)} to {max(lengths)} frames, at {rate:.2f} frames/s, "
+          f"{start:.0f} s to start:\n\n| processes | times one |\n|--:|--:|")  # fmt: skip
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        print(f"| {count} | {model(each, start, 1) / model(each, start, count):.1f} |")
 
 
 if __name__ == "__main__":
