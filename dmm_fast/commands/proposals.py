@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         "  small                         the proposal network in the package, for CPUs (default)\n"
         "  torchvision                   Mask R-CNN with the classes of COCO, downloaded on first use\n"
         "  FILE.safetensors              a proposal network of dmm-fast train-proposals\n"
-        "  hf:MODEL[@REVISION]           a segmenter of the Hugging Face hub (Mask2Former, OneFormer, EoMT, DETR, SAM 1 to 3, ..), or\n"
-        "                                its folder; needs dmm_fast[hf]\n"
+        "  hf:MODEL[@REVISION]           a segmenter of the Hugging Face hub (Mask2Former, EoMT, DETR, SAM 1 to 3, ..) or its\n"
+        "                                folder; needs dmm_fast[hf]\n"
         "  detectron2:CONFIG[:WEIGHTS]   a model of detectron2: a file, or a name of its model zoo\n"
         "  NAME,NAME,FILE                several of these, and files of proposals, merged (docs/proposals.md)",
         ("dmm-fast proposals frames/ --out proposals.json", "the 50 best proposals of every frame"),
