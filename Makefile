@@ -2,6 +2,8 @@
 # make test    the whole test suite
 # make check   formatting, lint and types
 # make bench   the benchmarks of this machine
+# make docs    the documentation site in build/site; a broken link or reference is an error
+# make cluster DATA=..  how data sets go faster with processes and machines, and what a lost one costs
 # make tidy    clang-tidy over the C++ sources, some minutes
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
 # make oldest  do the native sources compile with the oldest torch that is supported?
@@ -14,7 +16,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check tidy bench runtime oldest sanitize clean
+.PHONY: demo test check docs tidy bench cluster runtime oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -28,6 +30,13 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
+# The reference is read from sources, never imported: here the package with its two guest rooms, as it is installed.
+docs: $(VENV)/.built
+	$(BIN)/pip install -q 'dmm_fast[docs]'
+	rm -rf build/docs && mkdir -p build/docs/dmm_fast
+	ln -sf $(CURDIR)/dmm_fast/* build/docs/dmm_fast && ln -sfn $(CURDIR)/model $(CURDIR)/kernels build/docs/dmm_fast
+	cd build/docs && $(CURDIR)/$(BIN)/zensical build --strict --clean -f $(CURDIR)/zensical.toml
+
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
 tidy: $(VENV)/.installed
 	$(BIN)/pip install -q clang-tidy
@@ -38,6 +47,10 @@ tidy: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Plain folders with JPEGImages, Annotations and proposals.
+cluster: $(VENV)/.built
+	$(BIN)/python benchmarks/cluster.py $(or $(DATA),$(error make cluster DATA=folder with JPEGImages, Annotations and proposals))
 
 $(VENV)/.installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +78,4 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize_readers.py
 
 clean:
-	rm -rf build dist *.egg-info dmm_fast/lib demo
+	rm -rf build dist .cache *.egg-info dmm_fast/lib demo

@@ -32,7 +32,7 @@ from gpu_tables import append_row, read_results, render  # noqa: E402  they impo
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ROOT / "benchmarks" / "gpu_stages.py"
 # A stage may take its share of the time that is left for it and those after it.
-SHARES = {"tests": 4, "steps": 5, "parts": 1, "sanitizer": 3, "decisions": 1, "layer": 6, "vision": 2}
+SHARES = {"tests": 4, "steps": 5, "parts": 1, "videos": 1, "sanitizer": 3, "decisions": 1, "layer": 6, "vision": 2}
 SUMMARY, LEAST = 5, 10  # seconds kept for the tables, and below which no stage is worth starting: imports take some
 
 

@@ -13,8 +13,10 @@ import json
 import math
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,56 @@ def scene(size: list[int], kind: str, device: str) -> tuple[Any, Any, Any]:
     soft = torch.rand(50, 28, 28, generator=generator).to(device)
     shapes = encode_runs(masks) if kind == "runs" else soft if kind == "soft" else masks
     return frame, masks, Proposals(boxes.float().to(device), scores, shapes)
+
+
+def videos(run: Run) -> None:
+    """Several videos at once in one process, a session, a thread and a stream for each: frames per second, summed."""
+    cases = [
+        (count, kind) for kind in ("soft", "live") for count in ((1, 2) if run.dry_run else (1, 4) if run.quick else (1, 4, 16))
+    ]
+    cases = [
+        dict(videos=count, proposals=kind) for count, kind in cases if not run.has(table="videos", videos=count, proposals=kind)
+    ]
+    if not cases:
+        return
+    import torch
+
+    import dmm_fast
+
+    run.machine()
+    size = [side // (10 if run.dry_run else 1) for side in SIZES["240p"]]
+    warm, frames = (1, 2) if run.dry_run else (5, 100)
+    for case in cases:
+        if run.late:
+            run.write(table="cut", name="videos", case=f"{case['videos']} videos, {case['proposals']}")
+            break
+        proposer = _detector(run.device) if case["proposals"] == "live" else None
+        first = dmm_fast.Segmenter(device=run.device, graph=not run.dry_run, proposer=proposer)
+        sessions = [first, *(first.another() for _ in range(case["videos"] - 1))]
+        ready = threading.Barrier(len(sessions) + 1)
+        frame, masks, given = scene(size, "soft", device=run.device)
+
+        def follow(session: Any) -> None:
+            stream = torch.cuda.Stream() if run.device == "cuda" else None
+            with torch.cuda.stream(stream):  # does nothing with None
+                session.start(frame, masks[::16][:3])
+                for number in range(warm + frames):
+                    if number == warm:
+                        ready.wait(60)
+                    session.step(frame, None if proposer else given)
+
+        try:
+            with ThreadPoolExecutor(len(sessions)) as pool:
+                tasks = [pool.submit(follow, session) for session in sessions]
+                ready.wait(60)
+                begin = time.perf_counter()
+                for task in tasks:
+                    task.result()
+                seconds = time.perf_counter() - begin
+        except (RuntimeError, threading.BrokenBarrierError) as error:
+            run.write(table="failed", case=f"{case['videos']} videos at once", error=repr(error)[:300])
+            continue
+        run.write(table="videos", **case, size=size, seconds=seconds, frames=frames * len(sessions))
 
 
 def _allocated(run: Run) -> int:
@@ -429,7 +481,7 @@ def layer(run: Run) -> None:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "sanitize": sanitize, "steps": steps, "parts": parts, "pt2": pt2, "decisions": decisions, "layer": layer,
+    "sanitize": sanitize, "steps": steps, "parts": parts, "videos": videos, "pt2": pt2, "decisions": decisions, "layer": layer,
 }  # fmt: skip
 
 

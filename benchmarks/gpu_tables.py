@@ -49,7 +49,7 @@ def render(out: Path) -> str:
     rows = read_results(out)
     machines = [row for row in rows if row["table"] == "machine"]
     texts = ["; ".join(f"{key} {value}" for key, value in row.items() if key != "table") + "." for row in machines]
-    for section in (steps, parts, compiled, decisions, layer, peers, memory, vision, refused):
+    for section in (steps, parts, videos, compiled, decisions, layer, peers, memory, vision, refused):
         try:
             texts += section(rows)
         except (KeyError, TypeError, ValueError) as error:  # rows of another version of this script: the other tables count
@@ -86,6 +86,19 @@ def parts(rows: list[dict]) -> Iterator[str]:
         [name, *(us(row["seconds"].get(name, {}).get(way)) for row in found for way in ("kernel", "call"))] for name in names
     ]
     yield table(["", *header], cells)
+
+
+def videos(rows: list[dict]) -> Iterator[str]:
+    """Several videos at once in one process."""
+    found = [row for row in rows if row["table"] == "videos"]
+    if not found:
+        return
+    yield "Videos at once in one process, 3 objects and 50 proposals each: frames per second, summed."
+    cells = [
+        [f"{row['size'][1]}x{row['size'][0]}", row["proposals"], f"{row['videos']}", f"{row['frames'] / row['seconds']:.0f}"]
+        for row in found
+    ]
+    yield table(["frame", "proposals", "videos", "frames/s"], cells)
 
 
 def decisions(rows: list[dict]) -> Iterator[str]:

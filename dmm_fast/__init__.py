@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from dmm_fast.ops.info import build_info
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _OPS = (
     "assign", "decode_runs", "feasibility", "greedy", "hungarian", "linear_assignment", "mask_confident", "mask_iou", "match",

@@ -405,6 +405,7 @@ class Report:
 
     @property
     def per_object(self) -> list[dict[str, Any]]:
+        """One row per object, with the columns of `table`."""
         return [score.row for score in self.objects]
 
     def to_csv(self, path: str | os.PathLike) -> None:

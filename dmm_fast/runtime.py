@@ -3,8 +3,8 @@
     from dmm_fast.runtime import Segmenter
     segmenter = Segmenter("exported"); segmenter.start(frame, ids); segmenter.step(frame, (boxes, scores, masks))
 
-Frames are uint8 [H, W, 3] arrays and ids uint8 [H, W]; proposals are arrays, or tensors on the CPU. It is compiled against the
-torch at hand, so it is not in the wheel: ``dmm-fast runtime --build`` makes it.
+Frames are uint8 [H, W, 3] arrays and ids uint8 [H, W]; proposals are arrays too. It is compiled against the torch at hand, so
+it is not in the wheel: ``dmm-fast runtime --build`` makes it.
 """
 
 from __future__ import annotations

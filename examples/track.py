@@ -31,7 +31,7 @@ class Seen:
 
     scores: Tensor  # [M]
     masks: Tensor  # [M, H, W] bool
-    looks: Tensor  # [M, C], of length 1: what the network sees inside the boxes
+    looks: Tensor  # [M, C], of length 1: what the network sees inside the masks
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def look(frames, proposals: ProposalFile, lowest: float = 0.1) -> Iterator[tuple
             if not double[number, kept].any():
                 kept.append(number)
         features = net.encode(torch.from_numpy(frame).permute(2, 0, 1)[None])
-        looks = F.normalize(net.describe(features, boxes[kept], height, width), dim=1)
+        looks = F.normalize(net.describe(features, boxes[kept], masks[kept].float(), height, width), dim=1)
         yield stem, Seen(scores[kept], masks[kept], looks)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 REFINEMENTS = ("none", "light", "heavy")
 FOLLOW = ("matched", "refined")
 OBJECTS = ("apart", "sharing", "together")
+POOLS = ("box", "mask")
 LAYERS = ("dykstra", "prices")
 DYKSTRA = ("reset", "carry")
 
@@ -18,7 +19,9 @@ class Config:
 
     Features: `backbone` is any timm model with four feature levels (`features_only`), or "none". Frames are resized to
     `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`.
-    RoI features go through a learned projection to `embed` dimensions, or as they are (0).
+    An object's features are the mean over its "box" (the paper's RoIAlign) or its "mask": `pool`. They go through a learned projection
+    to `embed` dimensions, or as they are (0). `update` is how much of a match's features goes into the template's, in frames in which
+    the proposal and the last mask have an IoU above 0.5; 0 (the paper): the template stays as it was given.
     Matching: `iou_weight` is lambda of Eq. 1. `layer` "dykstra" is the paper's (`dmm_fast.match`, Algorithm 1), with its
     `n_grad`, `n_proj`, `lr` and `dykstra`; "prices" (`dmm_fast.match_prices`, docs/variants.md) takes the first three and
     decides like the Hungarian method, for networks that are not trained through it.
@@ -36,7 +39,9 @@ class Config:
     backbone: str = "none"
     input_size: tuple[int, int] | None = None
     short_side: int | None = None
+    pool: str = "box"
     embed: int = 0
+    update: float = 0.0
     iou_weight: float = 1.0
     layer: str = "dykstra"
     n_grad: int = 40
@@ -68,6 +73,8 @@ class Config:
         require(self.backbone != "none" or self.iou_weight == 1.0, "iou_weight", "1 without a backbone")
         require(self.embed >= 0, "embed", "0 or more")
         require(self.embed == 0 or self.backbone != "none", "embed", "0 without a backbone")
+        require(self.pool in POOLS, "pool", f"one of {POOLS}")
+        require(0.0 <= self.update < 1.0, "update", "in [0, 1)")
         require(self.n_grad >= 1, "n_grad", "at least 1")
         require(self.n_proj >= 1, "n_proj", "at least 1")
         require(self.lr > 0.0, "lr", "positive")
@@ -95,6 +102,7 @@ class Config:
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
+        """All settings by name, for `from_dict`."""
         return asdict(self)
 
     @classmethod
@@ -129,3 +137,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3, "refine": "heavy", "hidden": 128},
     "segtrack": {"backbone": "resnet50", "short_side": 800, "iou_weight": 0.9, "refine": "heavy", "hidden": 128},
 }
+"""Settings by name, for `Config.preset`: the packaged network's, overlap alone, and the paper's."""

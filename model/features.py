@@ -1,6 +1,7 @@
-"""RoI features: RoIAlign averaged over space, as one matrix product per level."""
+"""Features of objects: means over their boxes (RoIAlign) or their masks, as one matrix product per level."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,4 +36,19 @@ def roi_means(levels: list[Tensor], strides: list[int], boxes: Tensor) -> Tensor
         # One product over all pixels beats one per axis (no [C, h, R] between them): 1.7x forward, 3x backward on a CPU.
         window = (weights[:, 1, : level.size(2), None] * weights[:, 0, None, : level.size(3)]).flatten(1)  # [R, h w]
         means.append(window @ level[0].flatten(1).t())  # [R, C]
+    return torch.cat(means, 1)
+
+
+def mask_means(levels: list[Tensor], cover: Tensor) -> Tensor:
+    """Mean features of the cells that masks cover, the levels side by side: [R, sum C_l]; zeros for an empty mask.
+
+    levels: each [1, C_l, h_l, w_l], fine to coarse; cover: [R, h, w] in [0, 1], the share of each cell of any grid.
+    """
+    if len(levels) == 0:
+        return cover.new_zeros((cover.size(0), 0))
+    means: list[Tensor] = []
+    for level in levels:
+        cover = F.adaptive_avg_pool2d(cover[:, None], [level.size(2), level.size(3)])[:, 0]
+        weight = cover.flatten(1).to(level.dtype)  # [R, h w]
+        means.append(weight @ level[0].flatten(1).t() / weight.sum(1, keepdim=True).clamp(min=1e-6))
     return torch.cat(means, 1)

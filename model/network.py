@@ -9,7 +9,7 @@ from dmm_fast import ops  # noqa: F401  registers torch.ops.dmm.*
 from . import efficientnet
 from .config import Config
 from .efficientnet import EfficientNetLite0
-from .features import roi_means
+from .features import mask_means, roi_means
 from .masks import cover, mask_boxes, overlap, scaled
 from .refinement import HeavyRefinement, LightRefinement, doubled
 from .state import Affinity, Candidates, Output, Proposals, State, empty_like, merge
@@ -78,6 +78,8 @@ class DMMNet(nn.Module):
         self.short_side = config.short_side or 0
         self.iou_weight = float(config.iou_weight)  # TorchScript takes no int for a float
         self.prices = config.layer == "prices"
+        self.masked = config.pool == "mask"
+        self.update = float(config.update)
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, float(config.lr)
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
@@ -109,8 +111,10 @@ class DMMNet(nn.Module):
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 
-    def describe(self, features: list[Tensor], boxes: Tensor, height: int, width: int) -> Tensor:
-        """RoI features [R, C] from conv2-5 of boxes [R, 4] in pixels of the frame."""
+    def describe(self, features: list[Tensor], boxes: Tensor, cover: Tensor, height: int, width: int) -> Tensor:
+        """Features [R, C] from conv2-5 of objects with boxes [R, 4], in pixels of the frame, and masks [R, h, w], on any grid."""
+        if self.masked:
+            return self.embed(mask_means(features[-4:], cover))
         resized = self.resized(height, width)
         boxes = scaled(boxes, resized[1] / width, resized[0] / height)
         return self.embed(roi_means(features[-4:], self.strides[-4:], boxes))
@@ -141,7 +145,7 @@ class DMMNet(nn.Module):
         hidden: list[Tensor] = []
         if self.refinement is not None:
             hidden = self.refinement.start(features, on_grid)
-        described = self.describe(features, mask_boxes(masks), height, width)
+        described = self.describe(features, mask_boxes(masks), on_grid, height, width)
         return State(valid, described, on_grid, on_grid, masks[:, :0, :0] if self.heavy else masks, hidden)
 
     @torch.jit.export
@@ -175,9 +179,10 @@ class DMMNet(nn.Module):
     @torch.jit.export
     def compare(self, features: list[Tensor], candidates: Candidates, state: State) -> Affinity:
         """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
-        described = self.describe(features, candidates.boxes, candidates.height, candidates.width)  # [M, C]
-        cosine = F.normalize(state.features, dim=1) @ F.normalize(described, dim=1).t()
-        return Affinity(cosine, overlap(state.masks, candidates.cover))
+        described = self.describe(features, candidates.boxes, candidates.cover, candidates.height, candidates.width)  # [M, C]
+        described = F.normalize(described, dim=1)
+        cosine = F.normalize(state.features, dim=1) @ described.t()
+        return Affinity(cosine, overlap(state.masks, candidates.cover), described)
 
     @torch.jit.export
     def cost(self, affinity: Affinity) -> Tensor:
@@ -261,7 +266,17 @@ class DMMNet(nn.Module):
         rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
         output = Output(logits, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
-        return output, State(state.valid, state.features, state.templates, on_grid, full, hidden)
+        templates = self.renewed(state.features, affinity, column, found)
+        return output, State(state.valid, templates, state.templates, on_grid, full, hidden)
+
+    def renewed(self, features: Tensor, affinity: Affinity, column: Tensor, found: Tensor) -> Tensor:
+        """Features of the templates [N, C] after the proposals `column` [N, 1] were matched where `found` [N]."""
+        if self.update == 0.0:
+            return features
+        sure = found & (affinity.iou.gather(1, column)[:, 0] > 0.5)
+        seen = affinity.features.index_select(0, column[:, 0])
+        moved = (1.0 - self.update) * F.normalize(features, dim=1) + self.update * seen
+        return torch.where(sure[:, None], moved, features)
 
     def pick(
         self, candidates: Candidates, column: Tensor, scale: Tensor, found: Tensor, last: Tensor
@@ -312,6 +327,7 @@ class DMMNet(nn.Module):
         return self.decide(features, candidates, affinity, assignment, state)
 
     def forward(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """The same as `step`."""
         return self.step(frame, proposals, state)
 
 

@@ -145,6 +145,13 @@ def test_a_cpp_program_builds_against_the_wheel(wheel, tmp_path):
     assert told == "0 object 5: 600 pixels, score 1.000\n1 object 5: 600 pixels, score 1.000\n"
 
 
-def test_the_cmake_package_has_the_version_of_the_project():
+def test_one_version():
+    """In the project, the package, the CMake package, the newest entry of the changelog, and the citation."""
     version = re.search(r'^version = "([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-    assert f"set(PACKAGE_VERSION {version})" in (ROOT / "csrc" / "runtime" / "dmm-config-version.cmake").read_text()
+    for file, line in (
+        ("dmm_fast/__init__.py", f'__version__ = "{version}"'),
+        ("csrc/runtime/dmm-config-version.cmake", f"set(PACKAGE_VERSION {version})"),
+        ("CITATION.cff", f"version: {version}"),
+    ):
+        assert line in (ROOT / file).read_text().splitlines(), file
+    assert re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version

@@ -11,12 +11,13 @@ from dmm_fast.commands.options import (
     STOPPED,
     add_command,
     add_detector_options,
+    add_engine_options,
     add_model_options,
     add_run_options,
     add_set_options,
-    check_device,
     complain,
     complain_of,
+    engine_of,
     named,
     set_job,
 )
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--table", type=int, choices=(0, 1, 2, 3), help="the paper's table beside which the row stands, 0 for none "
                         "(default: the layout's)")  # fmt: skip
     add_run_options(parser, "a folder of NAME.json, COCO results for each video", "DIR|DETECTOR")
+    add_engine_options(parser)
     add_model_options(parser)
     add_detector_options(parser)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that score (default: one per core)")
@@ -51,13 +53,14 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.inference.benchmark import benchmark
     from dmm_fast.inference.passes import Interrupted
 
-    check_device(a.device)
-    job = set_job(a, a.dataset)
+    job, engine = set_job(a, a.dataset), engine_of(a)
     try:
-        result = benchmark(job, named(a.sequences), table=a.table, workers=a.workers, progress=not a.quiet)
+        result = benchmark(job, named(a.sequences), table=a.table, workers=a.workers, engine=engine, progress=not a.quiet)
     except Interrupted as stop:
         complain(f"{str(stop).partition(';')[0]}; repeat the command to continue")
         return STOPPED
+    if result is None:
+        return 0  # the first process of torchrun tells
     complain_of(result["failed"], a.debug)
     print(result["markdown"], end="")
     if not a.quiet:

@@ -142,6 +142,61 @@ def add_set_options(parser: Any) -> None:
     )  # fmt: skip
 
 
+def add_engine_options(parser: Any) -> None:
+    """Whose processes do the videos of a data set."""
+    group = parser.add_argument_group(
+        "many processes",
+        "started by torchrun, the command shares the videos out among its processes: torchrun --nproc-per-node 8 -m dmm_fast ..",
+    )
+    group.add_argument("--engine", metavar="ray[:HOST:PORT]", help="a task of Ray for each video: on the cluster at this address, else "
+                       "the one that runs here, else one that is started on this machine")  # fmt: skip
+    group.add_argument("--cpus-per-video", type=part, metavar="N", help="what a task of Ray takes (default: 1)")
+    group.add_argument("--gpus-per-video", type=part, metavar="N", help="the same; .25 for four videos at once on a GPU (default: 1 with "
+                       "--device cuda, else 0)")  # fmt: skip
+    group.add_argument("--retries", type=lambda text: count(text, least=0), metavar="N", help="how often a task of Ray whose process was "
+                       "killed is done again (default: 3)")  # fmt: skip
+
+
+def part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"must be a part of one or a whole number, got {text!r}")
+    return value
+
+
+def check_alone() -> None:
+    """Refuse a single video under torchrun: each process would do it, in the same place."""
+    from dmm_fast.inference.on_torchrun import under_torchrun
+
+    if under_torchrun():
+        raise ValueError("torchrun shares out the videos of a data set (--dataset); one video is done by one process")
+
+
+def engine_of(a: argparse.Namespace) -> Any:
+    """The `Engine` of a command line with `add_engine_options`; checks that the device is there where the work is done."""
+    from dmm_fast.inference.videos import open_engine
+
+    asked = {"cpus": a.cpus_per_video, "gpus": a.gpus_per_video, "retries": a.retries}
+    resources = {name: value for name, value in asked.items() if value is not None}
+    if a.engine is None and resources:
+        raise ValueError(f"--{next(iter(resources)).removesuffix('s')}.. belongs to Ray; it needs --engine ray")
+    cuda = a.device.startswith("cuda")
+    if a.engine is None:
+        check_device(a.device)
+    elif not cuda and resources.get("gpus"):
+        raise ValueError(f"--gpus-per-video {resources['gpus']:g} and --device {a.device}: GPUs are used with --device cuda")
+    elif cuda and resources.get("gpus", 1) == 0:
+        raise ValueError(f"--device {a.device} and --gpus-per-video 0: a video needs a part of a GPU")
+    elif cuda:
+        resources.setdefault("gpus", 1)
+    return open_engine(a.engine, **resources)
+
+
 def named(sequences: str | None) -> list[str] | None:
     """The names in a text file, one a line, or in a list with commas; None for all."""
     if sequences is None:
@@ -170,7 +225,7 @@ def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: in
         if debug and "traceback" in why:
             print(why["traceback"], file=sys.stderr)
     if len(failed) > most and not debug:
-        complain(f"and {len(failed) - most} more videos failed; summary.json has them all")
+        complain(f"and {len(failed) - most} more videos failed; --debug names all")
 
 
 def add_precision(parser: Any) -> None:

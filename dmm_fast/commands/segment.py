@@ -11,12 +11,15 @@ from dmm_fast.commands.options import (
     STOPPED,
     add_command,
     add_detector_options,
+    add_engine_options,
     add_model_options,
     add_run_options,
     add_set_options,
+    check_alone,
     check_device,
     complain,
     complain_of,
+    engine_of,
     model_options,
     named,
     set_job,
@@ -52,6 +55,8 @@ def add(commands: Any) -> None:
          "match on ResNet-50 features and mask overlap"),
         ("dmm-fast segment --dataset DAVIS --split val --proposals DAVIS/proposals --out result",
          "a data set; proposals are files NAME.json in a folder, or a detector's"),
+        ("torchrun --nproc-per-node 8 -m dmm_fast segment --dataset DAVIS --split val --out result --device cuda",
+         "by eight processes, each with a GPU; --engine ray does it on a cluster of Ray (docs/many-machines.md)"),
         ("dmm-fast segment --dataset YouTubeVOS --split valid_all_frames --out result --zip result.zip",
          "and the zip that the server takes, with the frames it wants"),
     )  # fmt: skip
@@ -88,6 +93,7 @@ def add(commands: Any) -> None:
     sets.add_argument(
         "--zip", metavar="FILE.zip", help="also write what the data set's server takes, checked against its rules"
     )
+    add_engine_options(parser)
     add_model_options(parser)
     add_detector_options(parser)
     live = parser.add_argument_group(
@@ -112,12 +118,13 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.inference.passes import Interrupted
     from dmm_fast.inference.results import result_files
 
-    check_device(a.device)
     if a.dataset:
         return _run_set(a)
+    check_alone()
+    check_device(a.device)
     if not a.masks:
         raise ValueError("--masks FIRST.png|DIR is missing: the objects to follow")
-    if of_a_set := [name for name in ("split", "sequences", "keep_proposals", "zip") if getattr(a, name)]:
+    if of_a_set := [name for name in ("split", "sequences", "keep_proposals", "zip", "engine") if getattr(a, name)]:
         raise ValueError(f"--{of_a_set[0].replace('_', '-')} belongs to a data set; it needs --dataset")
     live = is_stream(a.frames)
     try:
@@ -166,6 +173,7 @@ def _stream(a: argparse.Namespace) -> dict[str, Any]:
 
 def _run_set(a: argparse.Namespace) -> int:
     from dmm_fast.data.submission import check_layout, write_submission
+    from dmm_fast.inference.engines import Alone
     from dmm_fast.inference.passes import Interrupted
     from dmm_fast.inference.sets import SUMMARY, segment_set
 
@@ -186,11 +194,14 @@ def _run_set(a: argparse.Namespace) -> int:
         if not Path(a.zip).resolve().parent.is_dir():
             raise ValueError(f"{a.zip}: there is no directory {Path(a.zip).parent}")
         check_layout(job.open())
+    engine = engine_of(a)
     try:
-        summary = segment_set(job, named(a.sequences), progress=not a.quiet)
+        summary = segment_set(job, named(a.sequences), engine=engine, progress=not a.quiet)
     except Interrupted as stop:
         complain(f"{str(stop).partition(';')[0]}; repeat the command to continue")
         return STOPPED
+    if summary is None:
+        return 0  # the first process of torchrun tells
     complain_of(summary["failed"], a.debug)
     if a.zip and not summary["failed"]:
         count = write_submission(job.open(), Path(a.out), Path(a.zip), progress=not a.quiet)
@@ -199,6 +210,10 @@ def _run_set(a: argparse.Namespace) -> int:
     if not a.quiet:
         print(f"{len(summary['videos'])} videos, {summary['frames']} frames, {summary['objects']} objects, {summary['fps']} frames/s; "
               f"{len(summary['failed'])} failed")  # fmt: skip
+        if not isinstance(engine, Alone):
+            print(
+                f"in {summary['processes']['seconds']:.1f} s by many processes ({summary['processes']['engine']}); frames/s are those of one"
+            )
         print(f"{'summary':12}{Path(a.out) / SUMMARY}")
         if a.zip and not summary["failed"]:
             print(f"{'zip':12}{a.zip} ({count} masks)")

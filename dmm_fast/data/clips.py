@@ -144,10 +144,12 @@ class Clips(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
+        """Other clips from now on, also in processes that have been started."""
         self._epoch.fill_(epoch)
 
     @property
     def epoch(self) -> int:
+        """The epoch that clips are made for."""
         return int(self._epoch)
 
     def __len__(self) -> int:
@@ -159,6 +161,7 @@ class Clips(Dataset):
         return self.draw(index, self.rng(index))
 
     def rng(self, index: int) -> np.random.Generator:
+        """Random numbers of clip `index`, which depend on the seed, the epoch and nothing else."""
         return np.random.default_rng([self.seed, self.epoch, index])
 
     def draw(self, index: int, rng: np.random.Generator) -> Clip:
@@ -172,6 +175,7 @@ class Clips(Dataset):
         return clip
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
+        """Clip `index` before `augment` and simulated proposals; every source defines it."""
         raise NotImplementedError
 
 

@@ -39,9 +39,11 @@ class Exported:
         self.slots: int | None = n if isinstance(n, int) else None  # objects, where their number is fixed
 
     def start(self, frame: Tensor, masks: Tensor, valid: Tensor) -> State:
+        """As `DMMNet.start`."""
         return unflat(self._call("start", [frame, masks, valid]))
 
     def step(self, frame: Tensor, proposals: Proposals, state: State) -> tuple[Output, State]:
+        """As `DMMNet.step`."""
         results = self._call("step", [frame, *self._ready(proposals, (frame.size(1), frame.size(2))), *flat(state)])
         return _stepped(results, proposals)
 
@@ -52,6 +54,7 @@ class Exported:
         return merge(new, state, self.start(frame, masks, new))
 
     def drop(self, gone: Tensor, state: State) -> State:
+        """As `DMMNet.drop`."""
         if "drop" in self.manifest.files:
             return unflat(self._call("drop", [gone, *flat(state)]))
         return merge(gone, state, empty_like(state))

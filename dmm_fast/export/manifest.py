@@ -26,6 +26,7 @@ from dmm_fast.proposals.base import encode_runs
 FORMAT = 2
 ABI = "2.11"  # of torch's stable ABI, which the op libraries are built for
 KINDS = ("torchscript", "pt2", "onnx")
+"""The formats that `export` writes."""
 NAME = "manifest.json"
 MASKS = ("full", "runs", "soft")  # kinds of proposal masks
 LIMITS = {
@@ -102,6 +103,7 @@ class Manifest:
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
+        """What `write` puts into manifest.json."""
         values = asdict(self)
         values["op_library"] = {"ops": values.pop("ops"), "abi": ABI}
         values["dynamic"] = [{"name": name, "min": low, "max": high} for name, (low, high) in self.dynamic.items()]
@@ -284,6 +286,7 @@ class Sizes:
 
     @property
     def varying(self) -> list[str]:
+        """Names of the sizes that may vary."""
         return [name for name, size in asdict(self).items() if size is None]
 
     def notes(self) -> list[str]:

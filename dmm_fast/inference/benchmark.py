@@ -18,7 +18,9 @@ from dmm_fast.data.masks import VOID, read_ids
 from dmm_fast.evaluation import Report, evaluate
 from dmm_fast.files import whole_file
 from dmm_fast.inference.bench import machine
-from dmm_fast.inference.sets import SetJob, choose, segment_set
+from dmm_fast.inference.engines import Engine
+from dmm_fast.inference.sets import SetJob, segment_set
+from dmm_fast.inference.videos import choose
 from dmm_fast.proposals.sources import is_detector
 
 SOURCE = "Zeng et al., DMM-Net, ICCV 2019, arXiv:1909.12471"
@@ -81,21 +83,26 @@ def benchmark(
     *,
     table: int | None = None,
     workers: int = 0,
+    engine: Engine | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Segment the videos of a data set with ground truth, score them, and write OUT/benchmark.json and OUT/benchmark.md.
 
     table: 1, 2 or 3, whose rows stand beside the result; None: that of the layout, 0: none. workers: processes that score. Videos
     that are finished are not done again. Returns what benchmark.json holds: ``row``, ``data``, ``scores``, ``notes``, ``failed``,
-    and ``markdown``.
+    and ``markdown``. engine: as in `segment_set`; returns None where that does.
 
     Raises DataError before anything is computed where a video has no ground truth to score.
     """
+    if engine is not None and not engine.first:
+        return segment_set(job, sequences, engine=engine)
     dataset = job.open()
     names = choose(dataset, sequences)
     how = protocol_of(dataset, names)
-    facts = machine(torch.device(job.options.get("device", "cpu")))
-    summary = segment_set(job, names, progress=progress)
+    facts = machine(torch.device(job.options.get("device", "cpu") if torch.cuda.is_available() else "cpu"))
+    summary = segment_set(job, names, engine=engine, progress=progress)
+    if summary is None:
+        return None
     done = list(summary["videos"])
     if not done:
         name, why = next(iter(summary["failed"].items()))
@@ -175,6 +182,9 @@ def _notes(job: SetJob, dataset: VideoDataset, names: list[str], summary: dict[s
     notes = [
         f"Proposals from {found}; FPS is from decoding to writing{'' if live else ', without the time it took to find proposals'}."
     ]
+    if (processes := summary["processes"])["engine"] != "one process":
+        notes.append(f"Segmented by many processes ({processes['engine']}): FPS is that of one while the others worked, the machine that "
+                     "on which the command ran.")  # fmt: skip
     if failed := summary["failed"]:
         notes.append(f"{len(failed)} of {len(names)} videos failed and are not in the row: {listed(list(failed))}.")
     if len(names) < len(dataset):

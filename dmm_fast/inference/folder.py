@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,38 @@ class RunFolder:
         rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame
         with whole_file(self.path / REPORT) as part:
             part.write_text(f'{head[:-2]},\n "frames": [\n{rows}\n]\n}}\n')
+
+
+def make_out(path: Path) -> Path:
+    """The folder of many results."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: is a file; --out must be a directory")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def take(path: Path, apart: Path) -> bool:
+    """Move a folder away, whole, to work on it; False where another process was first."""
+    try:
+        path.rename(apart)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def settle(apart: Path, path: Path) -> None:
+    """Give a folder, whole, the place of what is there."""
+    while True:
+        old = apart.with_name(f"{apart.name}.{secrets.token_hex(4)}.old")
+        take(path, old)
+        try:
+            apart.rename(path)
+            break
+        except OSError as error:  # another process was in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def direction_of(path: Path) -> str | None:

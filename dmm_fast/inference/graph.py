@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,11 @@ class Graph:
 
     The first call for a shape runs the function a few times and captures it, which takes seconds; later ones copy their inputs
     in and replay it. The state that a call returns lies in the graph's own memory and is overwritten by the next one: pass it
-    back as it is, or copy it. What the network is trained to do must not change in between.
+    back as it is, or copy it. What the network is trained to do must not change in between. Graphs in several threads are captured one
+    after the other, and run in the stream of their caller.
     """
+
+    _capturing = threading.Lock()
 
     def __init__(self, function: Callable[..., tuple], net: DMMNet):
         if net.mean.device.type != "cuda":
@@ -54,7 +58,8 @@ class Graph:
                 self.function(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # thread_local: what other threads do meanwhile, allocating say, is no error.
+        with Graph._capturing, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             *self._results, following = self.function(*self._inputs)
             for own, new in zip(tree_leaves(self._inputs[-1]), tree_leaves(following)):
                 own.copy_(new)

@@ -13,11 +13,14 @@ import torch
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, prefetch
+from dmm_fast.inference.folder import RunError, make_out
 from dmm_fast.model import Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
 from dmm_fast.proposals.base import TOP, merge
 from dmm_fast.proposals.coco import CocoWriter, ProposalFile, read_coco
 from dmm_fast.proposals.sources import open_proposer, propose_all, split
+
+DETECTOR = "detector.txt"  # in a folder of proposals: whose they are
 
 
 class Live:
@@ -90,18 +93,21 @@ def save_proposals(
     fresh: bool = False,
     progress: bool = False,
     label: str | None = None,
+    apart: Path | None = None,
     batch: int | None = None,
     files: Sequence[str | os.PathLike] = (),
     top: int = TOP,
 ) -> None:
     """Write a detector's proposals of every frame to a COCO results file, or go on where an earlier call was cut short.
 
-    fresh: start again. label: what stands before the progress bar. batch: frames that the detector has at once, if it can; None: 8 on
-    a GPU, else 1. files: proposals files of the same clip, merged with the detector's, if there is one, to `top` a frame.
+    fresh: start again. label: what stands before the progress bar. apart: a path on the same storage where the file is made before it
+    takes its place, for two processes that may have the same video; nothing goes on then. batch: frames that the detector has at once,
+    if it can; None: 8 on a GPU, else 1. files: proposals files of the same clip, merged with the detector's, if there is one, to `top`
+    a frame.
     """
     batch = batch or (8 if getattr(getattr(propose, "device", None), "type", "cpu") == "cuda" else 1)
     opened, notes = open_files(files, frames)
-    with CocoWriter(path, frames.size, fresh=fresh) as writer:
+    with CocoWriter(apart or path, frames.size, fresh=fresh) as writer:
         todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
         if writer.done and progress:
             notes.insert(0, f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
@@ -116,3 +122,18 @@ def save_proposals(
                 for (_, stem, frame), parts in zip(some, found):
                     writer.add(stem, _with_files(parts, opened, stem, frame.shape[:2], top) if opened else parts[0])
                 bar.update(len(some))
+    if apart is not None:
+        apart.replace(path)
+
+
+def mark_detector(folder: Path, detector: str, weights: str | os.PathLike, overwrite: bool, **how: Any) -> None:
+    """Make a folder of proposals that says whose they are; RunError where they are another detector's.
+
+    how: further settings of the detector; those that are None are its own.
+    """
+    asked = " ".join([detector, *([str(weights)] if weights != "DEFAULT" else []),
+                      *(f"{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None)])  # fmt: skip
+    mark = make_out(folder) / DETECTOR
+    if not overwrite and mark.exists() and (before := mark.read_text().strip()) != asked:
+        raise RunError(f"{folder}: holds proposals of the detector {before}, not {asked}; --overwrite replaces them")
+    mark.write_text(f"{asked}\n")

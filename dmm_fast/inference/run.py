@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, check_video_name, open_frames
-from dmm_fast.inference.folder import RunError, RunFolder, direction_of
+from dmm_fast.inference.folder import RunError, RunFolder, direction_of, settle, take
 from dmm_fast.inference.given import GivenMasks, span
 from dmm_fast.inference.joining import Join, backward_from, join
 from dmm_fast.inference.models import Models
@@ -65,6 +65,7 @@ def segment(
     save_every: float = 5.0,
     models: Models | None = None,
     tidy: bool = False,
+    apart: Path | None = None,
 ) -> dict[str, Any]:
     """Segment a clip; returns the report that is also written to OUT/report.json.
 
@@ -80,6 +81,7 @@ def segment(
     save_every: seconds between saved states. label: what stands before the progress bar.
     models: where networks are taken from that an earlier run has loaded; a run with online learning takes none from there.
     tidy: after an error leave nothing of the run in OUT; else what --resume goes on from stays.
+    apart: a path on OUT's storage where the run works. OUT appears when it is whole, and after Interrupted.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used, Interrupted after a signal.
     """
@@ -114,6 +116,9 @@ def segment(
         device=device, graph=graph, precision=precision,
     )  # fmt: skip
     _check_online(budget, segmenter)
+    if apart is not None:
+        go_on = go_on and take(out, apart)
+        folder = RunFolder(apart, settings)
     folder.begin(source.stems, go_on)
     try:
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
@@ -121,9 +126,15 @@ def segment(
         report = _report(source, folder, given, passes, settings, progress) | {"results": kinds}
         report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
         folder.finish(report)
+        if apart is not None:
+            settle(apart, out)
     except Exception as error:
         if tidy and not isinstance(error, Interrupted):
             folder.discard(source.stems)
+            if apart is not None and overwrite and out.is_dir():
+                RunFolder(out, settings).discard(source.stems)
+        elif apart is not None and not RunFolder(out, settings).finished:
+            settle(apart, out)
         raise
     return report
 

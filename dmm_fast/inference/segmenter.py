@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -85,7 +86,7 @@ class Segmenter:
     proposer: called with the frame when `step` gets no proposals. A `dmm_fast.proposals.detector.Detector` on the same device joins
     the step: a backbone that both have runs once, and a graph holds both.
 
-    A call that raises leaves the session as it was.
+    A call that raises leaves the session as it was. For several videos at once see `another`.
     """
 
     def __init__(
@@ -115,18 +116,38 @@ class Segmenter:
         self.graph = graph_wanted(graph, self.device, matcher, decision)
         self.net = _build(resolved, weights).to(self.device).eval()
         self.precision = precision
-        self._make_ready()
         self.note = _note(resolved, weights)
+        self._shared = False  # whether another session has the same network
+        self._make_ready()
+        self._forget()
+
+    def _make_ready(self) -> None:
+        """What runs, made from what may have learnt."""
+        self._inference = inference(self.net, getattr(torch, self.precision))
+        self._make_steps()
+
+    def _make_steps(self) -> None:
+        self._graph_step = GraphStep(self._inference, self.config.top) if self.graph else None
+        self._live = self._joined(self.proposer)
+
+    def _forget(self) -> None:
         self._state: State | None = None
         self._slot_ids: list[int] = []  # by slot, 0 where free
         self._frame = torch.empty(0)
         self._ids = np.empty((0, 0), np.uint8)
 
-    def _make_ready(self) -> None:
-        """What runs, made from what may have learnt."""
-        self._inference = inference(self.net, getattr(torch, self.precision))
-        self._graph_step = GraphStep(self._inference, self.config.top) if self.graph else None
-        self._live = self._joined(self.proposer)
+    def another(self) -> Segmenter:
+        """A new session over the same network and proposer, for one more video at once; weights are in memory once.
+
+        Sessions do not touch each other: use them in turns, or each in a thread of its own. On a GPU they work at the same time if every
+        thread has its own stream, ``with torch.cuda.stream(torch.cuda.Stream()): ...``. One that learns (`tune`) goes on with a network
+        of its own.
+        """
+        session = copy.copy(self)
+        self._shared = session._shared = True
+        session._make_steps()
+        session._forget()
+        return session
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -153,6 +174,8 @@ class Segmenter:
         if proposals is not None:
             proposals, _ = _proposals(proposals, size, self.config.top, self.device)
         self.__dict__.pop("_digest", None)
+        if self._shared:
+            self.net, self._shared = copy.deepcopy(self.net), False
         steps = tune(self.net, frame.to(self.device), masks.to(self.device), proposals, **budget)
         self._make_ready()
         return steps

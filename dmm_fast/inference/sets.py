@@ -1,4 +1,4 @@
-"""The videos of a data set, one after the other: what ``dmm-fast segment --dataset`` runs.
+"""The videos of a data set segmented, one after the other or by many processes: what ``dmm-fast segment --dataset`` runs.
 
 OUT holds a folder per video, as `run.segment` writes it; ``first-masks/VIDEO``, the masks that the run was given; with
 ``keep_proposals`` ``proposals/VIDEO.json``; and ``summary.json``. A video is done by `segment_one`, which any process can
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import sys
-import time
-import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,21 +18,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from dmm_fast.data.annotated import DataError, Video, listed
+from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.masks import write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import REPORT, UNFINISHED, RunError
+from dmm_fast.inference.engines import Engine, place_in
+from dmm_fast.inference.folder import REPORT, UNFINISHED, make_out
 from dmm_fast.inference.models import Models
-from dmm_fast.inference.passes import Interrupted
-from dmm_fast.inference.proposing import save_proposals
+from dmm_fast.inference.proposing import mark_detector, save_proposals
 from dmm_fast.inference.run import check_options, segment
+from dmm_fast.inference.videos import each_video
 from dmm_fast.proposals.sources import is_detector, renamed, split
 
 GIVEN, KEPT, SUMMARY = "first-masks", "proposals", "summary.json"
-DETECTOR = "detector.txt"  # in the folder of kept proposals: whose they are
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,44 @@ class SetJob:
             raise DataError(f"{self.dataset}: the stills layout has single images, in which nothing can be followed")
         return dataset
 
+    def keep(self) -> Kept:
+        return Kept(self)
+
+    def check(self, kept: Kept, device: str | None = None) -> None:
+        options = self.options if device is None else self.options | {"device": device, "graph": None}
+        check_options(kept.models, proposals=self.proposals if is_detector(self.proposals) else None, **options)
+
+    def look(self, name: str, dataset: VideoDataset) -> Video:
+        _check_name(name)
+        video = dataset.video(name)
+        video.check_first_mask()
+        return video
+
     def folder(self, name: str) -> Path:
         return Path(self.out) / name
+
+    def finished(self, name: str) -> bool:
+        out = self.folder(name)
+        return not self.overwrite and (out / REPORT).exists() and not (out / UNFINISHED).exists()
+
+    def prepare(self) -> None:
+        """Kept proposals must be this detector's."""
+        out = make_out(Path(self.out))
+        if self.keep_proposals:
+            mark_detector(out / KEPT, self.proposals, self.options.get("detector_weights", "DEFAULT"), self.overwrite)
+        for torn in (out / GIVEN).glob(".*.tmp"):  # of a process that was killed
+            shutil.rmtree(torn, ignore_errors=True)
+
+    def do(
+        self, name: str, kept: Kept, *, apart: Path | None = None, progress: bool = False, label: str | None = None
+    ) -> dict[str, Any]:
+        return segment_one(self, name, kept, apart=apart, progress=progress, label=label)
+
+    def write(self, dataset: VideoDataset, names: list[str], done: dict, failed: dict, processes: dict) -> dict[str, Any]:
+        summary = _summary(self, dataset, names, done, failed) | {"processes": processes}
+        with whole_file(Path(self.out) / SUMMARY) as part:
+            part.write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
 
 
 class Kept:
@@ -82,16 +114,38 @@ class Kept:
         self.dataset, self.models = job.open(), Models()
 
 
-# ----------------------------------------------------------------------------------------------------------- one video
+def segment_set(
+    job: SetJob, sequences: Sequence[str] | None = None, *, engine: Engine | None = None, progress: bool = False
+) -> dict[str, Any] | None:
+    """Segment the videos of a data set, or those named; returns the summary that is also written to OUT/summary.json.
+
+    engine: whose processes do it (see `open_engine`); None: this one. Where torchrun has started many, its first process alone
+    returns a summary, the others None.
+
+    Videos that are finished are not done again, one that was interrupted goes on. A video that fails does not stop the others: it is
+    in the summary's ``failed``, with the reason, and nothing of it is left.
+
+    Raises DataError for a data set, split or name that is not there, RunError for proposals in OUT that another detector has left,
+    what `run.segment` raises for its options and weights, and Interrupted after a signal: a later call goes on from there.
+    """
+    return each_video(job, sequences, engine=engine, progress=progress)
 
 
 def segment_one(
-    job: SetJob, name: str, kept: Kept | None = None, *, progress: bool = False, label: str | None = None
+    job: SetJob,
+    name: str,
+    kept: Kept | None = None,
+    *,
+    apart: Path | None = None,
+    progress: bool = False,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Segment a video of the data set, or go on with it; returns what the summary says of it.
 
     The video's folder is what `run.segment` would make of its frames, OUT/first-masks/NAME and its proposals. A finished one is
     left as it is. After an error nothing of the video is left; Interrupted leaves what a later call goes on from.
+
+    apart: a folder beside the results in which the video is worked on until it is whole. Two processes may then have the same video.
     """
     kept = kept or Kept(job)
     _check_name(name)
@@ -101,10 +155,11 @@ def segment_one(
     try:
         proposals = renamed(job.proposals, lambda folder: Path(folder) / f"{name}.json")
         if job.keep_proposals:
-            proposals = _keep(job, video, kept.models, progress, label)
+            proposals = _keep(job, video, kept.models, apart, progress, label)
         report = segment(
             video.source, masks, out, proposals=proposals, direction="forward", resume=not job.overwrite,
-            overwrite=job.overwrite, progress=progress, label=label, models=kept.models, tidy=True, **job.options,
+            overwrite=job.overwrite, progress=progress, label=label, models=kept.models, tidy=True,
+            apart=place_in(apart, name) if apart is not None else None, **job.options,
         )  # fmt: skip
     except Exception:
         if not _begun(out):
@@ -132,126 +187,40 @@ def _check_name(name: str) -> None:
 
 
 def _give(video: Video, folder: Path, keep: bool) -> Path:
-    """The video's first masks as files, whole or not at all. keep: those that are there."""
+    """The video's first masks as files, whole or not at all. keep: those that are there. The same ones are not written again, since
+    another process may be reading them."""
     if keep and folder.is_dir():
         return folder
     masks = video.first_masks()
-    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder) as part:
-        try:
-            part.mkdir()
-            for index, ids in masks.items():
-                write_mask(part / f"{video.stems[index]}.png", ids)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.mkdir()
+        for index, ids in masks.items():
+            write_mask(part / f"{video.stems[index]}.png", ids)
+        if _contents(folder) != _contents(part):
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _keep(job: SetJob, video: Video, models: Models, progress: bool, label: str | None) -> str:
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
+
+
+def _keep(job: SetJob, video: Video, models: Models, apart: Path | None, progress: bool, label: str | None) -> str:
     """Write the detector's proposals, if they are not there; returns their file."""
     path = Path(job.out) / KEPT / f"{video.name}.json"
     if job.overwrite or not path.exists():
         options = job.options
-        detector = models.detector(
-            job.proposals, options.get("detector_weights", "DEFAULT"), device=options.get("device", "cpu")
-        )
+        how = {"device": options.get("device", "cpu"), "precision": options.get("precision", "float32")}
+        detector = models.detector(job.proposals, options.get("detector_weights", "DEFAULT"), **how)
         label = f"{label or video.name}: proposals"
-        save_proposals(path, video.source, detector, fresh=job.overwrite, progress=progress, label=label)
+        work = place_in(apart, path.name) if apart is not None else None
+        save_proposals(path, video.source, detector, fresh=job.overwrite, progress=progress, label=label, apart=work)
     return str(path)
-
-
-# ---------------------------------------------------------------------------------------------------------- all of them
-
-
-def segment_set(job: SetJob, sequences: Sequence[str] | None = None, *, progress: bool = False) -> dict[str, Any]:
-    """Segment the videos of a data set, or those named; returns the summary that is also written to OUT/summary.json.
-
-    Videos that are finished are not done again, one that was interrupted goes on. A video that fails does not stop the others: it is
-    in the summary's ``failed``, with the reason, and nothing of it is left.
-
-    Raises DataError for a data set, split or name that is not there, RunError for proposals in OUT that another detector has left,
-    what `run.segment` raises for its options and weights, and Interrupted after a signal: a later call goes on from there.
-    """
-    kept = Kept(job)
-    names = choose(kept.dataset, sequences)
-    if not all(finished(job, name) for name in names):  # what no video could work with is not a matter of one
-        check_options(kept.models, proposals=job.proposals if is_detector(job.proposals) else None, **job.options)
-    _prepare(job)
-    told = _Progress(names, progress)
-    done: dict[str, dict[str, Any]] = {}
-    failed: dict[str, dict[str, str]] = {}
-
-    def write() -> dict[str, Any]:
-        summary = _summary(job, kept.dataset, names, done, failed)
-        with whole_file(Path(job.out) / SUMMARY) as part:
-            part.write_text(json.dumps(summary, indent=1) + "\n")
-        return summary
-
-    for name in tqdm(names, desc="opening", unit=" videos", delay=2, leave=False, disable=None if progress else True):
-        try:  # what cannot work is known before hours of work
-            _check_name(name)
-            video = kept.dataset.video(name)
-            video.check_first_mask()
-            told.expect(name, len(video), finished(job, name))
-        except Exception as error:
-            failed[name] = _failure(name, error)
-            told.failed(name, failed[name]["error"])
-    with told:
-        for name in names:
-            if name in failed:
-                continue
-            try:
-                done[name] = segment_one(job, name, kept, progress=progress, label=told.label(name))
-                told.done(name, done[name])
-            except (Interrupted, KeyboardInterrupt):
-                write()
-                raise
-            except Exception as error:
-                failed[name] = _failure(name, error)
-                told.failed(name, failed[name]["error"])
-    return write()
-
-
-def choose(dataset: VideoDataset, sequences: Sequence[str] | None) -> list[str]:
-    """The names to segment, each once; DataError for one that is not there."""
-    if sequences is None:
-        return dataset.names
-    if unknown := sorted(set(sequences) - set(dataset.names)):
-        raise DataError(f"{dataset.path}: no video {listed(unknown)} here, of {len(dataset)}; there: {listed(dataset.names)}")
-    return list(dict.fromkeys(sequences))
-
-
-def finished(job: SetJob, name: str) -> bool:
-    """Whether a call would leave the video as it is."""
-    out = job.folder(name)
-    return not job.overwrite and (out / REPORT).exists() and not (out / UNFINISHED).exists()
-
-
-def _prepare(job: SetJob) -> None:
-    """Make OUT, before anything is computed; kept proposals must be this detector's."""
-    out = Path(job.out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: is a file; --out must be a directory")
-    out.mkdir(parents=True, exist_ok=True)
-    if job.keep_proposals:
-        weights = job.options.get("detector_weights", "DEFAULT")
-        detector = job.proposals if weights == "DEFAULT" else f"{job.proposals} {weights}"
-        mark = out / KEPT / DETECTOR
-        if not job.overwrite and mark.exists() and (before := mark.read_text().strip()) != detector:
-            raise RunError(
-                f"{mark.parent}: holds proposals of the detector {before}, not {detector}; --overwrite replaces them"
-            )
-        mark.parent.mkdir(exist_ok=True)
-        mark.write_text(f"{detector}\n")
-
-
-def _failure(name: str, error: Exception) -> dict[str, str]:
-    """What to say of it; where it is a fault of ours, where it happened too."""
-    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
-        return {"error": str(error).removeprefix(f"{name}: ")}
-    return {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
 
 
 def _summary(job: SetJob, dataset: VideoDataset, names: list[str], done: dict, failed: dict) -> dict[str, Any]:
@@ -273,63 +242,3 @@ def _summary(job: SetJob, dataset: VideoDataset, names: list[str], done: dict, f
         "failed": failed,
         "left": [name for name in names if name not in done and name not in failed],
     }
-
-
-class _Progress:
-    """A line per video, and one for all: bars on a terminal, else text."""
-
-    def __init__(self, names: list[str], on: bool):
-        self._number = {name: f"{place}/{len(names)} {name}" for place, name in enumerate(names, 1)}
-        self._on, self._bars = on, on and sys.stderr.isatty()
-        self._expected: dict[str, int] = {}
-        self._before: set[str] = set()
-        self._frames = 0
-
-    def expect(self, name: str, frames: int, before: bool) -> None:
-        """A video that is to come; before: it is finished already."""
-        if before:
-            self._before.add(name)
-        else:
-            self._expected[name] = frames
-
-    def __enter__(self) -> _Progress:
-        self._begin, self._total = time.monotonic(), sum(self._expected.values())
-        self._bar = tqdm(total=self._total, desc="all", unit=" frames", position=0, disable=not self._bars)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def label(self, name: str) -> str:
-        return self._number[name]
-
-    def done(self, name: str, video: dict[str, Any]) -> None:
-        if name in self._before:
-            return self._say(f"{self._number[name]}: finished before, {video['frames']} frames")
-        self._advance(name)
-        if not self._bars:
-            speed = f"{video['fps']} frames/s" if video["fps"] else "no time taken"
-            objects = f"{video['objects']} object{'s' * (video['objects'] != 1)}"
-            self._say(f"{self._number[name]}: {video['frames']} frames, {objects}, {speed}{self._all()}")
-
-    def failed(self, name: str, why: str) -> None:
-        if name in self._expected:
-            self._total -= self._expected.pop(name)  # its frames are no longer to come
-            if self._bars:
-                self._bar.total = self._total
-                self._bar.refresh()
-        self._say(f"{self._number[name]}: failed: {why}")
-
-    def _advance(self, name: str) -> None:
-        frames = self._expected.pop(name)
-        self._frames += frames
-        self._bar.update(frames)
-
-    def _all(self) -> str:
-        rate = self._frames / max(time.monotonic() - self._begin, 1e-6)
-        left = tqdm.format_interval((self._total - self._frames) / rate) if rate else "?"
-        return f"; all: {self._frames} of {self._total} frames, {rate:.1f} frames/s, {left} left"
-
-    def _say(self, text: str) -> None:
-        if self._on:
-            tqdm.write(text, sys.stderr)

@@ -13,7 +13,8 @@ from dmm_fast.model import Proposals
 from dmm_fast.model.masks import cover, mask_boxes, scaled
 from dmm_fast.ops.vision import NO_RUN, decode_runs, mask_iou, paste_combine, paste_masks
 
-TOP = 50  # proposals kept per frame, Section 3 of the paper
+TOP = 50
+"""Proposals kept per frame (Section 3 of the paper)."""
 SAME = 0.7  # IoU above which two masks of one model are one proposal
 TWICE = 0.9  # and of several sources: the better of two masks is often not that of the higher score
 COMPARED = 240  # masks are compared with this many pixels on the frame's short side at most

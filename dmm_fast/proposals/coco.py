@@ -55,6 +55,7 @@ class ProposalFile:
 
     @property
     def image_ids(self) -> list[str]:
+        """The image ids that have proposals, as text, in the file's order."""
         return list(self._entries)
 
     @property
@@ -380,6 +381,7 @@ class CocoWriter:
                     yield line
 
     def add(self, stem: str, proposals: Proposals) -> None:
+        """Write the proposals of the frame called `stem`."""
         results = [_result(stem, *proposal) for proposal in zip(*full_masks(proposals, self.size))]
         self._file.write(json.dumps({"stem": stem, "size": self.size, "results": results}) + "\n")
         self._file.flush()

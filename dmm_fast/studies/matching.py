@@ -136,10 +136,10 @@ def track(net: DMMNet, clip: Clip) -> Track:
     number = torch.arange(1, clip.masks.size(1) + 1, dtype=torch.uint8)[:, None, None]
     ids = (clip.masks * number).amax(1)  # [T, H, W]; masks of one frame do not overlap
     levels = net.encode(clip.frames[:1])
-    templates = net.describe(levels, mask_boxes(clip.masks[0]), height, width)
+    templates = net.describe(levels, mask_boxes(clip.masks[0]), clip.masks[0].float(), height, width)
     frames = []
     for frame, proposals, truth in zip(clip.frames[1:], clip.proposals[1:], ids[1:]):
-        features = net.describe(net.encode(frame[None]), proposals.boxes, height, width)
+        features = net.describe(net.encode(frame[None]), proposals.boxes, proposals.masks.float(), height, width)
         frames.append(Frame(features, _pack(proposals.masks), truth))
     return Track(clip.name, templates, ids[0], frames)
 
@@ -309,8 +309,9 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
         else:
             proposals = Proposals(torch.zeros(m, 4), torch.zeros(m), torch.ones(m, 1, 1, dtype=torch.bool))
             features, iou = frame.features, torch.stack([masks.iou(source, k) for source in sources])
-        cosine = F.normalize(state.features, dim=1) @ F.normalize(embed(features), dim=1).t()  # [N, M]
-        affinity, candidates = Affinity(cosine, iou), net.prepare(proposals, state, 1, 1)
+        features = F.normalize(embed(features), dim=1)
+        cosine = F.normalize(state.features, dim=1) @ features.t()  # [N, M]
+        affinity, candidates = Affinity(cosine, iou, features), net.prepare(proposals, state, 1, 1)
         cost = net.cost(affinity)
         if matcher == "layer":
             x = net.match(cost, proposals.scores, state.valid)

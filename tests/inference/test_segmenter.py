@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -355,3 +356,29 @@ def test_what_is_learnt_runs_in_bfloat16_too(monkeypatch):
         frame, ids = np.zeros((*SIZE, 3), np.uint8), np.ones(SIZE, np.uint8)
         assert segmenter.tune(frame, ids, epochs=1) == 3
     assert (segmenter._inference.refinement.head.weight == 0.25).all()
+
+
+def test_videos_at_once(light):
+    """Sessions over one network, each in its own thread, do what each does alone."""
+    first = started(config=LIGHT, weights=light)
+    others = [first.another() for _ in range(2)]
+    assert all(other.net is first.net and other.object_ids == [] for other in others)
+
+    def follow(session: Segmenter, shift: int) -> list[np.ndarray]:
+        session.start(frame(shift), truth(shift))
+        return [session.step(frame(t), proposals(t)).ids for t in range(shift + 1, shift + 8)]
+
+    expected = [follow(started(config=LIGHT, weights=light), shift) for shift in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(follow, [first, *others], range(3)))
+    assert all(np.array_equal(a, b) for one, other in zip(found, expected) for a, b in zip(one, other))
+
+
+def test_one_of_several_sessions_learns_alone(monkeypatch):
+    first = Segmenter()
+    other, before = first.another(), first._digest
+    monkeypatch.setattr("dmm_fast.learning.online.tune", lambda net, *_, **__: net.refinement.head.weight.data.fill_(1).numel())
+    other.tune(np.zeros((*SIZE, 3), np.uint8), np.ones(SIZE, np.uint8), epochs=1)
+    assert first.net is not other.net and other._digest != before
+    first.__dict__.pop("_digest")
+    assert first._digest == before and first._inference is not other._inference

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dmm_fast.model import (
     read_weights,
     save_weights,
 )
-from dmm_fast.model.features import roi_means
+from dmm_fast.model.features import mask_means, roi_means
 from dmm_fast.model.inference import folded
 from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
 from dmm_fast.model.network import make_backbone
@@ -46,7 +47,16 @@ CONFIGS = {
     "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
     "sharing": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="sharing", min_cosine=0.1),
     "together": Config(
-        **SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="together", memory=2, min_cosine=0.1
+        **SMALL,
+        refine="heavy",
+        hidden=16,
+        follow="refined",
+        embed=24,
+        objects="together",
+        memory=2,
+        min_cosine=0.1,
+        pool="mask",
+        update=0.3,
     ),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
 }
@@ -64,9 +74,9 @@ def full(masks: Tensor) -> Proposals:
     return Proposals(mask_boxes(masks), torch.linspace(0.9, 0.1, len(masks)), masks)
 
 
-def make(name: str) -> DMMNet:
+def make(name: str, **changes: Any) -> DMMNet:
     torch.manual_seed(0)
-    net = DMMNet(CONFIGS[name]).eval()
+    net = DMMNet(replace(CONFIGS[name], **changes)).eval()
     if net.refinement is not None:  # its last layer starts at zero, which would hide what comes before it
         torch.nn.init.normal_(net.refinement.head.weight, std=5.0)
     return net
@@ -122,6 +132,44 @@ def test_roi_means_equal_torchvision(dtype, tolerance):
     assert (roi_means(levels, [4, 8, 16], boxes) - by_roi_align(levels, [4, 8, 16], boxes)).abs().max() < tolerance
 
 
+def test_mask_means():
+    """On the levels' own cells, of their pixels; from a finer grid, weighted by what the mask covers; of nothing, 0."""
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn((1, channels, 8 // k, 12 // k), generator=generator) for channels, k in ((3, 1), (5, 2))]
+    masks = torch.rand((4, 8, 12), generator=generator) < 0.4
+    masks[3] = False
+    means = mask_means(levels, masks.float())
+    for mask, mean in zip(masks[:3], means):
+        torch.testing.assert_close(mean[:3], levels[0][0][:, mask].mean(1))
+        share = mask.float().view(4, 2, 6, 2).mean((1, 3))
+        torch.testing.assert_close(mean[3:], (levels[1][0] * share).sum((1, 2)) / share.sum())
+    assert (means[3] == 0).all()
+    fine = masks[:3].repeat_interleave(3, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(mask_means(levels, fine.float()), means[:3])
+
+
+def test_templates_follow_sure_matches_alone():
+    """`update` of a match's features goes into the template where the last mask and the proposal overlap by more than half."""
+    net = make("features", pool="mask", update=0.25)
+    frame = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    masks = rectangles((5, 5, 35, 35), (50, 10, 80, 40), (10, 40, 30, 55))
+    found = rectangles((7, 5, 37, 35), (72, 10, 89, 40))  # the first hardly moved, the second far; the third is gone
+    with torch.no_grad():
+        state = net.start(frame, masks, torch.tensor([True, True, True]))
+        proposals = Proposals(mask_boxes(found), torch.ones(2), found)
+        features = net.encode(frame.flip(2)[None])
+        output, following = net.follow(features, proposals, state, *SIZE)
+        affinity = net.compare(features, net.prepare(proposals, state, *SIZE), state)
+    assert output.proposal[0] == 0 and affinity.iou[0, 0] > 0.5 > affinity.iou[1, 1]
+    torch.testing.assert_close(affinity.features.norm(dim=1), torch.ones(2))
+    expected = 0.75 * F.normalize(state.features[:1], dim=1) + 0.25 * affinity.features[:1]
+    torch.testing.assert_close(following.features[:1], expected)
+    assert equal(following.features[1:], state.features[1:])
+    with torch.no_grad():
+        kept = make("features").follow(features, proposals, make("features").start(frame, masks, state.valid), *SIZE)[1]
+    assert equal(kept.features, make("features").start(frame, masks, state.valid).features)
+
+
 def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
     frame, first, _, _ = scene
     net = make("features")
@@ -130,7 +178,9 @@ def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
     boxes = mask_boxes(first)
     stretched = boxes * torch.tensor([96 / 90, 64 / 60, 96 / 90, 64 / 60])
     expected = by_roi_align(features, net.strides, stretched)
-    torch.testing.assert_close(net.describe(features, boxes, *SIZE), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        net.describe(features, boxes, torch.ones(len(boxes), *SIZE), *SIZE), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("iou", (60, 90))])
@@ -184,10 +234,10 @@ def test_cost_is_eq_1(scene):
     frame, first, valid, proposals = scene
     net = make("features")
     state = net.start(frame, first, valid)
-    cosine, iou = net.compare(net.encode(frame[None]), net.prepare(proposals, state, *SIZE), state)
+    cosine, iou, _ = net.compare(net.encode(frame[None]), net.prepare(proposals, state, *SIZE), state)
     assert iou[0, 0] == 28 * 29 / (2 * 900 - 28 * 29) and iou[1, 1] == iou[1, 2] and iou[2].eq(0).all()
     assert cosine.shape == iou.shape and cosine.abs().max() <= 1 + 1e-6
-    torch.testing.assert_close(net.cost(Affinity(cosine, iou)), (0.3 - 1) * cosine - 0.3 * iou)
+    torch.testing.assert_close(net.cost(Affinity(cosine, iou, iou[:, :0].t())), (0.3 - 1) * cosine - 0.3 * iou)
 
 
 def test_soft_proposals_are_compared_by_their_pasted_masks(scene):
@@ -223,7 +273,13 @@ def test_match_leaves_out_free_slots_and_padding(valid, proposals, padding):
 def decide(net: DMMNet, state: State, proposals: Proposals, assignment: list[list[float]], cosine: float = 0.0):
     candidates = net.prepare(proposals, state, *SIZE)
     iou = net.compare([], candidates, state).iou
-    return net.decide([], candidates, Affinity(torch.full_like(iou, cosine), iou), torch.tensor(assignment), state)
+    return net.decide(
+        [],
+        candidates,
+        Affinity(torch.full_like(iou, cosine), iou, iou.new_zeros(iou.size(1), 0)),
+        torch.tensor(assignment),
+        state,
+    )
 
 
 def test_decide_by_hand():

@@ -219,7 +219,7 @@ def test_losses_of_a_perfect_answer_are_zero():
     candidates = Candidates(mask_boxes(masks), torch.ones(2), masks, masks.float(), *masks.shape[1:])
     none = torch.zeros(2)
     output = Output(40.0 * masks - 20.0, masks.float(), none, none, none, none, none, torch.eye(2))
-    losses = step_losses(output, Affinity(torch.eye(2), torch.eye(2)), candidates, masks)
+    losses = step_losses(output, Affinity(torch.eye(2), torch.eye(2), torch.eye(2)), candidates, masks)
     assert list(losses) == list(TERMS)
     assert max(losses.values()) < 2e-6
 
