@@ -28,6 +28,7 @@ class Environment:
 
     def __init__(self, folder: Path):
         self.folder, self.python = folder, folder / "bin" / "python"
+        folder.parent.mkdir(parents=True, exist_ok=True)
         hidden = ("PYTHONPATH", "VIRTUAL_ENV")
         self.variables = {name: value for name, value in os.environ.items() if name not in hidden}
         self.run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, folder)
