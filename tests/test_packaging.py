@@ -25,10 +25,10 @@ WEIGHTS = {"small.safetensors", "small-proposals.safetensors", "README.md"}
 MEGABYTES = 40
 
 
-def run(*command, **options) -> str:
+def run(*command, stderr_too: bool = False, **options) -> str:
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result.stdout
+    return result.stdout + result.stderr * stderr_too
 
 
 def finished(pattern: str) -> Path:
@@ -132,6 +132,28 @@ def test_libraries_speak_the_stable_abi_only(name):
     undefined = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()]
     foreign = [s for s in undefined if s.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at"))]
     assert not foreign, foreign
+
+
+SEGMENTER = """
+import sys
+import dmm_fast, dmm_fast.inference.run
+from dmm_fast.proposals.detector import packaged_detector
+dmm_fast.Segmenter(proposer=packaged_detector())
+heavy = {"torchvision", "timm", "matplotlib", "onnx", "tensorboard", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [(ROOT / "tests" / "smoke.py", "layer"), ("-c", SEGMENTER)], ids=["layer", "segmenter"])
+def test_a_start_imports_nothing_heavy(words):
+    """The layer: torch and numpy. The segmenter and its packaged networks: neither torchvision nor timm, each slower than torch."""
+    run(sys.executable, *words, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [("-m", "dmm_fast"), ("-m", "dmm_fast", "segment")], ids=["all", "segment"])
+def test_help_needs_no_torch(words):
+    told = run(sys.executable, "-X", "importtime", *words, "--help", cwd=ROOT, stderr_too=True)
+    assert "usage: dmm-fast" in told and not re.search(r"\| +(torch|numpy|PIL)$", told, re.M)
 
 
 def test_another_torch_in_a_bare_environment(wheel, tmp_path):
