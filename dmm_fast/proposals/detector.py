@@ -51,7 +51,7 @@ class Detector:
         load_weights(layers, tensors, str(weights))
         self.body_digest = digest(layers.backbone.body)  # of the weights as they are in files: folding changes them
         fold(layers.backbone.body)
-        self.layers = layers.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.layers = layers.to(memory_format=torch.channels_last).to(self.device).requires_grad_(False)
         # The layers at work in scripts and graphs: on a CPU its pooling takes half the time of torchvision's, on a GPU nothing of it waits.
         self.network = ProposalNetwork(self, fixed=self.device.type == "cuda").eval().to(self.device)
 
@@ -61,7 +61,7 @@ class Detector:
         from dmm_fast.proposals.network import around, build
 
         net = build(self.config) if self.layers is None else around(self.layers, self.config)
-        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return net.to(memory_format=torch.channels_last).to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray | Tensor) -> Proposals:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,15 @@ def convolution(inputs: int, outputs: int, kernel: int, *after: nn.Module) -> nn
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), *after)
 
 
+def initialise(block: nn.Module, draw: Callable[[Tensor], Any]) -> None:
+    """Draw the weights of its convolutions; biases 0."""
+    for layer in block.modules():
+        if isinstance(layer, nn.Conv2d):
+            draw(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Pyramid(nn.Module):
     """torchvision's FeaturePyramidNetwork: the body's levels, finest first -> as many with equal channels."""
 
@@ -157,10 +168,7 @@ class Pyramid(nn.Module):
         for inputs in channels:
             self.inner_blocks.append(convolution(inputs, width, 1))
             self.layer_blocks.append(convolution(width, width, 3))
-        for block in self.modules():
-            if isinstance(block, nn.Conv2d):
-                nn.init.kaiming_uniform_(block.weight, a=1)
-                nn.init.zeros_(block.bias)
+        initialise(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         merged: list[Tensor] = []
@@ -181,10 +189,7 @@ class RegionHead(nn.Module):
         super().__init__()
         self.conv = nn.Sequential(convolution(width, width, 3, nn.ReLU(inplace=True)))
         self.cls_logits, self.bbox_pred = nn.Conv2d(width, count, 1), nn.Conv2d(width, 4 * count, 1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
+        initialise(self, partial(nn.init.normal_, std=0.01))
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits: list[Tensor] = []
@@ -221,10 +226,7 @@ class BoxPredictor(nn.Module):
 def mask_head(width: int, count: int) -> nn.Sequential:
     """Pooled regions [R, C, 14, 14] -> the same shape."""
     head = nn.Sequential(*(convolution(width, width, 3, nn.ReLU(inplace=True)) for _ in range(count)))
-    for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+    initialise(head, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
     return head
 
 
