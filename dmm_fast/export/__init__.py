@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dmm_fast.model import DMMNet, digest, inference
-from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
+from dmm_fast.proposals.detector import Detector
 
 from .loaded import Exported, verify
 from .manifest import KINDS, NAME, OPEN, ExportError, Manifest, Sizes, config_of, read, require_ops
@@ -26,7 +26,7 @@ __all__ = ["KINDS", "ExportError", "Exported", "Manifest", "Sizes", "export", "l
 
 
 def export(
-    kind: str, net: DMMNet, out: str | os.PathLike[str], *, detector: MaskRCNNProposer | None = None, only: str | None = None,
+    kind: str, net: DMMNet, out: str | os.PathLike[str], *, detector: Detector | None = None, only: str | None = None,
     overwrite: bool = False, progress: Callable[[str], None] = lambda line: None, **options: Any,
 ) -> Manifest:  # fmt: skip
     """Write `net` to the folder `out` as one of `KINDS`; returns the manifest.

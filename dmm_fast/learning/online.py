@@ -19,7 +19,7 @@ from dmm_fast.learning.targets import target
 from dmm_fast.learning.unroll import Unrolling, to_device, unroll_all
 from dmm_fast.model import DMMNet, Proposals
 from dmm_fast.proposals.base import full_masks
-from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
+from dmm_fast.proposals.detector import Detector
 
 LOSS = Loss(refined=1.0, matched=0.5, cosine=0.5, parts=0.5, bce=2.0)  # as in training/small.yaml
 EPOCH = 8  # steps: there is one image, so an epoch is a round number of views of it
@@ -91,7 +91,7 @@ def tune(
 
 @torch.enable_grad()
 def tune_proposer(
-    proposer: MaskRCNNProposer,
+    proposer: Detector,
     frame: Tensor,
     masks: Tensor,
     *,

@@ -16,6 +16,7 @@ _OPTIONAL = {
     "av": "video files",
     "pillow": "mask and image files",
     "safetensors": "weights and saved states",
+    "scipy": "evaluation, regions of masks, the reference of linear_assignment",
     "tqdm": "progress bars",
     "matplotlib": "plots",
 }

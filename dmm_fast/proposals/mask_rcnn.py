@@ -31,7 +31,7 @@ class MaskRCNNProposer:
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray | Tensor) -> Proposals:
         """frame uint8 [H, W, 3] RGB (array) or [3, H, W] (tensor) -> at most ``top`` proposals, best first."""
-        image = self._tensor(frame).float() / 255  # [3, H, W]
+        image = channels_first(frame).to(self.device).float() / 255  # [3, H, W]
         images, _ = self.model.transform([image])
         inner = images.image_sizes[0]
         features = self.model.backbone(images.tensors)
@@ -41,12 +41,6 @@ class MaskRCNNProposer:
         height, width = image.shape[1:]
         boxes = boxes * boxes.new_tensor([width / inner[1], height / inner[0]] * 2)
         return Proposals(boxes, scores, masks)
-
-    def _tensor(self, frame: np.ndarray | Tensor) -> Tensor:
-        """The frame as [3, H, W] on the device."""
-        if isinstance(frame, np.ndarray):
-            frame = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-        return frame.to(self.device)
 
     def _detect(
         self, features: dict[str, Tensor], regions: list[Tensor], size: tuple[int, int]
@@ -70,6 +64,11 @@ class MaskRCNNProposer:
         heads = self.model.roi_heads
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, [boxes], [size])))
         return logits[torch.arange(len(labels)), labels].sigmoid()  # [M, 28, 28]
+
+
+def channels_first(frame: np.ndarray | Tensor) -> Tensor:
+    """A frame [H, W, 3] (array) or [3, H, W] (tensor) as the latter."""
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) if isinstance(frame, np.ndarray) else frame
 
 
 class TorchvisionProposer(MaskRCNNProposer):

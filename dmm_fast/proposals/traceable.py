@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops.boxes import box_area, clip_boxes_to_image
 
 from dmm_fast.proposals.base import ProposalError
-from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
-from dmm_fast.proposals.network import STRIDES, TimmPyramid
+from dmm_fast.proposals.layers import BOX_CELLS, MASK_CELLS, STRIDES, cell_anchors
 
 ROUNDS = 24  # of suppression where their number must be fixed
 
@@ -28,28 +27,27 @@ class ProposalNetwork(nn.Module):
     `fixed`, which also never makes the host wait for the device, as a CUDA graph asks.
     """
 
-    def __init__(self, detector: MaskRCNNProposer, fixed: bool = False) -> None:
+    def __init__(self, detector: Any, fixed: bool = False) -> None:
         super().__init__()
         self.rounds = ROUNDS if fixed else 0  # of suppression, 0: until nothing changes
-        model = detector.model
-        if not isinstance(model.backbone, TimmPyramid) or model.roi_heads.box_predictor.cls_score.out_features != 2:
+        layers = getattr(detector, "layers", None)
+        if layers is None:
             raise ProposalError("export: the proposal network must be one of dmm-fast train-proposals on a timm backbone")
-        rpn, heads, size = model.rpn, model.roi_heads, model.transform
-        self.body, self.fpn = model.backbone.body, model.backbone.fpn
+        config, backbone, heads = detector.config, layers.backbone, layers.roi_heads
+        self.body, self.fpn = backbone.body, backbone.fpn
         self.lags = any(type(module).__name__ == "Conv2dSame" for module in self.body.modules())  # see `lags`
-        self.rpn_head, self.rpn_weights = rpn.head, list(map(float, rpn.box_coder.weights))
-        self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
-        self.box_weights = list(map(float, heads.box_coder.weights))
+        self.rpn_head, self.rpn_weights = layers.rpn.head, [1.0, 1.0, 1.0, 1.0]  # the weights of offsets are torchvision's
+        self.box_head, self.box_predictor, self.box_weights = heads.box_head, heads.box_predictor, [10.0, 10.0, 5.0, 5.0]
         self.mask_head, self.mask_predictor = heads.mask_head, heads.mask_predictor
-        self.box_cells, self.mask_cells = int(heads.box_roi_pool.output_size[0]), int(heads.mask_roi_pool.output_size[0])
-        self.short_side, self.long_side, self.multiple = int(size.min_size[-1]), int(size.max_size), int(size.size_divisible)
-        self.candidates, self.regions = int(rpn.pre_nms_top_n()), int(rpn.post_nms_top_n())
-        self.rpn_nms, self.nms = float(rpn.nms_thresh), float(heads.nms_thresh)
-        self.top, self.threshold = min(int(detector.top), self.regions), float(detector.threshold)
+        self.box_cells, self.mask_cells = BOX_CELLS, MASK_CELLS
+        self.short_side, self.long_side, self.multiple = config.short_side, config.long_side, 32
+        self.candidates, self.regions = 2 * config.regions, config.regions
+        self.rpn_nms, self.nms = 0.7, config.nms
+        self.top, self.threshold = min(detector.top, self.regions), float(detector.threshold)
         self.strides = list(STRIDES)
-        self.register_buffer("anchors", torch.stack(rpn.anchor_generator.cell_anchors))  # [levels, A, 4]
-        self.register_buffer("mean", torch.tensor(size.image_mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(size.image_std)[:, None, None])
+        self.register_buffer("anchors", cell_anchors(config))  # [levels, A, 4]
+        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None])
 
     def in_precision(self, dtype: torch.dtype) -> ProposalNetwork:
         """The same with a copy of the pyramid and of what convolves on it, regions and masks, in `dtype`."""
@@ -125,7 +123,7 @@ class ProposalNetwork(nn.Module):
             # As many candidates on every level, so that their number does not follow from the frame's size.
             best, index = F.pad(level, [0, self.candidates], value=float("-inf")).topk(self.candidates)
             index = index.clamp(max=level.shape[0] - 1)
-            found = clip_boxes_to_image(decode(deltas[index], anchors[index], self.rpn_weights), size)
+            found = inside(decode(deltas[index], anchors[index], self.rpn_weights), size)
             scores.append(best)
             boxes.append(found)
         likely = suppress(
@@ -143,7 +141,7 @@ class ProposalNetwork(nn.Module):
         scores = logits.softmax(-1)[:, 1]
         scores = torch.where((likely > float("-inf")) & (scores > self.threshold), scores, float("-inf"))
         scores, order = scores.sort(descending=True, stable=True)
-        boxes = clip_boxes_to_image(decode(offsets[:, 4:], regions, self.box_weights)[order], size)
+        boxes = inside(decode(offsets[:, 4:], regions, self.box_weights)[order], size)
         scores = suppress(boxes[None], scores[None], 1e-2, self.nms, self.rounds)[0]
         scores, order = scores.topk(min(self.top, scores.shape[0]))
         return cut(boxes[order], scores, self.rounds > 0)
@@ -174,6 +172,12 @@ def decode(deltas: Tensor, boxes: Tensor, weights: list[float]) -> Tensor:
     scale = torch.stack([scale[:, 0] / weights[2], scale[:, 1] / weights[3]], 1).clamp(max=math.log(1000 / 16))
     half = 0.5 * (scale.exp() * size)
     return torch.cat([center - half, center + half], 1)
+
+
+def inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [R, 4] cut off at the borders of an image of this height and width."""
+    x, y = boxes[:, 0::2].clamp(min=0, max=size[1]), boxes[:, 1::2].clamp(min=0, max=size[0])
+    return torch.stack([x, y], 2).flatten(1)
 
 
 def cut(boxes: Tensor, scores: Tensor, fixed: bool) -> tuple[Tensor, Tensor]:
@@ -243,7 +247,8 @@ def pool_regions(features: list[Tensor], boxes: Tensor, cells: int, down: list[i
     As torchvision's MultiScaleRoIAlign: a box's level follows from its area; four samples to a cell, each from four neighbours.
     With the levels one behind the other that is a weighted sum of 16 rows of one table, whichever level a box is on.
     """
-    level = (4 + torch.log2(box_area(boxes).sqrt() / 224) + 1e-6).floor().clamp(2, 1 + len(features)) - 2  # [R]
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    level = (4 + torch.log2(area.sqrt() / 224) + 1e-6).floor().clamp(2, 1 + len(features)) - 2  # [R]
     height, width, first = torch.zeros_like(level), torch.zeros_like(level), torch.zeros_like(level)
     below, beside = torch.zeros_like(level), torch.zeros_like(level)
     done = 0

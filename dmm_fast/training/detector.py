@@ -37,8 +37,9 @@ from dmm_fast.ops.device import open_device
 from dmm_fast.ops.vision import mask_iou
 from dmm_fast.proposals.base import full_masks
 from dmm_fast.proposals.coco import read_coco
+from dmm_fast.proposals.layers import DetectorConfig
 from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
-from dmm_fast.proposals.network import DetectorConfig, build, load_detector, save_detector
+from dmm_fast.proposals.network import build, load_detector, save_detector
 from dmm_fast.training.checkpoint import read_curve
 from dmm_fast.training.imagenet import CARRIERS, imagenet_weights
 

@@ -478,8 +478,9 @@ def test_a_package_without_python(proposing, data, tmp_path):
 
 def test_only_what_can_be_scripted_is(exported):
     from dmm_fast.proposals.base import ProposalError
+    from dmm_fast.proposals.layers import DetectorConfig
     from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
-    from dmm_fast.proposals.network import DetectorConfig, build
+    from dmm_fast.proposals.network import build
 
     with pytest.raises(ProposalError, match="on a timm backbone"):
         ProposalNetwork(MaskRCNNProposer(build(DetectorConfig(backbone="resnet18", frozen=False))))

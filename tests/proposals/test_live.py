@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dmm_fast.model.network import make_backbone
 from PIL import Image
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.proposals.detector import Detector, packaged_detector
+from dmm_fast.proposals.layers import DetectorConfig, Layers, cell_anchors
 from dmm_fast.proposals.live import Live, shares_backbone
-from dmm_fast.proposals.network import DetectorConfig, build
+from dmm_fast.proposals.network import build
 from dmm_fast.proposals.traceable import lags, pool_regions
 
 
@@ -127,6 +132,36 @@ def test_lags_are_where_cells_lie(side):
     assert lags(side, False) == [0, 0, 0, 0]
 
 
+def test_layers_are_torchvisions():
+    """Names, initial values and results: weights of either serve both, and training starts from the same."""
+    config = DetectorConfig(fpn=8, box=16, masks=2)
+    torch.manual_seed(0)
+    ours = Layers(config)
+    torch.manual_seed(0)
+    _, channels, *_ = make_backbone(config.backbone, False)
+    heads = ours.roi_heads
+    pairs = [
+        (ours.backbone.fpn, FeaturePyramidNetwork(channels, 8)),
+        (ours.rpn.head, RPNHead(8, 6)),
+        (heads.box_head, TwoMLPHead(8 * 7**2, 16)),
+        (heads.box_predictor, FastRCNNPredictor(16, 2)),
+        (heads.mask_head, MaskRCNNHeads(8, [8, 8], 1)),
+        (heads.mask_predictor, MaskRCNNPredictor(8, 8, 2)),
+    ]
+    for one, other in pairs:
+        one, other = one.state_dict(), other.state_dict()
+        assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+    levels = [torch.rand(1, count, 41 >> k, 57 >> k) for k, count in enumerate(channels)]
+    features = pairs[0][0](levels)
+    assert all(map(torch.equal, features, pairs[0][1](dict(zip("0123", levels))).values()))
+    assert all(all(map(torch.equal, *both)) for both in zip(pairs[1][0](features), pairs[1][1](features)))
+    regions, masks = torch.rand(3, 8, 7, 7), torch.rand(3, 8, 14, 14)
+    regions, same = (pair(regions) for pair in pairs[2])
+    assert torch.equal(regions, same) and all(map(torch.equal, pairs[3][0](regions), pairs[3][1](regions)))
+    masks, same = (pair(masks) for pair in pairs[4])
+    assert torch.equal(masks, same) and torch.equal(pairs[5][0](masks), pairs[5][1](masks))
+
+
 def test_anchors_are_torchvisions_where_that_divides():
     net = build(DetectorConfig())
     own = net.rpn.anchor_generator
@@ -135,3 +170,4 @@ def test_anchors_are_torchvisions_where_that_divides():
     levels = [torch.zeros(2, 1, 128 // stride, 192 // stride) for stride in (8, 16, 32, 64)]
     for ours, expected in zip(own(images, levels), theirs(images, levels), strict=True):
         assert torch.equal(ours, expected)
+    assert torch.equal(cell_anchors(DetectorConfig()), torch.stack(theirs.cell_anchors))

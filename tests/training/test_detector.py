@@ -20,7 +20,8 @@ from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.proposals.base import ProposalError
 from dmm_fast.proposals.coco import read_coco, write_coco
 from dmm_fast.proposals.detector import Detector
-from dmm_fast.proposals.network import DetectorConfig, build, load_detector, save_detector
+from dmm_fast.proposals.layers import DetectorConfig
+from dmm_fast.proposals.network import build, load_detector, save_detector
 from dmm_fast.proposals.sources import open_proposer
 from dmm_fast.training import detector as training
 from dmm_fast.training.detector import Batches, Schedule, find_examples, paste, recall, settings, train
