@@ -29,12 +29,19 @@ def add(commands: Any) -> None:
         ("dmm-fast train small --show", "print the whole configuration as YAML, as a start for your own"),
         ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals --sheet clips.jpg",
          "look at the first clips that this would learn from"),
+        ("dmm-fast train identity data.path=davis16-train data.proposals=davis16-train/proposals --write-clips made --clips 400",
+         "write them as a data set of plain folders: for train-proposals, or to evaluate on"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
     parser.add_settings("settings", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument("--sheet", metavar="FILE.jpg", help="draw the first clips with their masks and proposals, and stop")
-    parser.add_argument("--clips", type=int, metavar="N", help="how many clips --sheet draws (default: 8)")
+    parser.add_argument(
+        "--write-clips", metavar="DIR", help="write the first clips (frames, masks, proposals) to a new folder, and stop"
+    )
+    parser.add_argument(
+        "--clips", type=int, metavar="N", help="how many clips --sheet draws or --write-clips writes (default: 8)"
+    )
     parser.add_argument("--minutes", type=float, metavar="N", help="save and stop after N minutes")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in OUT, if there is one")
@@ -96,8 +103,15 @@ def run(a: argparse.Namespace) -> int:
         if not a.quiet:
             print(a.sheet)
         return 0
+    if a.write_clips is not None:
+        from dmm_fast.training.written import write_clips
+
+        names = write_clips(a.write_clips, config, 8 if a.clips is None else a.clips, progress=not a.quiet)
+        if not a.quiet:
+            print(f"{len(names)} clips: {a.write_clips}")
+        return 0
     if a.clips is not None:
-        raise ValueError("train --clips N is for --sheet FILE.jpg: how many clips it draws (for an epoch's, set data.clips=N)")
+        raise ValueError("train --clips N is for --sheet FILE.jpg and --write-clips DIR (for an epoch's, set data.clips=N)")
 
     from dmm_fast.training.loop import train
 

@@ -1,13 +1,16 @@
-"""The contact sheet of training clips."""
+"""The contact sheet of training clips, and training clips written as a data set."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dmm_fast.commands.main import main
+from dmm_fast.data.datasets import open_dataset
 from dmm_fast.data.masks import write_mask
+from dmm_fast.proposals.base import full_masks
 from dmm_fast.training.config import read_config
 from dmm_fast.training.data import open_data
 
@@ -54,13 +57,39 @@ def test_a_sheet_of_clips(folder, tmp_path):
     assert np.median(change[mask]) > 40 > np.median(change[~mask])
 
 
+def test_clips_as_a_data_set(folder, tmp_path, capsys):
+    """What training sees, to the pixel where files keep pixels, and nothing of a call that failed."""
+    made = tmp_path / "made"
+    assert main([*arguments(folder), "--write-clips", str(made), "--clips", "9"]) == 0
+    clips, _ = open_data(read_config("small", arguments(folder)[2:-1]))
+    dataset = open_dataset(made, "folder", proposals=made / "proposals")
+    assert len(dataset) == 5 and {name.split("-")[1] for name in dataset.names} == {"clips", "alike"}
+    for clip, video in zip(clips, dataset):
+        assert len(video) == 4 and video.annotated == [0, 1, 2, 3]
+        for t, (frame, masks) in enumerate(zip(clip.frames, clip.masks)):
+            assert np.abs(video.frame(t).astype(int) - frame.permute(1, 2, 0).numpy()).mean() < 8
+            assert np.array_equal(video.truth(t), ids_of(masks))
+            boxes, scores, found = full_masks(video.proposals(t), SIZE)
+            expected = full_masks(clip.proposals[t], SIZE)
+            assert len(scores) == len(expected[1])
+            assert torch.equal(found.sum((1, 2)).sort().values, expected[2].sum((1, 2)).sort().values)
+    assert main([*arguments(folder), "--write-clips", str(made)]) == 2 and "is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def ids_of(masks):
+    return sum((number * mask.numpy().astype(np.uint8) for number, mask in enumerate(masks, 1)), np.zeros(SIZE, np.uint8))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [(["--sheet", "x.gif"], "x.gif: a sheet is a .jpg or .png file"), (["--sheet", "x.png", "--clips", "0"], "at least one clip, got 0"),
      (["--clips", "3"], "--clips N is for --sheet"), (["--sheet", "x.png", "data.sources.1.twins=2"], "twins is a chance in [0, 1], got 2"),
      (["--sheet", "x.png", "data.sources.1.twin=2"], "a source of kind alike"),
      (["--sheet", "x.png", "data.sources.0.mined=0.5"], "mined is a share in [0, 1] of clips from videos with proposals"),
-     (["--sheet", "nowhere/x.png"], "there is no directory nowhere")],
+     (["--sheet", "nowhere/x.png"], "there is no directory nowhere"),
+     (["--write-clips", "made", "--clips", "0"], "at least one clip can be written, got 0"),
+     (["--write-clips", "nowhere/made"], "there is no directory nowhere")],
 )  # fmt: skip
 def test_bad_sheets(folder, tmp_path, monkeypatch, capsys, extra, message):
     monkeypatch.chdir(tmp_path)
