@@ -34,7 +34,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--held-out", type=_names, default=[], metavar="NAME,...", help="videos to measure recall on")
     parser.add_argument("--leave-out", type=_names, default=[], metavar="NAME,...", help="videos not to use")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after N minutes")
-    parser.add_argument("--init", metavar="FILE|coco", help="weights to start from (default: ImageNet's for the backbone)")
+    parser.add_argument(
+        "--init",
+        metavar="FILE|small|coco",
+        help="weights to start from, small: the packaged ones (default: ImageNet's for the backbone)",
+    )
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read data (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")

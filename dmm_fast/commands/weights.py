@@ -61,13 +61,17 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError(f"{path}: says nothing of a network whose settings --set could change")
     if changes:
         about["config"] = Config.from_dict(about["config"] | {k: yaml.safe_load(v) for k, v in changes.items()}).to_dict()
+    tensors = without(a.without, tensors)
     if a.average:
-        tensors = averaged(tensors, read_weights(a.average[0]), a.average)
-    kept = {name: tensor for name, tensor in tensors.items() if not (a.without and name.startswith(a.without))}
-    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+        tensors = averaged(tensors, without(a.without, read_weights(a.average[0])), a.average)
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     write_tensors(a.pack, half, about)
     print(f"{a.pack}: {Path(a.pack).stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def without(prefix: str | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not (prefix and name.startswith(prefix))}
 
 
 def averaged(tensors: dict[str, Tensor], other: dict[str, Tensor], asked: tuple[str, str]) -> dict[str, Tensor]:

@@ -71,10 +71,14 @@ class Detector:
 
 
 def packaged_detector(**options: Any) -> Detector:
-    """The small detector in the package, whose backbone is that of the packaged network (both frozen, stored once)."""
-    shared = {
+    """The small detector in the package."""
+    return Detector(packaged("small-proposals"), body=shared_body(), **options)
+
+
+def shared_body() -> dict[str, Tensor]:
+    """The weights of the small detector's backbone: that of the packaged network (both frozen, stored once)."""
+    return {
         name.removeprefix("backbone."): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in read_weights(packaged("small")).items()
         if name.startswith("backbone.")
     }
-    return Detector(packaged("small-proposals"), body=shared, **options)

@@ -32,11 +32,12 @@ from dmm_fast.data.datasets import open_dataset
 from dmm_fast.files import whole_file
 from dmm_fast.learning.targets import target
 from dmm_fast.model import Proposals
-from dmm_fast.model.weights import load_weights, write_tensors
+from dmm_fast.model.weights import load_weights, packaged, write_tensors
 from dmm_fast.ops.device import open_device
 from dmm_fast.ops.vision import mask_iou
 from dmm_fast.proposals.base import full_masks
 from dmm_fast.proposals.coco import read_coco
+from dmm_fast.proposals.detector import shared_body
 from dmm_fast.proposals.layers import DetectorConfig
 from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
 from dmm_fast.proposals.network import build, load_detector, save_detector
@@ -237,7 +238,7 @@ def train(
     (detector.safetensors), curve.jsonl and the state from which the same call goes on after an interruption.
 
     held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
-    weights to start from or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of
+    weights to start from, "small" (those in the package) or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of
     the curve.
     """
     examples = find_examples(data, pseudo)
@@ -373,7 +374,7 @@ def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained:
         net = build(config)
         load_weights(net, class_agnostic(_coco_tensors(config)), "Mask R-CNN's COCO weights without classes")
     elif init is not None:
-        net, saved = load_detector(init)
+        net, saved = load_detector(packaged("small-proposals"), shared_body()) if init == "small" else load_detector(init)
         if saved != config:
             raise ValueError(f"{init}: its settings are {saved}, not {config}")
     elif config.backbone in CARRIERS:

@@ -11,8 +11,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from dmm_fast.model import Proposals
+from dmm_fast.model import Proposals, packaged
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm_fast.commands.main import main
@@ -304,6 +305,21 @@ def test_a_training_that_was_cut_short_goes_on_the_same(dataset, tmp_path, monke
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     with pytest.raises(ValueError, match=r"other settings .*'rate': \(0.0006, 0.1\)"):
         train(config, settings("small", changes(steps=6, every=2, rate=0.1))[1], [dataset], tmp_path / "cut")
+
+
+def test_training_goes_on_from_the_packaged_network(dataset, tmp_path, capsys):
+    """And the mean of both, without the backbone that another file has, is packaged again."""
+    begin = ["train-proposals", "small", "steps=1", "batch=1", "rate=1e-9", "decay=0", "every=1", "--data", str(dataset)]
+    assert main([*begin, "--init", "small", "--out", str(tmp_path), "--quiet"]) == 0
+    before, after = packaged("small-proposals"), tmp_path / "detector.safetensors"
+    old, new = load_file(before), load_file(after)
+    assert len(new) > len(old) and all(torch.allclose(new[name], tensor.float(), atol=1e-6) for name, tensor in old.items())
+    save_file({name: 3 * tensor for name, tensor in new.items()}, after, safe_open(after, "pt").metadata())
+    words = ["--average", str(before), "0.5", "--without", "backbone.body.", "--pack", str(tmp_path / "mean.safetensors")]
+    assert main(["weights", str(after), *words]) == 0
+    mean = load_file(tmp_path / "mean.safetensors")
+    assert mean.keys() == old.keys()
+    assert all(torch.allclose(mean[name].float(), 2 * tensor.float(), rtol=2e-3, atol=1e-5) for name, tensor in old.items())
 
 
 def test_train_proposals_command(dataset, tmp_path, capsys):
