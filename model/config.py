@@ -122,8 +122,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "backbone": "tf_efficientnet_lite0",
         "short_side": 240,
+        "pool": "mask",
         "embed": 128,
+        "update": 0.3,
         "iou_weight": 0.7,
+        "min_cosine": 0.55,
         "refine": "heavy",
         "hidden": 64,
         "follow": "refined",

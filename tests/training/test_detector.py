@@ -351,7 +351,7 @@ def test_proposals_of_a_data_set(dataset, weights, tmp_path, monkeypatch, capsys
     arguments = ["proposals", "--dataset", str(dataset), "--detector", str(weights), "--top", "3"]
     arguments += ["--out", str(tmp_path / "out")]
     assert main([*arguments, "--quiet"]) == 130
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "b.json.part"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "b.json.part", "detector.txt"]
     assert main(arguments) == 0
     assert len(calls) == 5 + 1 + 1 + 2 and "1 frames of" in capsys.readouterr().out
     assert main([*arguments, "--quiet"]) == 0 and len(calls) == 9, "all is done"
