@@ -30,9 +30,8 @@ from dmm_fast.inference.passes import Interrupted, stop_requested
 BEAT = 2.0  # seconds between signs of life
 LOST = 60.0  # without one for so long a process is given up
 MEET = timedelta(minutes=10)  # in which every process must have started
-STORE = timedelta(
-    seconds=30
-)  # a store that does not answer for so long is gone: less than LOST, so who is given up has stopped
+# A store that does not answer for so long is gone. Less than LOST: a process that is given up has stopped.
+STORE = timedelta(seconds=30)
 
 
 def under_torchrun() -> bool:

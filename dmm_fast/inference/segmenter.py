@@ -137,7 +137,8 @@ class Segmenter:
         self._ids = np.empty((0, 0), np.uint8)
 
     def another(self) -> Segmenter:
-        """A new session over the same network and proposer, for one more video at once; weights are in memory once.
+        """A new session over the same network and proposer, for one more video at once; weights are in memory once, but for
+        a detector's in bfloat16.
 
         Sessions do not touch each other: use them in turns, or each in a thread of its own. On a GPU they work at the same time if every
         thread has its own stream, ``with torch.cuda.stream(torch.cuda.Stream()): ...``. One that learns (`tune`) goes on with a network

@@ -238,7 +238,8 @@ def train(
     (detector.safetensors), curve.jsonl and the state from which the same call goes on after an interruption.
 
     held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
-    weights to start from, "small" (those in the package) or "coco" (torchvision's, for resnet50), else the backbone has ImageNet's. Returns the last row of
+    weights to start from, "small" (those in the package) or "coco" (torchvision's, for resnet50), else the backbone has
+    ImageNet's. Returns the last row of
     the curve.
     """
     examples = find_examples(data, pseudo)
