@@ -25,6 +25,8 @@ class Config:
     Matching: `iou_weight` is lambda of Eq. 1. `layer` "dykstra" is the paper's (`dmm_fast.match`, Algorithm 1), with its
     `n_grad`, `n_proj`, `lr` and `dykstra`; "prices" (`dmm_fast.match_prices`, docs/variants.md) takes the first three and
     decides like the Hungarian method, for networks that are not trained through it.
+    IoU is taken with an object's last mask, moved on as it has moved: `motion` is how much of its velocity an object keeps from frame to frame, the
+    rest is new; 0 (the paper): the mask stays where it was.
     Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.
@@ -42,6 +44,7 @@ class Config:
     pool: str = "box"
     embed: int = 0
     update: float = 0.0
+    motion: float = 0.0
     iou_weight: float = 1.0
     layer: str = "dykstra"
     n_grad: int = 40
@@ -75,6 +78,7 @@ class Config:
         require(self.embed == 0 or self.backbone != "none", "embed", "0 without a backbone")
         require(self.pool in POOLS, "pool", f"one of {POOLS}")
         require(0.0 <= self.update < 1.0, "update", "in [0, 1)")
+        require(0.0 <= self.motion < 1.0, "motion", "in [0, 1)")
         require(self.n_grad >= 1, "n_grad", "at least 1")
         require(self.n_proj >= 1, "n_proj", "at least 1")
         require(self.lr > 0.0, "lr", "positive")
@@ -125,6 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pool": "mask",
         "embed": 128,
         "update": 0.3,
+        "motion": 0.5,
         "iou_weight": 0.7,
         "min_cosine": 0.55,
         "refine": "heavy",

@@ -41,6 +41,30 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((filled > 0.5) | (iou > 0.1), iou, 0.0)
 
 
+def moved(masks: Tensor, motion: Tensor) -> Tensor:
+    """Masks [N, h, w] moved by `motion` [N, 2], x y in cells, with bilinear weights; what leaves the grid is gone."""
+    wide, tall = shift(masks.size(2), motion[:, 0]), shift(masks.size(1), motion[:, 1])
+    return tall @ masks @ wide.transpose(1, 2)
+
+
+def shift(cells: int, by: Tensor) -> Tensor:
+    """For each `by` [N] the matrix that moves `cells` values in a column by so many: [N, cells, cells]."""
+    place = torch.arange(cells, dtype=by.dtype, device=by.device)
+    return (1.0 - (place[:, None] - place - by[:, None, None]).abs()).clamp(min=0.0)
+
+
+def velocity(before: Tensor, after: Tensor, motion: Tensor, kept: float) -> Tensor:
+    """`motion` [N, 2] after masks [N, h, w] have gone from `before` to `after`: `kept` of what it was, the rest of how far their
+    centres went. A mask that appears, vanishes or changes its size (hidden in part, or taken for another) says nothing of motion."""
+    seen = torch.stack([before, after])  # [2, N, h, w]
+    area = seen.sum((2, 3))  # [2, N]
+    x = torch.arange(seen.size(3), dtype=seen.dtype, device=seen.device)
+    y = torch.arange(seen.size(2), dtype=seen.dtype, device=seen.device)
+    centre = torch.stack([seen.sum(2) @ x, seen.sum(3) @ y], 2) / area.clamp(min=1e-6)[:, :, None]  # [2, N, 2]
+    steady = (area.amin(0) > 3.0) & (area.amin(0) > 0.7 * area.amax(0))
+    return torch.where(steady[:, None], kept * motion + (1.0 - kept) * (centre[1] - centre[0]), motion)
+
+
 def scaled(boxes: Tensor, wide: float, tall: float) -> Tensor:
     """Boxes [R, 4] x0 y0 x1 y1 with x times `wide` and y times `tall`."""
     return torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)

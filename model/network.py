@@ -10,7 +10,7 @@ from . import efficientnet
 from .config import Config
 from .efficientnet import EfficientNetLite0
 from .features import mask_means, roi_means
-from .masks import cover, mask_boxes, overlap, scaled
+from .masks import cover, mask_boxes, moved, overlap, scaled, velocity
 from .refinement import HeavyRefinement, LightRefinement, doubled
 from .state import Affinity, Candidates, Output, Proposals, State, empty_like, merge
 
@@ -79,7 +79,7 @@ class DMMNet(nn.Module):
         self.iou_weight = float(config.iou_weight)  # TorchScript takes no int for a float
         self.prices = config.layer == "prices"
         self.masked = config.pool == "mask"
-        self.update = float(config.update)
+        self.update, self.motion = float(config.update), float(config.motion)
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, float(config.lr)
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
@@ -146,7 +146,8 @@ class DMMNet(nn.Module):
         if self.refinement is not None:
             hidden = self.refinement.start(features, on_grid)
         described = self.describe(features, mask_boxes(masks), on_grid, height, width)
-        return State(valid, described, on_grid, on_grid, masks[:, :0, :0] if self.heavy else masks, hidden)
+        motion = on_grid.new_zeros((masks.size(0), 2))
+        return State(valid, described, on_grid, on_grid, motion, masks[:, :0, :0] if self.heavy else masks, hidden)
 
     @torch.jit.export
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
@@ -178,11 +179,12 @@ class DMMNet(nn.Module):
 
     @torch.jit.export
     def compare(self, features: list[Tensor], candidates: Candidates, state: State) -> Affinity:
-        """Cosine similarity with the templates and IoU with the last masks, both [N, M]."""
+        """Cosine similarity with the templates and IoU with the last masks, moved on, both [N, M]."""
         described = self.describe(features, candidates.boxes, candidates.cover, candidates.height, candidates.width)  # [M, C]
         described = F.normalize(described, dim=1)
         cosine = F.normalize(state.features, dim=1) @ described.t()
-        return Affinity(cosine, overlap(state.masks, candidates.cover), described)
+        masks = state.masks if self.motion == 0.0 else moved(state.masks, state.motion)
+        return Affinity(cosine, overlap(masks, candidates.cover), described)
 
     @torch.jit.export
     def cost(self, affinity: Affinity) -> Tensor:
@@ -267,7 +269,10 @@ class DMMNet(nn.Module):
         runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
         output = Output(logits, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
         templates = self.renewed(state.features, affinity, column, found)
-        return output, State(state.valid, templates, state.templates, on_grid, full, hidden)
+        motion = state.motion
+        if self.motion > 0.0:
+            motion = velocity(state.masks, on_grid, motion, self.motion)
+        return output, State(state.valid, templates, state.templates, on_grid, motion, full, hidden)
 
     def renewed(self, features: Tensor, affinity: Affinity, column: Tensor, found: Tensor) -> Tensor:
         """Features of the templates [N, C] after the proposals `column` [N, 1] were matched where `found` [N]."""

@@ -35,6 +35,7 @@ class State(NamedTuple):
     features: Tensor  # [N, C] float, features of the templates (C = 0 without a backbone)
     templates: Tensor  # [N, h, w] float, masks of the frame in which each object was given, on the grid (`DMMNet.grid`)
     masks: Tensor  # [N, h, w] float, last matched masks (refined ones with follow = refined), on the grid
+    motion: Tensor  # [N, 2] float, x y, cells of the grid by which `masks` move from frame to frame
     full: Tensor  # [N, H, W] bool, the last masks at the frame's size; [N, 0, 0] where refine = heavy, which needs none
     hidden: list[Tensor]  # refinement's temporal state, each [N, ...]; empty when refine = none
 
@@ -43,7 +44,7 @@ class Affinity(NamedTuple):
     """What a template and a proposal have in common: the two terms of Eq. 1."""
 
     cosine: Tensor  # [N, M] in [-1, 1], 0 without a backbone
-    iou: Tensor  # [N, M] in [0, 1], with the object's last matched mask
+    iou: Tensor  # [N, M] in [0, 1], with the object's last mask, where it should be by now
     features: Tensor  # [M, C] float, of the proposals
 
 
@@ -70,6 +71,7 @@ def merge(new: Tensor, state: State, other: State) -> State:
         torch.where(new[:, None], other.features, state.features),
         torch.where(new[:, None, None], other.templates, state.templates),
         torch.where(new[:, None, None], other.masks, state.masks),
+        torch.where(new[:, None], other.motion, state.motion),
         torch.where(new[:, None, None], other.full, state.full),
         hidden,
     )
@@ -82,6 +84,7 @@ def empty_like(state: State) -> State:
         torch.zeros_like(state.features),
         torch.zeros_like(state.templates),
         torch.zeros_like(state.masks),
+        torch.zeros_like(state.motion),
         torch.zeros_like(state.full),
         [torch.zeros_like(h) for h in state.hidden],
     )

@@ -420,7 +420,7 @@ MANIFESTS = {
     "no model": (lambda d: (d / "model.pt").unlink(), "model.pt: missing"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "no finished export"),
     "cut manifest": (lambda d: cut(d / "manifest.json"), "not valid JSON: line .* stops in the middle"),
-    "another format": (lambda d: edit(d / "manifest.json", format=3), "reads format 2, got '3'"),
+    "another format": (lambda d: edit(d / "manifest.json", format=4), "reads format 3, got '4'"),
     "no format": (lambda d: edit(d / "manifest.json", format=None), "'format' must be an integer"),
     "onnx": (lambda d: edit(d / "manifest.json", kind="onnx"), "torchscript or pt2, got 'onnx'"),
     "another op": (lambda d: edit(d / "manifest.json", op_library={"ops": ["dmm::new"], "abi": "2.11"}), "no op 'dmm::new'"),
@@ -547,7 +547,7 @@ def test_bad_sessions_are_refused(iou, neural, runtime, tmp_path):
     refused("not a whole safetensors", blob[:5])
     refused("not a whole safetensors", b"\xff" * 8 + blob[8:])
     refused("other weights", blob.replace(b"e3b0c442", b"00000000"))
-    refused("not a session of format 2, but 7", blob.replace(rb"\"format\": 2", rb"\"format\": 7"))
+    refused("not a session of format 3, but 7", blob.replace(rb"\"format\": 3", rb"\"format\": 7"))
     refused('matcher "gmm"', blob.replace(rb"\"matcher\": \"dmm\"", rb"\"matcher\": \"gmm\""))
     refused("slots unlike", blob.replace(b"[3, 7, 200]", b"[3, 7, 7  ]"))
     refused("slots unlike", blob.replace(b"[3, 7, 200]", b"[3, 0, 200]"))

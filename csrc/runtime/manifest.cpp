@@ -9,7 +9,7 @@
 namespace dmm {
 namespace {
 
-constexpr int64_t kFormat = 2;
+constexpr int64_t kFormat = 3;
 
 /// Reads members of one file, with its name before every message.
 class Reader {
@@ -77,7 +77,7 @@ Manifest Manifest::read(const std::string& folder) {
   const Json json = Json::parse(read_file(path, 64 << 20), path);
   const Reader reader(path);
   if (!json.get<Json::Object>()) reader.wrong("a manifest is a JSON object", &json);
-  if (reader.integer(json, "format") != kFormat) reader.wrong("this program reads format 2", json.find("format"));
+  if (reader.integer(json, "format") != kFormat) reader.wrong("this program reads format 3", json.find("format"));
 
   Manifest result;
   result.folder = folder;

@@ -13,11 +13,12 @@
 namespace dmm {
 namespace {
 
-constexpr int64_t kFormat = 2;  // of saved sessions
+constexpr int64_t kFormat = 3;  // of saved sessions
 constexpr int kMostObjects = 255;
 
 // The tensors of a state, in the order of dmm_fast.model.State; the hidden ones follow.
-constexpr std::array<const char*, 5> kState = {"state.valid", "state.features", "state.templates", "state.masks", "state.full"};
+constexpr std::array<const char*, 6> kState = {"state.valid", "state.features", "state.templates",
+                                               "state.masks", "state.motion",   "state.full"};
 constexpr size_t kValid = 0, kHidden = kState.size();
 
 std::string state_name(size_t index) {

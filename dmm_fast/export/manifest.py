@@ -23,7 +23,7 @@ from torch import Tensor
 from dmm_fast.model import Config, DMMNet, Output, Proposals, State
 from dmm_fast.proposals.base import encode_runs
 
-FORMAT = 2
+FORMAT = 3
 ABI = "2.11"  # of torch's stable ABI, which the op libraries are built for
 KINDS = ("torchscript", "pt2", "onnx")
 """The formats that `export` writes."""
@@ -376,7 +376,7 @@ class Example:
         objects = (Spec.of("masks", self.objects, (N, H, W)),)
         grid = tuple(self.state.masks.shape[1:]) if fixed_grid else ("h", "w")
         pixels = (H, W) if self.state.full.numel() else (0, 0)
-        shapes = [(N,), (N, self.state.features.size(1)), (N, *grid), (N, *grid), (N, *pixels)]
+        shapes = [(N,), (N, self.state.features.size(1)), (N, *grid), (N, *grid), (N, 2), (N, *pixels)]
         state = [Spec.of(f"state.{name}", tensor, shape) for name, tensor, shape in zip(State._fields, self.state, shapes)]
         for k, tensor in enumerate(self.state.hidden):
             level = tuple(tensor.shape[2:]) if fixed_features or tensor[0].numel() == 1 else (f"h{k}", f"w{k}")

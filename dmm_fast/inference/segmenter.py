@@ -40,7 +40,7 @@ from dmm_fast.proposals.base import real
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
 PRECISIONS = ("float32", "bfloat16")
-FORMAT = 2  # of saved sessions
+FORMAT = 3  # of saved sessions
 
 Frame = np.ndarray | Tensor
 Masks = np.ndarray | Tensor | Mapping[int, Any]

@@ -35,6 +35,7 @@ def tune(
     seconds: float | None = None,
     epochs: int | None = None,
     rate: float = 3e-4,
+    share: float = 0.5,
     frames: int = 3,
     seed: int = 0,
     progress: bool = False,
@@ -44,12 +45,14 @@ def tune(
 
     Each step unrolls a clip of `frames` views of that frame, turned, bent, recoloured and shifted from one to the next, as
     `StillClips` are, with its `proposals`, or at times simulated ones; without `proposals` always. Everything but the
-    backbone learns, and the average of the weights over the last steps is kept. It ends after so many `seconds`, or
-    `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves `net` as
+    backbone learns. The result lies a `share` of the way from the weights before to the average of those over the last steps: half
+    the way brings most of the gain, and less harm where the object will look different (docs/model.md). It ends after so many `seconds`, or `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves `net` as
     it was.
     """
     if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
         raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"online learning: share must be in (0, 1], got {share!r}")
     if masks.dtype != torch.bool or masks.ndim != 3 or not masks.flatten(1).any(1).all():
         raise ValueError("online learning needs masks [N, H, W] bool, none of them empty")
     how = Unrolling(LOSS, freeze=True)
@@ -81,7 +84,7 @@ def tune(
                 average.update(step)
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 bar.update()
-        kept = average.shadow
+        kept = {name: torch.lerp(before, average.shadow[name], share) for name, before in kept.items()}
     finally:
         net.load_state_dict({**net.state_dict(), **kept})
         for p, flag in zip(net.parameters(), flags):

@@ -301,7 +301,7 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
     sources: list[Source] = [(-1, i) for i in range(n)]
     # The decision does not look at pixels but for the IoU, which is given: masks of one pixel stand for the real ones.
     pixel = torch.ones(n, 1, 1)
-    state = State(torch.ones(n, dtype=torch.bool), embed(track.templates), pixel, pixel, pixel > 0, [])
+    state = State(torch.ones(n, dtype=torch.bool), embed(track.templates), pixel, pixel, torch.zeros(n, 2), pixel > 0, [])
     for k, frame in enumerate(track.frames[:length]):
         m = len(frame.features)
         if m == 0:

@@ -211,7 +211,7 @@ def all_files(**changes):
 
 
 EDITS = {
-    "another format": (lambda v: v.update(format=3), "reads format 2, got 3"),
+    "another format": (lambda v: v.update(format=4), "reads format 3, got 4"),
     "no format": (lambda v: v.pop("format"), "'format' must be an int, got None"),
     "a kind unknown": (lambda v: v.update(kind="pickle"), "'kind' must be one of"),
     "parent folder": (all_files(file="../model.pt"), "'file' must be a plain name .* got '../model.pt'"),

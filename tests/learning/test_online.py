@@ -62,7 +62,7 @@ def test_a_first_frame_is_learnt(pond):
         return float(np.mean([jaccard(m.numpy(), g.numpy()) for m, g in zip(found, masks)]))
 
     untrained = found()
-    assert tune(net, image, masks, proposals, epochs=20, rate=3e-3) == 160
+    assert tune(net, image, masks, proposals, epochs=20, rate=3e-3, share=1.0) == 160
     assert found() > max(0.5, untrained + 0.2)
     after = net.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -81,6 +81,13 @@ def test_tuning_stops_with_its_budget_and_repeats(pond):
     tune(first, image, masks, proposals, epochs=1)
     tune(third, image, masks, proposals, epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), third.state_dict().values()))
+    half, whole = copy.deepcopy(second), copy.deepcopy(second)
+    tune(half, image, masks, proposals, epochs=1)
+    tune(whole, image, masks, proposals, epochs=1, share=1.0)
+    for before, middle, after in zip(second.state_dict().values(), half.state_dict().values(), whole.state_dict().values()):
+        torch.testing.assert_close(middle.double(), (before.double() + after.double()) / 2, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        tune(first, image, masks, epochs=1, share=0)
     with pytest.raises(ValueError, match="none of them empty"):
         tune(first, image, masks & False, epochs=1)
     with pytest.raises(ValueError, match="seconds or epochs"):

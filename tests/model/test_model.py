@@ -26,7 +26,7 @@ from dmm_fast.model import (
 )
 from dmm_fast.model.features import mask_means, roi_means
 from dmm_fast.model.inference import folded
-from dmm_fast.model.masks import cover, mask_boxes, overlap, shared
+from dmm_fast.model.masks import cover, mask_boxes, moved, overlap, shared, velocity
 from dmm_fast.model.network import make_backbone
 from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, probabilities
 from torch import Tensor
@@ -57,6 +57,7 @@ CONFIGS = {
         min_cosine=0.1,
         pool="mask",
         update=0.3,
+        motion=0.5,
     ),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
 }
@@ -168,6 +169,48 @@ def test_templates_follow_sure_matches_alone():
     with torch.no_grad():
         kept = make("features").follow(features, proposals, make("features").start(frame, masks, state.valid), *SIZE)[1]
     assert equal(kept.features, make("features").start(frame, masks, state.valid).features)
+
+
+def test_masks_are_moved_by_whole_and_parts_of_cells():
+    masks = torch.zeros(3, 6, 8)
+    masks[:, 2:4, 1:4] = 1.0
+    moved_ = moved(masks, torch.tensor([[0.0, 0.0], [2.0, -1.0], [0.25, 10.0]]))
+    assert torch.equal(moved_[0], masks[0]) and not moved_[2].any()
+    assert torch.equal(moved_[1], masks[1].roll((-1, 2), (0, 1)))
+    torch.testing.assert_close(
+        moved(masks[:1], torch.tensor([[0.25, 0.0]]))[0, 2], torch.tensor([0, 0.75, 1, 1, 0.25, 0, 0, 0])
+    )
+
+
+def test_velocity_follows_masks_that_keep_their_size():
+    before, after = torch.zeros(4, 20, 20), torch.zeros(4, 20, 20)
+    before[:, 4:8, 4:8] = 1.0
+    after[0, 5:9, 7:11] = 1.0  # went by (3, 1)
+    after[1, 4:8, 4:6] = 1.0  # half of it is hidden
+    before[3] = 0.0  # the third is lost, the fourth appears
+    after[3, 0:4, 0:4] = 1.0
+    motion = torch.tensor([[1.0, 1.0]]).repeat(4, 1)
+    torch.testing.assert_close(
+        velocity(before, after, motion, 0.5), torch.tensor([[2.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    )
+
+
+@pytest.mark.parametrize("motion", [0.0, 0.5])
+def test_what_moves_is_looked_for_where_it_should_be(motion):
+    """Two like squares pass each other: in one frame each is nearer to where the other was."""
+    net, frame = DMMNet(Config(motion=motion)).eval(), torch.zeros(3, *SIZE, dtype=torch.uint8)
+    matched = []
+    with torch.no_grad():
+        state = net.start(frame, squares(0), torch.tensor([True, True]))
+        for t in range(1, 8):
+            output, state = net.step(frame, full(squares(t)), state)
+            matched.append(output.proposal.tolist())
+    assert matched == [[0, 1]] * 7 if motion else matched == [[0, 1]] * 4 + [[1, 0]] * 3
+    torch.testing.assert_close(state.motion, torch.tensor([[8.0, 0.0], [-8.0, 0.0]]) * float(motion > 0), atol=0.1, rtol=0)
+
+
+def squares(t: int) -> Tensor:
+    return rectangles((4 + 8 * t, 10, 14 + 8 * t, 40), (76 - 8 * t, 10, 86 - 8 * t, 40))
 
 
 def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
@@ -607,7 +650,7 @@ def test_export_with_any_number_of_proposals(scene, name):
     count = {0: torch.export.Dim("M", min=2, max=512)}
     with torch.no_grad():
         state = net.start(frame, first, valid)
-        shapes = (None, Proposals(count, count, count), State(None, None, None, None, None, [None] * len(state.hidden)))
+        shapes = (None, Proposals(count, count, count), State(None, None, None, None, None, None, [None] * len(state.hidden)))
         exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
         for keep in (7, 2, 4):
             some = Proposals(*(part[:keep] for part in proposals))
@@ -627,7 +670,7 @@ def test_export_with_every_size_open(scene, name):
         shapes = (
             {1: h, 2: w},
             Proposals({0: m}, {0: m}, {0: m, 1: h, 2: w}),
-            State({0: n}, {0: n}, grid, grid, {0: n, 1: h, 2: w}, [{0: n}] * len(state.hidden)),
+            State({0: n}, {0: n}, grid, grid, {0: n}, {0: n, 1: h, 2: w}, [{0: n}] * len(state.hidden)),
         )
         exported = torch.export.export(net, (frame, proposals, state), dynamic_shapes=shapes, strict=False).module()
         frame, first = frame[:, :-10, :-6], first[:2, :-10, :-6]
