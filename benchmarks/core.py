@@ -42,6 +42,14 @@ def cpu_time(function: Function, calls: int) -> float:
     return (time.thread_time_ns() - begin) * 1e-9 / calls
 
 
+def wall_time(function: Function, calls: int) -> float:
+    """What a user waits for; other work on the machine counts."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
 def device_time(function: Function, calls: int) -> float:
     """Time between CUDA events around ``calls`` calls back to back: the pace of host or device, the slower."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -129,6 +137,27 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
+def rows_of(
+    case: str, times: dict[str, list[float]], *, problems: int = 1, device: str = "cpu", limit: float | None = None
+) -> list[dict]:
+    """A row for each peer; ours comes first in `times`. A ratio is peer over ours. limit: seconds that a call must take."""
+    (_, ours), *peers = medians(times).items()
+    us = 1e6 / problems
+    return [
+        {
+            "case": case,
+            "machine": machine(device),
+            "us per problem": ours * us,
+            "peer": peer,
+            "peer us per problem": seconds * us,
+            "ratio": seconds / ours,
+            "limit us per problem": None if limit is None else limit * us,
+            "share of limit": None if limit is None else limit / ours,
+        }
+        for peer, seconds in peers
+    ]
+
+
 def peak_memory(function: Function) -> int:
     """Bytes that one call needs at its peak on the CUDA device, beyond what was allocated before it."""
     torch.cuda.synchronize()
@@ -150,16 +179,16 @@ def clock() -> float:
     return _now
 
 
-def record(benchmark, samples: list[float], row: dict) -> None:
-    """Hand samples measured here to pytest-benchmark, and ``row`` to its ``extra_info`` and to the closing table."""
+def record(benchmark, samples: list[float], *rows: dict) -> None:
+    """Hand samples measured here to pytest-benchmark, the first row to its ``extra_info``, and all to the closing table."""
     remaining = iter(samples)
 
     def advance():
         global _now
         _now += next(remaining)
 
-    benchmark.extra_info.update(row)
-    ROWS.append(row)
+    benchmark.extra_info.update(rows[0])
+    ROWS.extend(rows)
     benchmark.pedantic(advance, rounds=len(samples))
 
 
@@ -171,7 +200,7 @@ def machine(device: str) -> dict[str, str]:
     """What the figures belong to."""
     facts = {
         "dmm_fast": dmm_fast.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -188,20 +217,15 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
-def _commit() -> str:
-    """The commit, with a + where the working tree differs from it; "unknown" outside a clone."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=10",
-        "--exclude=*",
-    ]
+def commit(folder: Path = Path(__file__).parent.parent) -> str:
+    """The commit, with a + where files that git knows differ from it (docs/ aside); "unknown" outside a clone."""
+    git = ["git", "-C", str(folder)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
+        return name + "+" * bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
