@@ -231,10 +231,12 @@ def commit(folder: Path = Path(__file__).parent.parent) -> str:
 
 
 def _cpu_model() -> str:
+    """Its name, and its family and model, as some names say little."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
+    facts = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 @functools.cache
