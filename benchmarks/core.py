@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from text import microseconds, table  # noqa: F401  the suites take them from here
@@ -26,6 +27,7 @@ import dmm_fast
 from dmm_fast.ops import library as _library
 
 Function = Callable[[], object]
+Name = TypeVar("Name")  # of a contestant
 Timer = Callable[[Function, int], float]  # (function, calls) -> seconds per call
 
 ROWS: list[dict] = []  # one per finished benchmark, for the table at the end of a run
@@ -117,14 +119,14 @@ def one_thread() -> Iterator[None]:
 # ---- comparing ----
 
 
-def compare(functions: dict[str, Function], timer: Timer, *, rounds: int, sample: float = 0.03) -> dict[str, list[float]]:
+def compare(functions: dict[Name, Function], timer: Timer, *, rounds: int, sample: float = 0.03) -> dict[Name, list[float]]:
     """``rounds`` samples of each function, in turns. A sample is as many calls as fill ``sample`` seconds, after a call
     that pays for what the other contestant left in the caches and the allocator."""
     calls = {}
     for name, function in functions.items():
         function()  # lazy initialisation
         calls[name] = max(1, min(2000, int(sample / max(timer(function, 1), 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             if calls[name] > 1:
@@ -133,7 +135,7 @@ def compare(functions: dict[str, Function], timer: Timer, *, rounds: int, sample
     return times
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
+def medians(times: dict[Name, list[float]]) -> dict[Name, float]:
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 

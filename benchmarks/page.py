@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_tables import merged  # noqa: E402
+from gpu_tables import merged, read_rows  # noqa: E402
 from page_text import DATA, PAGE, SECTIONS, page  # noqa: E402
 
 Measured = dict[str, Any]  # "rows", "versions", "notes" and what else belongs to the machine
 MEASURED = [name for name in SECTIONS if name != "gpu"]  # by `measure`, in this order
 
+GIVEN, LIVE = "dmm_fast, given proposals", "dmm_fast, live"
 HELD_OUT = [
     "breakdance-flare",
     "dog-agility",
@@ -68,7 +69,7 @@ def measure_assignment(args: argparse.Namespace) -> Measured:
 def measure_vision(args: argparse.Namespace) -> Measured:
     import bench_vision as vision
 
-    frames = list(vision.FRAMES)[: 1 if args.quick else 2]  # 240p and 1080p
+    frames = list(vision.FRAMES)[: 1 if args.quick else None]
     cases: list[Callable[[], Any]] = [lambda: vision.mask_iou_case("cpu")]
     if not args.quick:
         cases += [
@@ -110,7 +111,7 @@ def measure_segmenter(args: argparse.Namespace) -> Measured:
     rows = []
     for objects in (1,) if args.quick else (1, 3):
         taking_part = [peer for peer in peers if objects in peer.objects]
-        rows += measure_frames(objects, taking_part, args.rounds)
+        rows += measure_frames(objects, taking_part, rounds=args.rounds, sample=0.1 if args.quick else 1)
     load = os.getloadavg()[0]
     notes = [f"{name}: not measured, {why}." for name, why in absent.items()]
     found = versions("torch", "torchvision", "timm") | {peer.version.split()[0]: peer.version.split()[1] for peer in peers}
@@ -118,8 +119,9 @@ def measure_segmenter(args: argparse.Namespace) -> Measured:
     return {"rows": rows, "versions": found, "notes": notes, "machine": machine}
 
 
-def measure_frames(objects: int, peers: list[Any], rounds: int) -> list[dict]:
-    """A frame of ours and of every peer in turns, of one generated clip that goes to and fro."""
+def measure_frames(objects: int, peers: list[Any], **budget: Any) -> list[dict]:
+    """A frame of ours and of every peer in turns, of one generated clip that goes to and fro. A turn is several frames where there is time
+    for them: the first pays for what another left in the caches. budget: as of `core.compare`."""
     import core
     import torch
     from dmm_fast.model import Proposals
@@ -131,9 +133,8 @@ def measure_frames(objects: int, peers: list[Any], rounds: int) -> list[dict]:
     from dmm_fast.proposals.sources import open_proposer
 
     scene = Scene(3, size=(240, 427), objects=objects, strangers=0, length=(0.25, 0.35), clutter=50)
-    there = list(range(12))
     clip = []
-    for number in there:
+    for number in range(12):
         masks, scores = (torch.from_numpy(part) for part in scene.proposals(number))
         best = scores.argsort(descending=True)[:50]
         proposals = Proposals(mask_boxes(masks[best]), scores[best], encode_runs(masks[best]))  # as read from a file
@@ -154,33 +155,21 @@ def measure_frames(objects: int, peers: list[Any], rounds: int) -> list[dict]:
             step()
         return step
 
-    # name, kind, what the network sees, the session, whether it is given proposals
-    ours = [
-        ("dmm_fast, given proposals", "427x240", Segmenter(), True),
-        ("dmm_fast, live", "427x240", Segmenter(proposer=open_proposer("small")), False),
-        ("dmm_fast, overlap alone, given proposals", "no network", Segmenter("iou"), True),
-    ]
-    functions = {(name, size): steps(session, given, 3) for name, size, session, given in ours}
+    proposer = open_proposer("small")
+    functions = {
+        (GIVEN, "427x240"): steps(Segmenter(), True, 3),
+        (LIVE, "427x240"): steps(Segmenter(proposer=proposer), False, 3),
+        ("dmm_fast, overlap alone, given proposals", "no network"): steps(Segmenter("iou"), True, 3),
+    }
     for peer in peers:
         print(f"{objects} objects: {peer.name}, {peer.size}, {peer.warm} frames to fill its memory", flush=True)
         functions[peer.name, peer.size] = steps(peer.make(), False, peer.warm)
-    times = core.medians(
-        core.compare({str(key): function for key, function in functions.items()}, core.wall_time, rounds=rounds)
-    )
-    live, given = times[str(("dmm_fast, live", "427x240"))], times[str(("dmm_fast, given proposals", "427x240"))]
+    ms = {key: 1e3 * seconds for key, seconds in core.medians(core.compare(functions, core.wall_time, **budget)).items()}
     rows = []
-    for key in functions:
-        seconds = times[str(key)]
-        row = {
-            "name": key[0],
-            "input": key[1],
-            "objects": objects,
-            "ms": 1e3 * seconds,
-            "live": seconds / live,
-            "given": seconds / given,
-        }
-        rows.append(row)
-        print(f"{objects} objects: {key[0]}, {key[1]}: {row['ms']:.1f} ms, {row['live']:.2f}x of live", flush=True)
+    for (name, size), each in ms.items():
+        live, given = each / ms[LIVE, "427x240"], each / ms[GIVEN, "427x240"]
+        rows.append({"name": name, "input": size, "objects": objects, "ms": each, "live": live, "given": given})
+        print(f"{objects} objects: {name}, {size}: {each:.1f} ms, {live:.2f}x of live", flush=True)
     return rows
 
 
@@ -329,7 +318,7 @@ def gpu(args: argparse.Namespace) -> int:
     """The rows of a run of gpu_report.py that the page shows."""
     if not args.results.is_file():
         raise SystemExit(f"page.py: no such file: {args.results}")
-    rows = [json.loads(line) for line in args.results.read_text().splitlines() if line.strip()]
+    rows = read_rows(args.results)
     machines = [row for row in rows if row["table"] == "machine"]
     layers = [row for row in merged(rows) if (row["n"], row["m"], row["n_grad"]) == (5, 50, 40)]
     if not machines or not layers:
@@ -365,8 +354,8 @@ def cells_of(line: str) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace) -> int:
-    PAGE.write_text(page(DATA))
-    print(f"wrote {PAGE}")
+    args.page.write_text(page(args.stored))
+    print(f"wrote {args.page}")
     return 0
 
 
@@ -394,9 +383,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure and store each section with date, command, machine and versions. Nothing else should run on the machine: the\n"
         "segmenter is timed by the clock (the others are CPU time of one thread, or accuracy).",
         epilog="sections:\n" + "\n".join(f"  {name:11} {SECTIONS[name].title}" for name in MEASURED)
-        + "\n\nexamples:\n  python benchmarks/page.py measure\n      all that needs no data, about five minutes on two cores\n"
+        + "\n\nexamples:\n  python benchmarks/page.py measure\n      all that needs no data: six minutes on two cores\n"
         "  python benchmarks/page.py measure --data data --peer cutie=Cutie\n      all\n"
-        "  python benchmarks/page.py measure layer\n      one section: two minutes",
+        "  python benchmarks/page.py measure layer\n      one section: a minute",
     )  # fmt: skip
     one.add_argument("sections", nargs="*", metavar="SECTION", type=section, help="which (default: all)")
     one.add_argument(
@@ -415,6 +404,8 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="where to store (default: docs/benchmarks)")
     two.set_defaults(run=gpu)
     three = commands.add_parser("write", help="write docs/benchmarks.md from what is stored", description=page.__doc__)
+    three.add_argument("--stored", type=Path, default=DATA, metavar="DIR", help="what is stored (default: docs/benchmarks)")
+    three.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the page (default: docs/benchmarks.md)")
     three.set_defaults(run=write)
     return top
 

@@ -37,7 +37,7 @@ CONTESTANTS = {  # of the layer, as rows
     "ours": "**`match`**",
     "Listing 1": "Listing 1, the paper's code",
     "batched eager": "batched PyTorch, eager",
-    "compiled": "the same, `torch.compile`",
+    "compiled": "the same, each gradient step under `torch.compile`",
     "sinkhorn": "Sinkhorn, 50 rounds, eager: another answer",
     "match_prices": "`match_prices`, ours too: another answer",
 }
