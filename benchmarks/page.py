@@ -340,6 +340,7 @@ def gpu(args: argparse.Namespace) -> int:
         ],
         "peers": [{key: row[key] for key in ("name", "size", "objects", "ms")} for row in rows if row["table"] == "peer"],
         "memory": [{key: value for key, value in row.items() if key != "table"} for row in rows if row["table"] == "memory"],
+        "notes": args.note,
         "vision": [cells_of(line) for row in rows if row["table"] == "vision" for line in row["text"].splitlines()[2:]],
     }
     store("gpu", stored, args.out)
@@ -401,6 +402,7 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("gpu", help="store what gpu_report.py measured", description=gpu.__doc__)
     two.add_argument("results", type=Path, metavar="RESULTS.jsonl")
     two.add_argument("--date", help="of the run, which the file does not say")
+    two.add_argument("--note", action="append", default=[], help="what a reader must know about the run")
     two.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="where to store (default: docs/benchmarks)")
     two.set_defaults(run=gpu)
     three = commands.add_parser("write", help="write docs/benchmarks.md from what is stored", description=page.__doc__)

@@ -42,6 +42,7 @@ CONTESTANTS = {  # of the layer, as rows
     "match_prices": "`match_prices`, ours too: another answer",
 }
 KINDS = {"uniform": "uniform", "integers": "integers 0 to 9", "clustered": "clustered", "product": "i j, the longest paths"}
+NAMES = {"linear assignment": "torch-linear-assignment", "sinkhorn": "Sinkhorn", "triton": "ours in Triton"}  # on a GPU
 OURS = "dmm_fast"
 
 
@@ -83,7 +84,7 @@ def times(ratio: float) -> str:
 def slower(rows: list[tuple[str, str, float]], more: str = "") -> str:
     """The closing paragraph, from (case, peer, ratio): every peer that was faster or hardly slower. more: what no ratio says."""
     lines = []
-    for word, least, most in (("faster", 0, 0.98), ("no slower", 0.98, 1.1)):
+    for word, least, most in (("faster", 0, 0.98), ("hardly slower", 0.98, 1.1)):
         found: dict[str, list[str]] = {}
         for case, peer, ratio in rows:
             if least <= ratio < most:
@@ -190,6 +191,10 @@ def milliseconds(us: float) -> str:
     return f"{us * 1e-3:.3g}" if us < 1e6 else f"{us * 1e-3:,.0f}"
 
 
+def rate(ms: float) -> str:
+    return f"{1e3 / ms:.2g}" if ms > 10 else f"{1e3 / ms:.0f}"
+
+
 def segmenter(stored: dict[str, Any]) -> Iterator[str]:
     rows = stored["rows"]
     counts = sorted({row["objects"] for row in rows})
@@ -206,15 +211,7 @@ def segmenter(stored: dict[str, Any]) -> Iterator[str]:
         line = [f"**{name}**" if name.startswith(OURS) else name, size]
         for count in counts:
             row = found.get((name, size, count))
-            line += (
-                [
-                    f"{row['ms']:.1f}",
-                    f"{1e3 / row['ms']:.2g}" if row["ms"] > 10 else f"{1e3 / row['ms']:.0f}",
-                    times(row["live"]),
-                ]
-                if row
-                else ["-"] * 3
-            )
+            line += [milliseconds(1e3 * row["ms"]), rate(row["ms"]), times(row["live"])] if row else ["-"] * 3
         cells.append(line)
     yield table(header, cells)
     yield (
@@ -232,8 +229,7 @@ def segmenter(stored: dict[str, Any]) -> Iterator[str]:
             (f"{row['objects']} object{'s' * (row['objects'] > 1)}, given", f"{row['name']} at {row['input']}", row["given"])
             for row in others
         ],
-        "Speed is not accuracy: SAM 2, EdgeTAM and Cutie were trained on far more video, and their published scores are well above DMM-Net's. "
-        "Live proposals cost more than the whole rest of a frame.",
+        "Speed is not accuracy: SAM 2, EdgeTAM and Cutie were trained on far more video, and their published scores are well above DMM-Net's.",
     )
 
 
@@ -243,6 +239,8 @@ def gpu(stored: dict[str, Any]) -> Iterator[str]:
         "was fixed since have not run on a GPU ([what, and what is predicted](performance.md#gpu))."
     )
     rows = stored["layer"]
+    for row in rows:
+        row["peers"] = {NAMES.get(name, name): each for name, each in row["peers"].items()}
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     for backward in (False, True):
         shown = [row for row in rows if row["backward"] == backward]
@@ -263,10 +261,7 @@ def gpu(stored: dict[str, Any]) -> Iterator[str]:
         yield f"Peak memory of {row['case']}: {row['ours'] / 1e6:.0f} MB; batched eager {row['batched eager'] / 1e6:,.0f} MB."
     if stored["frames"]:
         yield "A frame of the packaged network, ms of wall-clock time; the peers have random weights: time only."
-        lines = [
-            (row["size"], row["objects"], f"**{OURS}**, {row['proposals']}, {row['kind']}, {row['dtype']}", row["ms"])
-            for row in stored["frames"]
-        ]
+        lines = [(row["size"], row["objects"], f"**{OURS}**, {way_of(row)}", row["ms"]) for row in stored["frames"]]
         lines += [(row["size"], row["objects"], row["name"], row["ms"]) for row in stored["peers"]]
         lines.sort(key=lambda line: (line[0][0], line[1], line[3]))
         yield table(
@@ -288,10 +283,14 @@ def rivals(frames: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Iterato
         for peer in sorted(peers, key=lambda peer: peer["objects"]):
             if peer["size"][0] == row["size"][0] and peer["objects"] <= row["objects"]:
                 near[peer["name"]] = peer
-        what = f"{row['size'][1]}x{row['size'][0]}, {counted(row['objects'])}, {row['proposals']}, {row['kind']}"
+        what = f"{row['size'][1]}x{row['size'][0]}, {counted(row['objects'])}, {way_of(row)}"
         for name, peer in near.items():
-            with_fewer = f", with {peer['objects']}" if peer["objects"] < row["objects"] else ""
+            with_fewer = f", with {counted(peer['objects'])}," if peer["objects"] < row["objects"] else ""
             yield what, f"{name}{with_fewer}", peer["ms"] / row["ms"]
+
+
+def way_of(frame: dict[str, Any]) -> str:
+    return ", ".join([frame["proposals"], frame["kind"], *[frame["dtype"]] * (frame["dtype"] != "float32")])
 
 
 def counted(objects: int) -> str:

@@ -150,7 +150,7 @@ def segmenters(given: dict[str, Path]) -> tuple[list[Peer], dict[str, str]]:
     else:
         absent["SAM 2.1 tiny, EdgeTAM"] = "transformers is not installed"
     if folder := given.get("cutie"):
-        found.append(Peer("Cutie-small", "as it is", f"Cutie {core.commit(folder)}", lambda: Cutie(folder, -1), 26))
+        found.append(Peer("Cutie-small", "427x240", f"Cutie {core.commit(folder)}", lambda: Cutie(folder, -1), 26))
     else:
         absent["Cutie-small"] = "no clone was given"
     return found, absent
