@@ -102,7 +102,6 @@ def told(rows: list[dict]) -> list[dict]:
 
 
 def measure_segmenter(args: argparse.Namespace) -> Measured:
-    import torch
     from peers import segmenters
 
     peers, absent = segmenters(args.peers)
@@ -112,11 +111,16 @@ def measure_segmenter(args: argparse.Namespace) -> Measured:
     for objects in (1,) if args.quick else (1, 3):
         taking_part = [peer for peer in peers if objects in peer.objects]
         rows += measure_frames(objects, taking_part, rounds=args.rounds, sample=0.1 if args.quick else 1)
-    load = os.getloadavg()[0]
     notes = [f"{name}: not measured, {why}." for name, why in absent.items()]
     found = versions("torch", "torchvision", "timm") | {peer.version.split()[0]: peer.version.split()[1] for peer in peers}
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load at the end": round(load, 1)}
-    return {"rows": rows, "versions": found, "notes": notes, "machine": machine}
+    return {"rows": rows, "versions": found, "notes": notes, "machine": used()}
+
+
+def used() -> dict[str, Any]:
+    """What wall-clock time depends on."""
+    import torch
+
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load at the end": round(os.getloadavg()[0], 1)}
 
 
 def measure_frames(objects: int, peers: list[Any], **budget: Any) -> list[dict]:
@@ -220,7 +224,8 @@ def measure_accuracy(args: argparse.Namespace) -> Measured:
                 scores = score_of(truth, clips / "results" / results, single, foreground=True)
                 rows += [{"set": "foreground", "way": method, **score} for score in scores]
     notes = [] if single else ["Published masks of other systems were not in the folder."]
-    return {"rows": rows, "versions": versions("torch", "torchvision", "timm"), "notes": notes, "frames/s": speed}
+    found = versions("torch", "torchvision", "timm")
+    return {"rows": rows, "versions": found, "notes": notes, "machine": used(), "frames/s": speed}
 
 
 def segment_and_score(
