@@ -24,16 +24,11 @@ from gpu_tables import merged, read_rows  # noqa: E402
 from page_text import DATA, PAGE, SECTIONS, page  # noqa: E402
 
 Measured = dict[str, Any]  # "rows", "versions", "notes" and what else belongs to the machine
-MEASURED = [name for name in SECTIONS if name != "gpu"]  # by `measure`, in this order
+ROUNDS = 5
 
 GIVEN, LIVE = "dmm_fast, given proposals", "dmm_fast, live"
-HELD_OUT = [
-    "breakdance-flare",
-    "dog-agility",
-    "motorbike",
-    "rollerblade",
-    "surf",
-]  # of DAVIS 2016's training split: no training saw them
+# Of DAVIS 2016's training split, which no training of the packaged network has seen.
+HELD_OUT = ["breakdance-flare", "dog-agility", "motorbike", "rollerblade", "surf"]
 SINGLE, SEVERAL = ["bmx-trees", "horsejump-high"], ["schoolgirls", "puma-chair"]  # scored as foreground; by object
 PUBLISHED = {"OSVOS": "osvos2016", "RGMP": "rgmp2016", "STM": "stm2016"}  # masks of the first two, as published
 WAYS: dict[str, dict[str, Any]] = {"given": {}, "live": {}, "overlap alone": {"preset": "iou"}}
@@ -221,7 +216,7 @@ def measure_accuracy(args: argparse.Namespace) -> Measured:
                 rows += [{"set": kind, "way": f"dmm_fast, {way}", **score} for score in scores]
         for method, results in PUBLISHED.items():
             if single and (clips / "results" / results).is_dir():
-                scores = score_of(truth, clips / "results" / results, single, foreground=True)
+                scores = score_of(clips / "Annotations_union", clips / "results" / results, single, foreground=True)
                 rows += [{"set": "foreground", "way": method, **score} for score in scores]
     notes = [] if single else ["Published masks of other systems were not in the folder."]
     found = versions("torch", "torchvision", "timm")
@@ -255,6 +250,15 @@ def score_of(truth: Path, out: Path, names: list[str], foreground: bool) -> list
     return found
 
 
+MEASURES: dict[str, Callable[[argparse.Namespace], Measured]] = {
+    "layer": measure_layer,
+    "assignment": measure_assignment,
+    "vision": measure_vision,
+    "segmenter": measure_segmenter,
+    "accuracy": measure_accuracy,
+}
+
+
 # ---- what is stored ----
 
 
@@ -286,7 +290,7 @@ def rounded(value: Any) -> Any:
 
 def measure(args: argparse.Namespace) -> int:
     """One section in this process; several each in a process of its own, as one leaves its allocator, caches and threads to the next."""
-    names = args.sections or [name for name in MEASURED if name != "accuracy" or args.data]
+    names = args.sections or [name for name in MEASURES if name != "accuracy" or args.data]
     if "accuracy" in names:
         if not args.data:
             raise SystemExit("page.py: accuracy needs --data FOLDER, with videos and their ground truth")
@@ -298,16 +302,16 @@ def measure(args: argparse.Namespace) -> int:
         failed = [name for name in names if subprocess.run([sys.executable, __file__, "measure", name, *options]).returncode]
         if failed:
             print(f"page.py: {', '.join(failed)} failed: what was stored of them before is as it was", file=sys.stderr)
-        if skipped := [name for name in MEASURED if name not in names and not args.sections]:
+        if skipped := [name for name in MEASURES if name not in names and not args.sections]:
             print(f"not measured: {', '.join(skipped)} (needs --data FOLDER)")
         return 1 if failed else 0
     (name,) = names
     import core
 
     facts = core.machine("cpu")
-    found = {"accuracy": measure_accuracy, "segmenter": measure_segmenter, "layer": measure_layer, "vision": measure_vision,
-             "assignment": measure_assignment}[name](args)  # fmt: skip
+    found = MEASURES[name](args)
     command = f"python benchmarks/page.py measure {name}" + " --data FOLDER" * (name == "accuracy")
+    command += f" --rounds {args.rounds}" * (args.rounds != ROUNDS and name != "accuracy")
     command += "".join(f" --peer {each}=FOLDER" for each in args.peers) * (name == "segmenter")
     stored = {
         "date": datetime.date.today().isoformat(),
@@ -373,8 +377,8 @@ def peer(text: str) -> tuple[str, Path]:
 
 
 def section(text: str) -> str:
-    if text not in MEASURED:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be one of {', '.join(MEASURED)}")
+    if text not in MEASURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be one of {', '.join(MEASURES)}")
     return text
 
 
@@ -388,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
         help="measure on this machine and store",
         description="Measure and store each section with date, command, machine and versions. Nothing else should run on the machine: the\n"
         "segmenter is timed by the clock (the others are CPU time of one thread, or accuracy).",
-        epilog="sections:\n" + "\n".join(f"  {name:11} {SECTIONS[name].title}" for name in MEASURED)
+        epilog="sections:\n" + "\n".join(f"  {name:11} {SECTIONS[name].title}" for name in MEASURES)
         + "\n\nexamples:\n  python benchmarks/page.py measure\n      all that needs no data: six minutes on two cores\n"
         "  python benchmarks/page.py measure --data data --peer cutie=Cutie\n      all\n"
         "  python benchmarks/page.py measure layer\n      one section: a minute",
@@ -400,7 +404,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one.add_argument("--peer", type=peer, action="append", default=[], dest="peers", metavar="cutie=FOLDER",
                      help="a clone of Cutie, to be timed beside the segmenter; needs omegaconf")  # fmt: skip
-    one.add_argument("--rounds", type=int, default=5, help="samples of each contestant (default: 5)")
+    one.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each contestant (default: {ROUNDS})")
     one.add_argument("--quick", action="store_true", help="a few cases: to try this script, not for the page")
     one.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="where to store (default: docs/benchmarks)")
     one.set_defaults(run=measure)

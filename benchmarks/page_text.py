@@ -26,8 +26,8 @@ python benchmarks/page.py gpu out/gpu_report/results.jsonl    # what gpu_report.
 python benchmarks/page.py write                               # this page again
 ```
 
-**Ratios are a peer's time over ours, in turns in the same run: above 1 ours is faster.** Every result was compared with the peer's or with
-the float64 reference before it was timed.
+**Ratios are a peer's time over ours, in turns in the same run: above 1 ours is faster.** Layer, assignment and the steps around the layer were compared with the
+peer's result or with the float64 reference before they were timed.
 """
 
 # Published J on the validation set of DAVIS 2016; the other published figures are the paper's own tables.

@@ -140,15 +140,15 @@ def segmenters(given: dict[str, Path]) -> tuple[list[Peer], dict[str, str]]:
     """Those that can run here, and why others cannot. given: folders, {"cutie": ..}."""
     found: list[Peer] = []
     absent: dict[str, str] = {}
-    if find_spec("transformers"):
-        release = f"transformers {version('transformers')}"
+    release = f"transformers {version('transformers')}" if find_spec("transformers") else ""
+    if release and all(find_spec(f"transformers.models.{name}") for name in ("sam2_video", "edgetam_video")):
         found += [
             Peer("SAM 2.1 tiny", f"{SMALL}x{SMALL}", release, lambda: FromTransformers("SAM 2", SMALL), 6),
             Peer("SAM 2.1 tiny", "1024x1024", release, lambda: FromTransformers("SAM 2", 1024), 6, (1,)),
             Peer("EdgeTAM", "1024x1024", release, lambda: FromTransformers("EdgeTAM", 1024), 3, (1,)),
         ]
     else:
-        absent["SAM 2.1 tiny, EdgeTAM"] = "transformers is not installed"
+        absent["SAM 2.1 tiny, EdgeTAM"] = f"{release} has none" if release else "transformers is not installed"
     if folder := given.get("cutie"):
         found.append(Peer("Cutie-small", "427x240", f"Cutie {core.commit(folder)}", lambda: Cutie(folder, -1), 26))
     else:
