@@ -280,9 +280,9 @@ def store(section: str, stored: dict[str, Any], folder: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits: more are noise, and would make every line of a diff differ."""
+    """Five digits: more are noise."""
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.5g}")
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     return [rounded(each) for each in value] if isinstance(value, list) else value

@@ -62,6 +62,17 @@ def test_a_faster_peer_is_named(section, tmp_path):
     assert " is faster: " in (page := written(tmp_path, tmp_path / "page.md")) and "(0.50x)" in page
 
 
+def test_a_more_accurate_method_is_named():
+    rows = json.loads((STORED / "accuracy.json").read_text())["rows"]
+    closing = (ROOT / "docs" / "benchmarks.md").read_text().rpartition("**What is slower or worse.**")[2]
+    live = {(row["set"], row["video"]): row["J"] for row in rows if row["way"] == "dmm_fast, live"}
+    others = [row for row in rows if row["way"] not in ("dmm_fast, live", "dmm_fast, given")]
+    assert {row["way"] for row in others} >= {"OSVOS", "RGMP", "STM"}
+    for row in others:
+        better = row["J"] > live[row["set"], row["video"]]
+        assert (f"{row['way']} on {row['video']} (" in closing) == better
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
