@@ -19,6 +19,7 @@ Speed against peers, accuracy against published results, and where others are be
 [How fast](performance.md) explains the figures, [How accurate](accuracy.md) the data.
 
 ```sh
+pip install transformers omegaconf torch-linear-assignment    # peers that need not be there
 make benchmarks                                               # all that needs no data, then this page; five minutes on two cores
 make benchmarks DATA=data PEERS='--peer cutie=Cutie'          # accuracy, and a clone of Cutie, too
 python benchmarks/page.py measure layer                       # one section
@@ -92,6 +93,16 @@ def slower(rows: list[tuple[str, str, float]], more: str = "") -> str:
         lines += [f"- {peer} is {word}: {'; '.join(cases)}." for peer, cases in found.items()]
     lines = lines or ["- No peer is faster in any row."]
     return "\n".join(["**What is slower or worse.**", "", *lines, *([f"- {more}"] if more else [])])
+
+
+def busy(stored: dict[str, Any]) -> Iterator[str]:
+    """Where other work took part in wall-clock times."""
+    facts = stored["machine"]
+    if facts["load at the end"] > facts["threads"] + 1:
+        yield (
+            f"**The machine was busy: load {facts['load at the end']} on {facts['cores']} cores, of which this was {facts['threads']}.** On a quiet one these times are "
+            "shorter, for all alike."
+        )
 
 
 def notes(stored: dict[str, Any]) -> Iterator[str]:
@@ -218,6 +229,7 @@ def segmenter(stored: dict[str, Any]) -> Iterator[str]:
         "1024 x 1024 is the default of SAM 2 and EdgeTAM, whatever the video's size; 320 x 320 has as many pixels as 427 x 240. They need no detector: compare them "
         "with live. Their memories were full."
     )
+    yield from busy(stored)
     yield from notes(stored)
     others = [row for row in rows if not row["name"].startswith(OURS)]
     yield slower(
@@ -340,6 +352,7 @@ def accuracy(stored: dict[str, Any]) -> Iterator[str]:
         cost += lost
     speed = ", ".join(f"{way} {value:.1f}" for way, value in stored["frames/s"].items())
     yield f"Frames per second on the five videos, from decoding to writing, in the same run: {speed}."
+    yield from busy(stored)
     yield from notes(stored)
     yield from published()
     lines = [f"- A better J than ours: {line}." for line in worse]
