@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   formatting, lint and types
 # make bench   the benchmarks of this machine
+# make benchmarks  docs/benchmarks.md measured again: the layer and the segmenter against their peers; with DATA=.. accuracy too
 # make docs    the documentation site in build/site; a broken link or reference is an error
 # make cluster DATA=..  how data sets go faster with processes and machines, and what a lost one costs
 # make tidy    clang-tidy over the C++ sources, some minutes
@@ -18,7 +19,7 @@ PYTHON_FILES := dmm_fast kernels model benchmarks examples tests setup.py
 CPP_FILES := $(shell find csrc tests/emulated_cuda examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RUNTIME := $(shell find csrc/runtime -type f)
 
-.PHONY: demo test check docs tidy bench cluster runtime wheel matrix oldest sanitize clean
+.PHONY: demo test check docs tidy bench benchmarks cluster runtime wheel matrix oldest sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/dmm-fast demo --out demo
@@ -49,6 +50,11 @@ tidy: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# PEERS="--peer cutie=FOLDER": further peers.
+benchmarks: $(VENV)/.built
+	$(BIN)/python benchmarks/page.py measure $(if $(DATA),--data $(DATA)) $(PEERS)
+	$(BIN)/python benchmarks/page.py write
 
 # Plain folders with JPEGImages, Annotations and proposals.
 cluster: $(VENV)/.built

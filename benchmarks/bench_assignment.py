@@ -18,6 +18,8 @@ import dmm_fast
 
 SHAPES = {(5, 50): 1024, (20, 50): 512, (50, 100): 128, (100, 300): 32, (300, 900): 4, (300, 300): 4}  # and the batch
 
+KINDS = ["uniform", "integers", "clustered", "product"]
+
 
 def costs(kind: str, batch: int, n: int, m: int) -> Tensor:
     generator = torch.Generator().manual_seed(n)
@@ -40,10 +42,10 @@ def total(cost: Tensor, choice: Tensor) -> Tensor:
     return cost.double().gather(2, choice[..., None]).sum((1, 2))  # [B]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("kind", ["uniform", "integers", "clustered", "product"])
-def bench_linear_assignment(benchmark, kind, shape):
-    cost = costs(kind, SHAPES[shape], *shape)
+def measure(kind: str, shape: tuple[int, int], rounds: int = 5) -> tuple[dict[str, list[float]], list[dict]]:
+    """(samples of each contestant, a row for each peer)."""
+    batch = SHAPES[shape]
+    cost = costs(kind, batch, *shape)
     host = cost.double().numpy()
 
     def scipy():
@@ -62,21 +64,12 @@ def bench_linear_assignment(benchmark, kind, shape):
         assert choice.sort(1).values.diff(dim=1).gt(0).all()
         torch.testing.assert_close(total(cost, choice), best, rtol=1e-12, atol=0)
     with core.one_thread():
-        times = core.compare(functions, core.cpu_time, rounds=5)
-    median = core.medians(times)
-    rows = [
-        {
-            "case": f"linear_assignment {shape[0]}x{shape[1]} {kind} B={SHAPES[shape]}",
-            "machine": core.machine("cpu"),
-            "us per problem": median["ours"] / SHAPES[shape] * 1e6,
-            "peer": peer,
-            "peer us per problem": median[peer] / SHAPES[shape] * 1e6,
-            "ratio": median[peer] / median["ours"],
-            "limit us per problem": None,
-            "share of limit": None,
-        }
-        for peer in functions
-        if peer != "ours"
-    ]
-    core.record(benchmark, times["ours"], rows[0])
-    core.ROWS.extend(rows[1:])
+        times = core.compare(functions, core.cpu_time, rounds=rounds)
+    return times, core.rows_of(f"linear_assignment {shape[0]}x{shape[1]} {kind} B={batch}", times, problems=batch)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+def bench_linear_assignment(benchmark, kind, shape):
+    times, rows = measure(kind, shape)
+    core.record(benchmark, times["ours"], *rows)

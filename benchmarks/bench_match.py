@@ -3,7 +3,7 @@
     pytest benchmarks/bench_match.py            what this machine can run; a GPU adds its cases
 
 Every case first compares X (and the gradient of the cost) with the reference in float64, and fails instead of reporting
-when they differ. ``measure_cpu`` and ``measure_gpu`` are also what gpu_report.py runs.
+when they differ. page.py runs ``measure_cpu``, gpu_report.py ``measure_gpu``.
 """
 
 from __future__ import annotations
@@ -149,8 +149,10 @@ def compiled(case: Case) -> Solve:
 
 @functools.cache
 def compiled_step(n_proj: int, lr: float) -> Callable[[Tensor, Tensor], Tensor]:
+    order = reference._order("reset", reference.project_rows)
+
     def outer_step(x: Tensor, cost: Tensor) -> Tensor:
-        return reference._dykstra(x - lr * cost, [torch.zeros_like(x)] * 3, reference._PAPER_ORDER, n_proj)
+        return reference._dykstra(x - lr * cost, [torch.zeros_like(x)] * 3, order, n_proj)
 
     torch._dynamo.config.recompile_limit = 64  # one per batch size at worst
     return torch.compile(outer_step, fullgraph=True)
@@ -209,25 +211,29 @@ def gpu_limit(case: Case) -> float:
 # ---- CPU ----
 
 
-def measure_cpu(case: Case, rounds: int = 9) -> tuple[dict[str, list[float]], dict]:
-    """(samples of each contestant, the row for the table). One thread; the peer is what people have without this."""
-    peer_name, peer = ("Listing 1", literal(case)) if case.batch == 1 else ("batched eager", batched(case))
+def measure_cpu(case: Case, peers: list[str] | None = None, rounds: int = 9) -> tuple[dict[str, list[float]], list[dict]]:
+    """(samples of each contestant, a row for each of `PEERS` that is named). One thread; None: what people have without this."""
+    names = peers or ["Listing 1" if case.batch == 1 else "batched eager"]
     with core.one_thread():
         validate(case, ours(case))
-        functions = {"ours": case.call(ours(case)), peer_name: case.call(peer)}
+        for name in names:
+            if name in ("batched eager", "compiled"):  # others give another answer; Listing 1 carries its corrections over
+                validate(case, PEERS[name](case))
+        functions = {"ours": case.call(ours(case)), **{name: case.call(PEERS[name](case)) for name in names}}
         times = core.compare(functions, core.cpu_time, rounds=rounds)
-    median = core.medians(times)
-    bound = limit(case)
-    return times, {
-        "case": str(case),
-        "machine": core.machine("cpu"),
-        "us per problem": median["ours"] / case.batch * 1e6,
-        "peer": peer_name,
-        "peer us per problem": median[peer_name] / case.batch * 1e6,
-        "ratio": median[peer_name] / median["ours"],
-        "limit us per problem": None if bound is None else bound / case.batch * 1e6,
-        "share of limit": None if bound is None else bound / median["ours"],
-    }
+    return times, core.rows_of(str(case), times, problems=case.batch, limit=limit(case))
+
+
+def measure_prices_cpu(case: Case, rounds: int = 5) -> tuple[dict[str, list[float]], list[dict]]:
+    """match_prices, which decides better (docs/variants.md), at its defaults; its peer is match at its own."""
+    exact = reference.match_prices(known_problems(case.n, case.m)[0].double())
+    with core.one_thread():
+        part = prices(case)(case.inputs()[0])[: case.known].double()
+        assert (part - exact[: case.known]).abs().amax() < 1e-4, "X differs from the reference"
+        functions = {"ours": case.call(prices(case)), "match 40x5": case.call(ours(case))}
+        times = core.compare(functions, core.cpu_time, rounds=rounds)
+    name = f"match_prices {case.n}x{case.m} 40x1 B={case.batch} {'forward+backward' if case.backward else 'forward'}"
+    return times, core.rows_of(name, times, problems=case.batch)
 
 
 CPU_CASES = [Case(1), Case(1, backward=True), Case(1024), Case(1024, backward=True)]
@@ -236,34 +242,15 @@ CPU_CASES = [Case(1), Case(1, backward=True), Case(1024), Case(1024, backward=Tr
 @pytest.mark.benchmark(group="match, CPU")
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def bench_cpu(benchmark, case):
-    times, row = measure_cpu(case, rounds=9 if case.batch == 1 else 5)
-    core.record(benchmark, times["ours"], row)
+    times, rows = measure_cpu(case, rounds=9 if case.batch == 1 else 5)
+    core.record(benchmark, times["ours"], *rows)
 
 
 @pytest.mark.benchmark(group="match, CPU")
-@pytest.mark.parametrize("batch", [1, 1024])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def bench_prices_cpu(benchmark, batch, backward):
-    """match_prices, which decides better (docs/variants.md), at its defaults; its peer is match at its own."""
-    case = Case(batch, backward=backward)
-    exact = reference.match_prices(known_problems(case.n, case.m)[0].double())
-    with core.one_thread():
-        part = prices(case)(case.inputs()[0])[: case.known].double()
-        assert (part - exact[: case.known]).abs().amax() < 1e-4, "X differs from the reference"
-        functions = {"ours": case.call(prices(case)), "match": case.call(ours(case))}
-        times = core.compare(functions, core.cpu_time, rounds=5)
-    median = core.medians(times)
-    row = {
-        "case": f"match_prices {case.n}x{case.m} 40x1 B={batch} {'forward+backward' if backward else 'forward'}",
-        "machine": core.machine("cpu"),
-        "us per problem": median["ours"] / batch * 1e6,
-        "peer": "match 40x5",
-        "peer us per problem": median["match"] / batch * 1e6,
-        "ratio": median["match"] / median["ours"],
-        "limit us per problem": None,
-        "share of limit": None,
-    }
-    core.record(benchmark, times["ours"], row)
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def bench_prices_cpu(benchmark, case):
+    times, rows = measure_prices_cpu(case)
+    core.record(benchmark, times["ours"], *rows)
 
 
 # ---- GPU ----

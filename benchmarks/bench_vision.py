@@ -9,6 +9,7 @@ agree with ours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import core
 import pytest
@@ -22,6 +23,8 @@ from dmm_fast.ops.vision import NO_RUN, decode_runs, mask_iou, paste_combine, pa
 N, M, S, SIZE = 10, 50, 28, (480, 854)
 FRAMES = {"240p": (240, 427), "1080p": (1080, 1920), "4K": (2160, 3840)}
 GRID = (120, 214)  # the packaged network's, for frames of all these sizes
+SHARES = [0.25, 1.0]  # of the frame's sides, that boxes take
+CONTENTS = ["objects", "noise"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
@@ -59,53 +62,49 @@ def results(function: core.Function) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def run(benchmark, device: str, case: str, functions: dict[str, core.Function], apart: float | None = None) -> None:
-    """Times ``functions`` in turns: ours, the closing table's peer, then other peers. A ratio is peer over ours.
+class Case(NamedTuple):
+    """What takes turns: ours first, then the closing table's peers.
 
     They must agree everywhere, or, where they round at other places, differ by at most ``apart`` in the mean.
     """
-    expected = results(functions["dmm_fast"])
-    for name, function in functions.items():
+
+    name: str
+    functions: dict[str, core.Function]
+    apart: float | None = None
+
+
+def measure(case: Case, device: str, rounds: int = 5) -> tuple[dict[str, list[float]], list[dict]]:
+    """(samples of each contestant, a row for each peer)."""
+    expected = results(case.functions["dmm_fast"])
+    for name, function in case.functions.items():
         for value, want in zip(results(function), expected):
             difference = (value.float() - want.float()).abs()
-            if apart is None:
+            if case.apart is None:
                 assert difference.max() <= 1e-4 * want.abs().max().clamp(min=1), name
             else:
-                assert difference.mean() <= apart, (name, float(difference.mean()))
+                assert difference.mean() <= case.apart, (name, float(difference.mean()))
     with core.one_thread():
         if device == "cpu":
-            times = core.compare(functions, core.cpu_time, rounds=5, sample=0.05)
+            times = core.compare(case.functions, core.cpu_time, rounds=rounds, sample=0.05)
         else:
-            times = core.compare(functions, core.cold_device_time, rounds=5, sample=0.005)
-    ours, *peers = core.medians(times).items()
-    row = {
-        "case": f"{case}, {device}",
-        "machine": core.machine(device),
-        "us per problem": ours[1] * 1e6,
-        "peer": peers[0][0],
-        "peer us per problem": peers[0][1] * 1e6,
-        "ratio": peers[0][1] / ours[1],
-        "other ratios": {name: seconds / ours[1] for name, seconds in peers[1:]},
-        "limit us per problem": None,
-        "share of limit": None,
-    }
-    core.record(benchmark, times["dmm_fast"], row)
+            times = core.compare(case.functions, core.cold_device_time, rounds=rounds, sample=0.005)
+    return times, core.rows_of(f"{case.name}, {device}", times, device=device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def bench_mask_iou(benchmark, device):
+def run(benchmark, case: Case, device: str) -> None:
+    times, rows = measure(case, device)
+    core.record(benchmark, times["dmm_fast"], *rows)
+
+
+def mask_iou_case(device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     a, b = ((torch.rand(count, *SIZE, generator=generator) < 0.3).to(device) for count in (N, M))
     assert torch.equal(mask_iou(a, b), reference.mask_iou(a, b))
     functions = {"dmm_fast": lambda: mask_iou(a, b), "matrix product": lambda: product_iou(a, b)}
-    run(benchmark, device, f"mask_iou, {N} x {M} masks of {SIZE[0]}x{SIZE[1]}", functions)
+    return Case(f"mask_iou, {N} x {M} masks of {SIZE[0]}x{SIZE[1]}", functions)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("confident", [True, False], ids=["confident", "dense"])
-@pytest.mark.parametrize("share", [0.25, 1.0], ids=["quarter", "whole"])
-@pytest.mark.parametrize("device", DEVICES)
-def bench_paste_combine(benchmark, device, share, confident, backward):
+def paste_combine_case(device: str, share: float, confident: bool, backward: bool) -> Case:
     assignment, masks, boxes = scene(device, share)
     if confident:
         assignment = reference.mask_confident(assignment)
@@ -125,17 +124,12 @@ def bench_paste_combine(benchmark, device, share, confident, backward):
 
     functions = {name: function_of(forward) for name, forward in forwards.items()}
     kind = "one proposal per template" if confident else "dense"
-    case = f"paste_combine {'backward' if backward else 'forward'}, {kind}, boxes {share:g} of width and height"
-    run(benchmark, device, case, functions)
+    return Case(
+        f"paste_combine {'backward' if backward else 'forward'}, {kind}, boxes {share:g} of width and height", functions
+    )
 
 
 # ---- to and from a grid ----
-
-
-def by_frame(function):
-    """The case on every device, for frames of every size."""
-    frames = pytest.mark.parametrize("frame", FRAMES)
-    return pytest.mark.parametrize("device", DEVICES)(frames(function))
 
 
 def discs(count: int, height: int, width: int) -> Tensor:
@@ -154,8 +148,7 @@ def in_parts(function: Callable[[slice], Tensor], device: str) -> Tensor:
     return torch.cat([function(slice(k, k + 1)) for k in range(M)])
 
 
-@by_frame
-def bench_paste_masks(benchmark, frame, device):
+def paste_masks_case(device: str, frame: str) -> Case:
     """A detector's masks on the grid."""
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -184,13 +177,13 @@ def bench_paste_masks(benchmark, frame, device):
         "grid_sample": sampled,
         "torchvision, area": lambda: in_parts(torchvision, device),
     }
-    run(benchmark, device, f"paste_masks, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
+    return Case(f"paste_masks, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
 
 
-@by_frame
-def bench_decode_runs(benchmark, frame, device):
+def decode_runs_case(device: str, frame: str) -> Case:
     """A file's masks on the grid. Ours starts from the places that the code's text was parsed to, pycocotools from the text."""
-    coco = pytest.importorskip("pycocotools.mask")
+    from pycocotools import mask as coco
+
     height, width = FRAMES[frame]
     x0, y0, x1, y1 = (scene("cpu", 0.25)[2] * torch.tensor([width / SIZE[1], height / SIZE[0]] * 2)).T[:, :, None]
     x = torch.arange(width)
@@ -209,12 +202,10 @@ def bench_decode_runs(benchmark, frame, device):
         "dmm_fast": lambda: decode_runs(runs, height, width, *GRID),
         "pycocotools, area": lambda: in_parts(decoded, device),
     }
-    run(benchmark, device, f"decode_runs, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
+    return Case(f"decode_runs, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
 
 
-@pytest.mark.parametrize("content", ["objects", "noise"])
-@by_frame
-def bench_upsample_argmax(benchmark, frame, device, content):
+def upsample_argmax_case(device: str, frame: str, content: str) -> Case:
     """The labels of a frame; noise, of which nothing can be skipped, is the worst case."""
     noise = torch.randn(N, *GRID, generator=torch.Generator().manual_seed(2))
     logits = (noise if content == "noise" else 10 * discs(N, *GRID).clamp(min=-1)).to(device)
@@ -225,4 +216,40 @@ def bench_upsample_argmax(benchmark, frame, device, content):
         return torch.where(value > 0, index + 1, 0).to(torch.uint8)
 
     functions = {"dmm_fast": lambda: upsample_argmax(logits, rank, *size), "interpolate, max": interpolated}
-    run(benchmark, device, f"upsample_argmax, {N} x {GRID[0]}x{GRID[1]} of {content} to {frame}", functions, apart=1e-3)
+    return Case(f"upsample_argmax, {N} x {GRID[0]}x{GRID[1]} of {content} to {frame}", functions, apart=1e-3)
+
+
+# ---- the suite ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def bench_mask_iou(benchmark, device):
+    run(benchmark, mask_iou_case(device), device)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("confident", [True, False], ids=["confident", "dense"])
+@pytest.mark.parametrize("share", SHARES, ids=["quarter", "whole"])
+@pytest.mark.parametrize("device", DEVICES)
+def bench_paste_combine(benchmark, device, share, confident, backward):
+    run(benchmark, paste_combine_case(device, share, confident, backward), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("frame", FRAMES)
+def bench_paste_masks(benchmark, frame, device):
+    run(benchmark, paste_masks_case(device, frame), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("frame", FRAMES)
+def bench_decode_runs(benchmark, frame, device):
+    pytest.importorskip("pycocotools.mask")
+    run(benchmark, decode_runs_case(device, frame), device)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("frame", FRAMES)
+def bench_upsample_argmax(benchmark, frame, device, content):
+    run(benchmark, upsample_argmax_case(device, frame, content), device)

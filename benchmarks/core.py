@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from text import microseconds, table  # noqa: F401  the suites take them from here
@@ -26,6 +27,7 @@ import dmm_fast
 from dmm_fast.ops import library as _library
 
 Function = Callable[[], object]
+Name = TypeVar("Name")  # of a contestant
 Timer = Callable[[Function, int], float]  # (function, calls) -> seconds per call
 
 ROWS: list[dict] = []  # one per finished benchmark, for the table at the end of a run
@@ -40,6 +42,14 @@ def cpu_time(function: Function, calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.thread_time_ns() - begin) * 1e-9 / calls
+
+
+def wall_time(function: Function, calls: int) -> float:
+    """What a user waits for; other work on the machine counts."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
 
 
 def device_time(function: Function, calls: int) -> float:
@@ -109,14 +119,14 @@ def one_thread() -> Iterator[None]:
 # ---- comparing ----
 
 
-def compare(functions: dict[str, Function], timer: Timer, *, rounds: int, sample: float = 0.03) -> dict[str, list[float]]:
+def compare(functions: dict[Name, Function], timer: Timer, *, rounds: int, sample: float = 0.03) -> dict[Name, list[float]]:
     """``rounds`` samples of each function, in turns. A sample is as many calls as fill ``sample`` seconds, after a call
     that pays for what the other contestant left in the caches and the allocator."""
     calls = {}
     for name, function in functions.items():
         function()  # lazy initialisation
         calls[name] = max(1, min(2000, int(sample / max(timer(function, 1), 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             if calls[name] > 1:
@@ -125,8 +135,29 @@ def compare(functions: dict[str, Function], timer: Timer, *, rounds: int, sample
     return times
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
+def medians(times: dict[Name, list[float]]) -> dict[Name, float]:
     return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def rows_of(
+    case: str, times: dict[str, list[float]], *, problems: int = 1, device: str = "cpu", limit: float | None = None
+) -> list[dict]:
+    """A row for each peer; ours comes first in `times`. A ratio is peer over ours. limit: seconds that a call must take."""
+    (_, ours), *peers = medians(times).items()
+    us = 1e6 / problems
+    return [
+        {
+            "case": case,
+            "machine": machine(device),
+            "us per problem": ours * us,
+            "peer": peer,
+            "peer us per problem": seconds * us,
+            "ratio": seconds / ours,
+            "limit us per problem": None if limit is None else limit * us,
+            "share of limit": None if limit is None else limit / ours,
+        }
+        for peer, seconds in peers
+    ]
 
 
 def peak_memory(function: Function) -> int:
@@ -150,16 +181,16 @@ def clock() -> float:
     return _now
 
 
-def record(benchmark, samples: list[float], row: dict) -> None:
-    """Hand samples measured here to pytest-benchmark, and ``row`` to its ``extra_info`` and to the closing table."""
+def record(benchmark, samples: list[float], *rows: dict) -> None:
+    """Hand samples measured here to pytest-benchmark, the first row to its ``extra_info``, and all to the closing table."""
     remaining = iter(samples)
 
     def advance():
         global _now
         _now += next(remaining)
 
-    benchmark.extra_info.update(row)
-    ROWS.append(row)
+    benchmark.extra_info.update(rows[0])
+    ROWS.extend(rows)
     benchmark.pedantic(advance, rounds=len(samples))
 
 
@@ -171,7 +202,7 @@ def machine(device: str) -> dict[str, str]:
     """What the figures belong to."""
     facts = {
         "dmm_fast": dmm_fast.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -188,29 +219,26 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
-def _commit() -> str:
-    """The commit, with a + where the working tree differs from it; "unknown" outside a clone."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=10",
-        "--exclude=*",
-    ]
+def commit(folder: Path = Path(__file__).parent.parent) -> str:
+    """The commit, with a + where files that git knows differ from it (docs/ aside); "unknown" outside a clone."""
+    git = ["git", "-C", str(folder)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
+        return name + "+" * bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def _cpu_model() -> str:
+    """Its name, and its family and model, as some names say little."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
+    facts = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 @functools.cache

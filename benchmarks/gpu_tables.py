@@ -14,13 +14,20 @@ NAME = "performance_gpu.md"
 
 
 def read_results(out: Path) -> list[dict]:
-    """The rows so far, without one that a killed process left half written."""
-    path, rows = out / "results.jsonl", []
+    """The rows so far."""
+    return read_rows(out / "results.jsonl")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a file that may not exist yet, without one that a killed process left half written."""
+    rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "table" in row:
+            rows.append(row)
     return rows
 
 

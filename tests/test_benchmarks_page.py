@@ -1,0 +1,90 @@
+"""docs/benchmarks.md is what benchmarks/page.py writes from the stored measurements, and names every peer that is faster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "docs" / "benchmarks"
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "benchmarks" / "page.py", *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+
+
+def written(stored: Path, page: Path) -> str:
+    result = run("write", "--stored", stored, "--page", page)
+    assert result.returncode == 0, result.stderr
+    return page.read_text()
+
+
+def test_the_page_is_what_is_stored(tmp_path):
+    message = "docs/benchmarks.md is not what is stored: python benchmarks/page.py write"
+    assert written(STORED, tmp_path / "page.md") == (ROOT / "docs" / "benchmarks.md").read_text(), message
+
+
+@pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
+def test_what_is_stored_says_how_it_came_about(path):
+    stored = json.loads(path.read_text())
+    assert {"date", "command", "machine", "versions"} <= stored.keys()
+    assert {"dmm_fast", "commit"} <= stored["machine"].keys() and stored["machine"].keys() & {"CPU", "GPU"}
+    assert "--quick" not in stored["command"]
+    assert not re.search(r'["= ]/\w', path.read_text()), "a path of the machine"
+
+
+def test_a_section_is_measured_and_written(tmp_path):
+    result = run("measure", "assignment", "--quick", "--rounds", "1", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((tmp_path / "assignment.json").read_text())
+    row = next(row for row in stored["rows"] if row["peer"] == "scipy")
+    assert row["ratio"] == pytest.approx(row["peer us per problem"] / row["us per problem"], rel=1e-2)
+    page = written(tmp_path, tmp_path / "page.md")
+    assert stored["command"] in page and stored["machine"]["commit"] in page and f"scipy {stored['versions']['scipy']}" in page
+    assert "| 5 x 50, 1024" in page
+    assert "Not measured yet: `python benchmarks/page.py measure layer`" in page
+
+
+@pytest.mark.parametrize("section", ["layer", "assignment", "vision"])
+def test_a_faster_peer_is_named(section, tmp_path):
+    shutil.copy(STORED / f"{section}.json", tmp_path)
+    stored = json.loads((tmp_path / f"{section}.json").read_text())
+    row = next(row for row in stored["rows"] if not row["case"].startswith("match_prices"))
+    row["ratio"] = 0.5
+    (tmp_path / f"{section}.json").write_text(json.dumps(stored))
+    assert " is faster: " in (page := written(tmp_path, tmp_path / "page.md")) and "(0.50x)" in page
+
+
+def test_a_more_accurate_method_is_named():
+    rows = json.loads((STORED / "accuracy.json").read_text())["rows"]
+    closing = (ROOT / "docs" / "benchmarks.md").read_text().rpartition("**What is slower or worse.**")[2]
+    live = {(row["set"], row["video"]): row["J"] for row in rows if row["way"] == "dmm_fast, live"}
+    others = [row for row in rows if row["way"] not in ("dmm_fast, live", "dmm_fast, given")]
+    assert {row["way"] for row in others} >= {"OSVOS", "RGMP", "STM"}
+    for row in others:
+        better = row["J"] > live[row["set"], row["video"]]
+        assert (f"{row['way']} on {row['video']} (" in closing) == better
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("measure", "speed"), "'speed': must be one of layer, assignment, vision, segmenter, accuracy"),
+        (("measure", "accuracy"), "accuracy needs --data FOLDER"),
+        (("measure", "accuracy", "--data", "nowhere"), "nowhere/davis16-train/JPEGImages/breakdance-flare"),
+        (("measure", "segmenter", "--peer", "cutie=nowhere"), "a clone of https://github.com/hkchengrex/Cutie"),
+        (("gpu", "nowhere.jsonl"), "no such file: nowhere.jsonl"),
+        (("gpu", STORED / "layer.json"), "is it results.jsonl of gpu_report.py?"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_measured(words, said, tmp_path):
+    result = run(*words, "--out", tmp_path)
+    assert result.returncode not in (0, None) and said in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
