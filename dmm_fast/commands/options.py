@@ -126,7 +126,8 @@ def add_run_options(parser: argparse.ArgumentParser, files: str = "a COCO result
     )  # fmt: skip
     parser.add_argument(
         "--online", metavar="SECONDS|EPOCHS",
-        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e)",
+        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e); "
+        "good for single objects, not for several alike ones",
     )  # fmt: skip
 
 
@@ -150,8 +151,8 @@ def add_engine_options(parser: Any) -> None:
     )
     group.add_argument("--engine", metavar="ray[:HOST:PORT]", help="a task of Ray for each video: on the cluster at this address, else "
                        "the one that runs here, else one that is started on this machine")  # fmt: skip
-    group.add_argument("--cpus-per-video", type=part, metavar="N", help="what a task of Ray takes (default: 1)")
-    group.add_argument("--gpus-per-video", type=part, metavar="N", help="the same; .25 for four videos at once on a GPU (default: 1 with "
+    group.add_argument("--cpus-per-video", type=part, metavar="N", help="cores for a task of Ray (default: 1)")
+    group.add_argument("--gpus-per-video", type=part, metavar="N", help="GPUs for it; .25: four videos at once on a GPU (default: 1 with "
                        "--device cuda, else 0)")  # fmt: skip
     group.add_argument("--retries", type=lambda text: count(text, least=0), metavar="N", help="how often a task of Ray whose process was "
                        "killed is done again (default: 3)")  # fmt: skip
