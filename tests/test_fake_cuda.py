@@ -16,6 +16,7 @@ import pytest
 import torch
 from dmm_fast.model import Config, DMMNet, Proposals, State
 from dmm_fast.model.network import settled
+from helpers.kernels import Kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,21 +129,6 @@ def network(refine: str) -> DMMNet:
     return DMMNet(config).eval()
 
 
-class Work(TorchDispatchMode):
-    """Counts operations that make or change data: on a GPU each is a kernel, a convolution with a bias two."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        changes = func._schema.is_mutable
-        empty = "empty" in func._schema.name
-        self.count += not empty and (changes or any(leaf.untyped_storage()._cdata not in given for leaf in made))
-        return result
-
-
 class Largest(TorchDispatchMode):
     """Keeps the number of elements of the largest result."""
 
@@ -201,9 +187,9 @@ def test_kernels_of_a_step():
     net = dmm_fast.Segmenter()._inference
     with fake(net), torch.no_grad():
         state = net.start(frame(), masks(4), torch.ones(4, dtype=torch.bool, device="cuda"))
-        with Work() as work:
+        with Kernels() as kernels:
             net.step(frame(), proposals(50, "soft"), state)
-    assert 400 < work.count <= 475
+    assert 500 < kernels.count <= 562, kernels.of
 
 
 def clip(device: str, kind: str) -> Clip:
