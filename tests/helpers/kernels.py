@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Two launches: cuDNN adds no bias, padding fills before it copies, scatter copies before it writes.
-TWO = ("aten::constant_pad_nd", "aten::scatter")
+# Two launches: padding fills before it copies, others copy before they write.
+TWO = ("aten::constant_pad_nd", "aten::masked_fill", "aten::scatter")
 
 
 class Kernels(TorchDispatchMode):
     """Counts by operation. Views, memory that nothing fills and scalars on the CPU are no kernels; all else is one, but for `TWO` and
-    convolutions with a bias. A lower bound: libraries may change a layout first, and what sorts, reduces or normalises
-    may take several launches."""
+    convolutions with a bias, which cuDNN leaves to another kernel. `torch.where` with a number fills a scalar on the device first.
+    A lower bound: libraries may change a layout, and what sorts or searches may take several launches."""
 
     def __init__(self) -> None:
         super().__init__()
