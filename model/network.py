@@ -72,8 +72,8 @@ class DMMNet(nn.Module):
             )
         self.channels = sum(channels[-4:])
         self.embed = nn.Linear(self.channels, config.embed, bias=False) if config.embed else nn.Identity()
-        self.register_buffer("mean", 255.0 * torch.tensor(mean)[:, None, None], persistent=False)  # of bytes
-        self.register_buffer("std", 255.0 * torch.tensor(std)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
         self.short_side = config.short_side or 0
         self.iou_weight = float(config.iou_weight)  # TorchScript takes no int for a float
@@ -106,8 +106,8 @@ class DMMNet(nn.Module):
             # Not asked: whether the frame has that size already. Export would then fix the answer.
             if self.input_size[0] > 0 or self.short_side > 0:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-            if frames.is_floating_point():
-                image = image * 255.0
+            if not frames.is_floating_point():
+                image = image / 255.0
             levels = self.backbone((image - self.mean) / self.std)
         return levels
 
