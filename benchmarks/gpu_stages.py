@@ -65,7 +65,7 @@ def sanitize(run: Run) -> None:
     import torch
 
     import dmm_fast
-    from dmm_fast.ops.vision import NO_RUN
+    from dmm_fast.ops.vision import NO_RUN, bias_clamp
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(*shape, dtype=torch.float64).to(dtype).to(run.device)
@@ -95,6 +95,9 @@ def sanitize(run: Run) -> None:
             given = boxes.to(torch.float64 if dtype == torch.float64 else torch.float32)
             dmm_fast.paste_masks(random(3, 28, 28, dtype=dtype), given, rows, columns, samples)
             dmm_fast.upsample_argmax(random(5, 9, 17, dtype=dtype) - 0.5, torch.arange(5).to(run.device), rows, columns)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = random(2, 16, rows, columns, dtype=dtype).contiguous(memory_format=layout)
+                bias_clamp(x, random(16, dtype=dtype), x[:1], 0.0, 6.0)
     places = torch.randint(0, 37 * 53 + 1, (7, 31)).sort(1).values
     padded = torch.where(torch.arange(31) < torch.randint(0, 32, (7, 1)), places, NO_RUN)
     for runs in (places, padded, places.flip(1), torch.randint(-(2**31), NO_RUN, (7, 31))):

@@ -19,11 +19,11 @@ LEVELS = [0, 1, 2, 4, 6]  # stages after which the features have strides 2 to 32
 class Conv2dSame(nn.Conv2d):
     """TensorFlow's "same" padding: ceil(size / stride) cells, of an odd number of padded pixels the last one after the image."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tall = padding(x.size(2), self.kernel_size[0], self.stride[0])
         wide = padding(x.size(3), self.kernel_size[1], self.stride[1])
         x = F.pad(x, [wide // 2, wide - wide // 2, tall // 2, tall - tall // 2])
-        return F.conv2d(x, self.weight, self.bias, self.stride, [0, 0], self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, [0, 0], self.dilation, self.groups)
 
 
 def padding(size: int, kernel: int, stride: int) -> int:

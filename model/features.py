@@ -46,9 +46,11 @@ def mask_means(levels: list[Tensor], cover: Tensor) -> Tensor:
     """
     if len(levels) == 0:
         return cover.new_zeros((cover.size(0), 0))
-    means: list[Tensor] = []
+    sums: list[Tensor] = []
+    areas: list[Tensor] = []
     for level in levels:
         cover = F.adaptive_avg_pool2d(cover[:, None], [level.size(2), level.size(3)])[:, 0]
         weight = cover.flatten(1).to(level.dtype)  # [R, h w]
-        means.append(weight @ level[0].flatten(1).t() / weight.sum(1, keepdim=True).clamp(min=1e-6))
-    return torch.cat(means, 1)
+        sums.append(weight @ level[0].flatten(1).t())  # [R, C]
+        areas.append(weight.sum(1, keepdim=True).expand_as(sums[-1]))
+    return torch.cat(sums, 1) / torch.cat(areas, 1).clamp(min=1e-6)

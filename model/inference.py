@@ -3,27 +3,35 @@
 import copy
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .epilogue import Tracer, methods_with_epilogues, with_epilogues
 from .network import DMMNet
 from .refinement import HeavyRefinement
 
 
-def inference(net: DMMNet, dtype: torch.dtype = torch.float32) -> DMMNet:
+def inference(net: DMMNet, dtype: torch.dtype = torch.float32, fused: bool | None = None) -> DMMNet:
     """`net`, which must be in eval mode, with a folded copy of its backbone. The rest is shared: what that learns counts here.
 
     On a CPU convolutions run channels-last, and so do the shared ones from now on. dtype: of what costs the most, the backbone and
-    the heavy refinement's decoder, which are copies then; all else, the matching first of all, stays as it is.
+    the heavy refinement's decoder, which are copies then; all else, the matching first of all, stays as it is. fused: of those two,
+    convolutions with all that follows them as one kernel more, for eager code; None: on a GPU.
     """
     twin = copy.copy(net)
+    if fused is None:
+        fused = net.mean.device.type == "cuda"
     if net.backbone is not None:
         backbone = folded(net.backbone)
+        if fused:
+            backbone = with_epilogues(backbone)
         if dtype != torch.float32:
             backbone = Within(backbone, dtype)
         twin._modules = {**net._modules, "backbone": backbone}
     if dtype != torch.float32 and isinstance(net.refinement, HeavyRefinement):
         twin._modules["refinement"] = net.refinement.in_precision(dtype)
+    if fused and isinstance(twin.refinement, HeavyRefinement):
+        twin._modules = {**twin._modules, "refinement": methods_with_epilogues(twin.refinement, "keys", "decode")}
     if net.mean.device.type == "cpu":
         twin.to(memory_format=torch.channels_last)
     return twin
@@ -51,7 +59,7 @@ def fold(backbone: nn.Module) -> nn.Module:
     Which follows which is read off the traced graph. A backbone that cannot be traced stays as it is.
     """
     try:
-        graph = _Tracer().trace(backbone)
+        graph = Tracer().trace(backbone)
     except Exception:  # control flow, or code of any other kind that torch.fx does not follow
         return backbone
     modules = dict(backbone.named_modules())
@@ -66,8 +74,3 @@ def fold(backbone: nn.Module) -> nn.Module:
         backbone.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], replaced))
         backbone.set_submodule(norm.target, getattr(replaced, "act", nn.Identity()))  # timm's norms bring the activation along
     return backbone
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (nn.Conv2d, nn.BatchNorm2d))

@@ -26,7 +26,8 @@ def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = a.flatten(1), b.flatten(1)
     total = a.sum(1)[:, None] + b.sum(1)
     apart = torch.cdist(a, b, p=1.0)  # larger minus smaller
-    return 0.5 * (total - apart), 0.5 * (total + apart)
+    common = 0.5 * (total - apart)
+    return common, total - common
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     """
     common, either = shared(a, b)
     iou = (common / either.clamp(min=1e-12)).clamp(0.0, 1.0)
-    filled = (a > 0.5).to(a.dtype).flatten(1) @ (b > 0.5).to(b.dtype).flatten(1).t()  # cells
-    return torch.where((filled > 0.5) | (iou > 0.1), iou, 0.0)
+    filled = a.flatten(1).round() @ b.flatten(1).round().t()  # cells
+    return torch.where(filled > 0.5, iou, F.threshold(iou, 0.1, 0.0))
 
 
 def moved(masks: Tensor, motion: Tensor) -> Tensor:
@@ -67,4 +68,4 @@ def velocity(before: Tensor, after: Tensor, motion: Tensor, kept: float) -> Tens
 
 def scaled(boxes: Tensor, wide: float, tall: float) -> Tensor:
     """Boxes [R, 4] x0 y0 x1 y1 with x times `wide` and y times `tall`."""
-    return torch.stack([boxes[:, 0] * wide, boxes[:, 1] * tall, boxes[:, 2] * wide, boxes[:, 3] * tall], 1)
+    return torch.stack([boxes[:, ::2] * wide, boxes[:, 1::2] * tall], 2).flatten(1)

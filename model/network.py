@@ -147,7 +147,8 @@ class DMMNet(nn.Module):
             hidden = self.refinement.start(features, on_grid)
         described = self.describe(features, mask_boxes(masks), on_grid, height, width)
         motion = on_grid.new_zeros((masks.size(0), 2))
-        return State(valid, described, on_grid, on_grid, motion, masks[:, :0, :0] if self.heavy else masks, hidden)
+        full = masks[:, :0, :0] if self.heavy else masks
+        return State(valid, F.normalize(described, dim=1), on_grid, on_grid, motion, full, hidden)
 
     @torch.jit.export
     def add(self, frame: Tensor, masks: Tensor, new: Tensor, state: State) -> State:
@@ -182,14 +183,18 @@ class DMMNet(nn.Module):
         """Cosine similarity with the templates and IoU with the last masks, moved on, both [N, M]."""
         described = self.describe(features, candidates.boxes, candidates.cover, candidates.height, candidates.width)  # [M, C]
         described = F.normalize(described, dim=1)
-        cosine = F.normalize(state.features, dim=1) @ described.t()
+        cosine = state.features @ described.t()
         masks = state.masks if self.motion == 0.0 else moved(state.masks, state.motion)
         return Affinity(cosine, overlap(masks, candidates.cover), described)
+
+    def similarity(self, affinity: Affinity) -> Tensor:
+        """(1 - lambda) cos + lambda IoU, [N, M]."""
+        return torch.lerp(affinity.cosine, affinity.iou, self.iou_weight)
 
     @torch.jit.export
     def cost(self, affinity: Affinity) -> Tensor:
         """Eq. 1: C = (lambda - 1) cos - lambda IoU, [N, M]."""
-        return (self.iou_weight - 1.0) * affinity.cosine - self.iou_weight * affinity.iou
+        return -self.similarity(affinity)
 
     @torch.jit.export
     def match(self, cost: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
@@ -201,7 +206,8 @@ class DMMNet(nn.Module):
         """
         real = scores > float("-inf")  # [M]
         n, m = valid.sum(), real.sum()
-        padded = F.pad(torch.where(real, cost, 0.0), [0, cost.size(0)])  # [N, M + N]
+        empty = cost.new_zeros((cost.size(0), cost.size(1) + cost.size(0)))
+        padded = torch.cat([torch.where(real, cost, empty[:, : cost.size(1)]), empty[:, cost.size(1) :]], 1)  # [N, M + N]
         order = torch.argsort(valid.to(torch.uint8), descending=True, stable=True)  # valid rows first
         problem, rows, columns = padded[order][None], n[None], torch.maximum(m, n)[None]
         if self.prices:
@@ -221,18 +227,19 @@ class DMMNet(nn.Module):
         value: a mask in Eq. 8 then has value 1, not 0.4, inside, and the gradient of X still passes.
         """
         size = candidates.scores.numel()
-        similarity = -self.cost(affinity)  # [N, M]
+        real = candidates.scores > float("-inf")  # [M]
+        similarity = self.similarity(affinity)  # [N, M]
+        padded = similarity
         if assignment.size(1) > size:
-            similarity = F.pad(similarity, [0, assignment.size(1) - size])
+            padded = F.pad(similarity, [0, assignment.size(1) - size])
         largest = assignment == assignment.amax(1, keepdim=True)
-        choice = torch.where(largest, similarity, float("-inf")).argmax(1, keepdim=True)  # [N, 1]
+        never = similarity.new_full((1,), float("-inf"))
+        choice = torch.where(largest, padded, never).argmax(1, keepdim=True)  # [N, 1]
         weight = assignment.gather(1, choice)  # [N, 1]
         column = choice.clamp(max=size - 1)
-        believed = affinity.iou.gather(1, column) > self.min_iou
-        believed = believed | (affinity.cosine.gather(1, column) > self.min_cosine)
-        real = candidates.scores > float("-inf")  # [M]
-        believed = believed & (choice < size) & (weight > 0) & real[column]
-        found = believed[:, 0] & state.valid  # [N]
+        believed = ((affinity.iou > self.min_iou) | (affinity.cosine > self.min_cosine)) & real  # [N, M]
+        found = believed.gather(1, column) & (choice < size) & (weight > 0)
+        found = found[:, 0] & state.valid  # [N]
 
         scale = weight / weight.detach().clamp(min=1e-12)  # [N, 1], 1 where found
         if self.heavy:
@@ -244,9 +251,11 @@ class DMMNet(nn.Module):
         # Where masks overlap, a lost object's stale mask lies below, and a smaller mask lies on a larger one: a
         # proposal that spans two objects then leaves the smaller one visible.
         area = matched.flatten(1).sum(1)  # [N]
-        rank = torch.argsort(torch.argsort(torch.where(found, -area, float("-inf")), stable=True))
+        rank = torch.argsort(torch.argsort(torch.where(found, area, float("inf")), descending=True, stable=True))
+        proposal = torch.where(found, column[:, 0], -1)
+        chosen = torch.arange(size, device=proposal.device) == proposal[:, None]  # [N, M]
         if self.refinement is not None:
-            kept = torch.where(found[:, None], torch.zeros_like(affinity.iou).scatter(1, column, scale), 0.0)  # [N, M]
+            kept = scale * chosen  # [N, M]
             logits, parts, hidden = self.refinement(features, candidates, affinity, kept, matched, state)
             logits = torch.where(state.valid[:, None, None], logits, -100.0)  # nowhere, but finite: it is interpolated
             if self.follow_refined:
@@ -262,12 +271,10 @@ class DMMNet(nn.Module):
             on_grid = cover(full, on_grid.size(1), on_grid.size(2)).to(on_grid.dtype)
         labels = torch.ops.dmm.upsample_argmax(decided.detach(), rank, candidates.height, candidates.width)
 
-        proposal = torch.where(found, column[:, 0], -1)
-        score = torch.where(found, similarity.gather(1, column)[:, 0], 0.0)
-        others = torch.arange(size, device=proposal.device) != proposal[:, None]  # [N, M]
-        rivals = torch.where(others & real, similarity[:, :size], float("-inf")).amax(1)
-        runner_up = torch.where(torch.isfinite(rivals) & state.valid, rivals, 0.0)
-        output = Output(logits, matched, labels, proposal, score, runner_up, state.valid & ~found, parts)
+        score = similarity.gather(1, column)[:, 0] * found
+        rivals = torch.where(real & ~chosen, similarity, never).amax(1)
+        runner_up = torch.nan_to_num(rivals, neginf=0.0) * state.valid
+        output = Output(logits, matched, labels, proposal, score, runner_up, state.valid ^ found, parts)
         templates = self.renewed(state.features, affinity, column, found)
         motion = state.motion
         if self.motion > 0.0:
@@ -275,12 +282,12 @@ class DMMNet(nn.Module):
         return output, State(state.valid, templates, state.templates, on_grid, motion, full, hidden)
 
     def renewed(self, features: Tensor, affinity: Affinity, column: Tensor, found: Tensor) -> Tensor:
-        """Features of the templates [N, C] after the proposals `column` [N, 1] were matched where `found` [N]."""
+        """Unit features of the templates [N, C] after the proposals `column` [N, 1] were matched where `found` [N]."""
         if self.update == 0.0:
             return features
         sure = found & (affinity.iou.gather(1, column)[:, 0] > 0.5)
         seen = affinity.features.index_select(0, column[:, 0])
-        moved = (1.0 - self.update) * F.normalize(features, dim=1) + self.update * seen
+        moved = F.normalize(torch.lerp(features, seen, self.update), dim=1)
         return torch.where(sure[:, None], moved, features)
 
     def pick(
@@ -293,8 +300,8 @@ class DMMNet(nn.Module):
         """
         picked = candidates.cover.index_select(0, column[:, 0])
         found = found & (picked.flatten(1).amax(1) > 0)  # [N]
-        on_grid = torch.where(found[:, None, None], picked, last)
-        return on_grid * torch.where(found, scale[:, 0], 1.0)[:, None, None], on_grid, found
+        where = found[:, None, None]
+        return torch.where(where, picked * scale[:, :, None], last), torch.where(where, picked, last), found
 
     def paste(
         self, candidates: Candidates, column: Tensor, scale: Tensor, found: Tensor, last: Tensor
@@ -347,9 +354,7 @@ def settled(logits: Tensor, together: bool) -> Tensor:
     """Logits [N, h, w] as masks on the same grid: of each cell, how many of its four quarters are above 0, and with objects together
     higher than any other's."""
     quarters = doubled(logits)
-    inside = quarters > 0.0
-    if together:
-        inside = inside & (quarters == quarters.amax(0, keepdim=True))
+    inside = quarters >= quarters.amax(0, keepdim=True).clamp(min=1e-30) if together else quarters > 0.0
     return F.avg_pool2d(inside.to(logits.dtype), 2)
 
 

@@ -152,38 +152,32 @@ class Memory(nn.Module):
 
     Keys are unit vectors, so the similarity exp(t (cos - 1)) needs no maximum taken out first, and one product with
     (mask, 1 - mask) sums it over the object and over the rest. Both -t and a preference for nearby cells,
-    -|p - q|^2 / 2 s^2, are dot products themselves and are laid into the keys.
+    -|p - q|^2 / 2 s^2 = pq / s^2 - p^2 / 2 s^2 - q^2 / 2 s^2, are dot products themselves and are laid into the keys.
     """
 
     def __init__(self, near: bool, frames: int = 0) -> None:
         super().__init__()
         self.frames = frames  # further ones, in `recent`
         self.sharpness = nn.Parameter(torch.tensor(2.5))  # log t
-        self.reach = nn.Parameter(torch.tensor(1.6))  # log s, in cells
+        self.reach = nn.Parameter(torch.tensor(1.6))  # log s, in cells; without use where not near
         self.near = near
 
-    def bias(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What is laid into the query's keys and the known ones, [1, 4, h, w] each: -t - |p - q|^2 / 2 s^2."""
-        height, width = like.size(2), like.size(3)
-        y = torch.arange(height, dtype=like.dtype, device=like.device) - (height - 1) / 2.0
-        x = torch.arange(width, dtype=like.dtype, device=like.device) - (width - 1) / 2.0
-        y, x = y[:, None].expand(height, width), x[None].expand(height, width)
-        one, square = torch.ones_like(y), -0.5 * (y * y + x * x)
-        narrow = torch.exp(-2.0 * self.reach) if self.near else 0.0 * self.reach
-        query = torch.stack([narrow * y, narrow * x, narrow * square - self.sharpness.exp(), narrow * one])
-        known = torch.stack([y, x, one, square])
-        return query[None], known[None]
-
     def forward(self, query: Tensor, keys: Tensor, masks: Tensor, valid: Tensor, recent: list[Tensor]) -> Tensor:
-        """query [1, K, h, w], keys [N, K, h, w] (or [1, K, h, w]: the same for all), masks [N, 1, h, w] -> [N, 3, h, w]:
-        log-odds, evidence for, against; anything in slots that are not `valid` [N].
+        """query [1, K, h, w], keys [N, K, h, w] (near: [1, K, h, w], the same for all), masks [N, 1, h, w] -> [N, 2, h w]: what
+        speaks for the object and for the rest; anything in slots that are not `valid` [N].
 
         recent: keys and masks [N, K + 1, frames h', w'] of further frames, one above the other, each of which counts as much.
         """
         height, width = query.size(2), query.size(3)
-        of_query, of_known = self.bias(query)
-        query = torch.cat([query * self.sharpness.exp(), of_query], 1).flatten(2)[0]  # [K + 4, h w]
-        known, value = laid_out(keys, of_known), both(masks)
+        t = self.sharpness.exp()
+        if self.near:
+            place = places(height, width, query) / self.reach.exp()  # [1, 2, h, w]
+            square, one = -0.5 * place.square().sum(1, keepdim=True), torch.ones_like(place[:, :1])
+            query = torch.cat([t * query, place, square - t, one], 1)
+            keys = torch.cat([keys] + [part.expand(keys.size(0), -1, -1, -1) for part in [place, one, square]], 1)
+        else:
+            query, keys = t * with_another(query, -1.0), with_another(keys, 1.0)
+        query, known, value = query[0].flatten(1), by_cell(keys), both(masks)
         # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
         # a GPU would have to wait for the answer, and could not capture the step as a graph.
         if self.near or not keys.is_cpu:
@@ -192,12 +186,33 @@ class Memory(nn.Module):
             total = recall_by_frame(query, known, value, valid)
         for memory in recent:
             keys, masks = memory[:, :-1], memory[:, -1:]
-            more = recall(query, laid_out(keys, self.bias(keys)[1]), both(masks))
+            more = recall(query, by_cell(with_another(keys, 1.0)), both(masks))
             cells = float(height * width * self.frames) / float(keys.size(2) * keys.size(3))
             total = (total + cells * more) / (1.0 + self.frames)
-        log = torch.log(total + 1e-4)
-        cues = torch.cat([log[:, :1] - log[:, 1:], log], 1) * 0.2  # about the size of a mask's values
-        return cues.view(cues.size(0), 3, height, width)
+        return total
+
+
+def places(height: int, width: int, like: Tensor) -> Tensor:
+    """Rows and columns of cells, [1, 2, height, width], from the middle."""
+    y = torch.linspace(-(height - 1) / 2.0, (height - 1) / 2.0, height, dtype=like.dtype, device=like.device)
+    x = torch.linspace(-(width - 1) / 2.0, (width - 1) / 2.0, width, dtype=like.dtype, device=like.device)
+    return torch.stack([y[:, None].expand(height, width), x.expand(height, width)])[None]
+
+
+def with_another(keys: Tensor, value: float) -> Tensor:
+    """Keys [N, K, h, w] and a channel that is `value` everywhere."""
+    return F.pad(keys, [0, 0, 0, 0, 0, 1], value=value)
+
+
+def by_cell(keys: Tensor) -> Tensor:
+    """Keys [N, K, h, w] as [N, h w, K]."""
+    return keys.flatten(2).transpose(1, 2)
+
+
+def evidence(total: Tensor) -> Tensor:
+    """Log-odds, evidence for, against [N, m, 3, ...] from what m memories say, [N, m, 2, ...]."""
+    log = torch.log(total + 1e-4)
+    return torch.cat([log[:, :, :1] - log[:, :, 1:], log], 2) * 0.2  # about the size of a mask's values
 
 
 def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
@@ -211,11 +226,6 @@ def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
     return (odds / (1.0 + odds + rivalry * (odds.sum(0, keepdim=True) - odds))).view(logits.shape)
 
 
-def laid_out(keys: Tensor, bias: Tensor) -> Tensor:
-    """Keys [N, K, h, w] with what is laid into them, [1, 4, h, w], cell by cell: [N, h w, K + 4]."""
-    return torch.cat([keys, bias.expand(keys.size(0), 4, keys.size(2), keys.size(3))], 1).flatten(2).transpose(1, 2)
-
-
 def both(masks: Tensor) -> Tensor:
     """The object and the rest of masks [N, 1, h, w]: [N, 2, h w]."""
     return torch.cat([masks, 1.0 - masks], 1).flatten(2)
@@ -224,8 +234,8 @@ def both(masks: Tensor) -> Tensor:
 def recall(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
     """Sums of `value` [N, V, cells], weighted by the similarity of each cell in `known` [N or 1, cells, K] with each in `query`
     [K, Q]: [N, V, Q]."""
-    similarity = torch.mm(known.flatten(0, 1), query).exp_()  # [N cells, Q]: one product for all objects
-    return torch.matmul(value, similarity.view(known.size(0), -1, query.size(1)))
+    similarity = torch.bmm(known, query.expand(known.size(0), -1, -1)).exp_()  # [N or 1, cells, Q]
+    return torch.matmul(value, similarity)
 
 
 def recall_by_frame(query: Tensor, known: Tensor, value: Tensor, valid: Tensor) -> Tensor:
@@ -338,28 +348,30 @@ class HeavyRefinement(nn.Module):
         keys = self.keys(features)
         # Templates come from any frame, but the last frame is the same for all: the keys of one slot in use are everyone's.
         last_keys = state.hidden[2].index_select(0, first(state.valid))  # [1, K, h3, w3]
-        cues = torch.cat(
-            [
-                self.template(keys, state.hidden[0], state.hidden[1], state.valid, state.hidden[4:5]),
-                self.last(keys, last_keys, state.hidden[3], state.valid, []),
-            ],
-            1,
-        )  # [N, 6, h3, w3]
+        remembered = [
+            self.template(keys, state.hidden[0], state.hidden[1], state.valid, state.hidden[4:5]),
+            self.last(keys, last_keys, state.hidden[3], state.valid, []),
+        ]
+        cues = evidence(torch.stack(remembered, 1)).flatten(1, 2)  # [N, 6, h3 w3]
+        cues = cues.view(cues.size(0), 6, keys.size(2), keys.size(3))
+        like = torch.sigmoid(5.0 * cues[:, ::3])  # [N, 2, h3, w3]
         last = state.masks * state.valid[:, None, None]  # [N, h1, w1]
-        others = beside(last, state.valid)  # [N, h1, w1]
         pairs = [affinity.cosine, affinity.iou]
         if self.sharing:
-            pairs += [kept, beside(kept, state.valid), beside(affinity.cosine, state.valid)]
-        logits = self.parts(candidates.cover, pairs, last, others, cues)  # [N, M]
+            others, kept_beside, cosine_beside, like_beside = beside([last, kept, affinity.cosine, like[:, :1]], state.valid)
+            pairs += [kept, kept_beside, cosine_beside]
+            given = torch.cat([cues, like_beside], 1)
+        else:
+            others, given = beside([last], state.valid)[0], cues
+        seen = F.adaptive_avg_pool2d(torch.stack([last, others], 1), [keys.size(2), keys.size(3)])
+        logits = self.parts(candidates.cover, pairs, torch.cat([seen, like, cues[:, 1::3]], 1))  # [N, M]
         share = probabilities(logits, state.valid, float(self.sharing))
         inside = (share[:, :, None, None] * candidates.cover).amax(1)
         outside = ((1.0 - share)[:, :, None, None] * candidates.cover).amax(1)
         maps = [matched, last, others, inside, outside]
         if self.sharing:
-            maps.append(beside(inside, state.valid))
-            cues = torch.cat([cues, beside(torch.sigmoid(5.0 * cues[:, 0]), state.valid)[:, None]], 1)
-
-        logits = self.decode(features, torch.stack(maps, 1), cues)[:, 0]
+            maps += beside([inside], state.valid)
+        logits = self.decode(features, torch.stack(maps, 1), given)[:, 0]
         inside = probabilities(doubled(logits), state.valid, self.rivalry)
         mask = F.adaptive_avg_pool2d(inside[:, None], [keys.size(2), keys.size(3)])
         keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
@@ -385,17 +397,14 @@ class HeavyRefinement(nn.Module):
             newest = old
         return [torch.cat(frames, 2), count]
 
-    def parts(self, cover: Tensor, pairs: list[Tensor], last: Tensor, others: Tensor, cues: Tensor) -> Tensor:
-        """How much of each proposal belongs to each object, from what it covers and what is known of each pair [N, M]: logits
-        [N, M]."""
-        coarse = F.adaptive_avg_pool2d(cover[:, None], [cues.size(2), cues.size(3)])[:, 0].flatten(1)  # [M, h w]
-        seen = torch.stack([last, others], 1)  # [N, 2, h1, w1]
-        seen = F.adaptive_avg_pool2d(seen, [cues.size(2), cues.size(3)])
-        seen = torch.cat([seen, torch.sigmoid(5.0 * cues[:, ::3]), cues[:, 1::3]], 1).flatten(2)  # [N, 6, h w]
+    def parts(self, cover: Tensor, pairs: list[Tensor], seen: Tensor) -> Tensor:
+        """How much of each proposal belongs to each object, from maps of which it covers a part, `seen` [N, 6, h, w], and what is
+        known of each pair [N, M]: logits [N, M]."""
+        coarse = F.adaptive_avg_pool2d(cover[:, None], [seen.size(2), seen.size(3)])[:, 0].flatten(1)  # [M, h w]
         area = coarse.sum(1).clamp(min=1e-3)
-        mean = torch.matmul(seen, coarse.t()) / area  # [N, 6, M]
-        known = torch.cat([mean, torch.stack(pairs, 1)], 1)  # [N, 8 or 11, M]
-        return self.judge(known.transpose(1, 2))[:, :, 0]
+        mean = torch.matmul(seen.flatten(2), coarse.t()) / area  # [N, 6, M]
+        known = torch.cat([mean.transpose(1, 2)] + [pair[:, :, None] for pair in pairs], 2)  # [N, M, 8 or 11]
+        return self.judge(known)[:, :, 0]
 
     def decode(self, features: list[Tensor], maps: Tensor, cues: Tensor) -> Tensor:
         """Coarse to fine; the logit of the mask at the stem's size, [N, 1, h1, w1]."""
@@ -411,7 +420,7 @@ class HeavyRefinement(nn.Module):
                 coarse = F.interpolate(cues, size=size, mode="bilinear", align_corners=False)
                 known = torch.cat([known[:, :5], coarse, known[:, 5:]], 1)
             above = F.interpolate(up(x), size=size, mode="bilinear", align_corners=False)
-            x = F.relu(block(image(level) + own(known) + above))
+            x = F.relu(block(own(known) + (image(level) + above)))
         return self.head(x).to(features[4].dtype)
 
     @torch.jit.unused
@@ -449,10 +458,13 @@ def among(logits: Tensor, valid: Tensor) -> Tensor:
     return F.softmax(F.pad(flat, [0, 0, 0, 1]), 0)[:-1].view(logits.shape)
 
 
-def beside(values: Tensor, valid: Tensor) -> Tensor:
-    """For each of the objects [N, ...], the highest value of any other `valid` one [N]; at least 0, also where there is none."""
-    flat = values.flatten(1) * valid[:, None].to(values.dtype)
+def beside(values: list[Tensor], valid: Tensor) -> list[Tensor]:
+    """For each of the objects, in `values` of any kinds [N, ...], the highest value of any other `valid` one [N]; at least 0, also
+    where there is none."""
+    rows = [value.flatten(1) for value in values]
+    flat = torch.cat(rows, 1) * valid[:, None]
     # A row of zeros stands for "none": asking how many objects there are would fix the answer in an export.
     top, index = F.pad(flat, [0, 0, 0, 1]).topk(2, dim=0)
     own = torch.arange(flat.size(0), device=flat.device)[:, None] == index[0]
-    return torch.where(own, top[1], top[0]).view(values.shape)
+    others = torch.where(own, top[1], top[0]).split([row.size(1) for row in rows], 1)
+    return [other.reshape(value.shape) for other, value in zip(others, values)]

@@ -32,7 +32,7 @@ class State(NamedTuple):
     """All that is carried from frame to frame, for N object slots; its size does not depend on the video's length."""
 
     valid: Tensor  # [N] bool, the slots in use
-    features: Tensor  # [N, C] float, features of the templates (C = 0 without a backbone)
+    features: Tensor  # [N, C] float, unit features of the templates (C = 0 without a backbone)
     templates: Tensor  # [N, h, w] float, masks of the frame in which each object was given, on the grid (`DMMNet.grid`)
     masks: Tensor  # [N, h, w] float, last matched masks (refined ones with follow = refined), on the grid
     motion: Tensor  # [N, 2] float, x y, cells of the grid by which `masks` move from frame to frame
@@ -45,7 +45,7 @@ class Affinity(NamedTuple):
 
     cosine: Tensor  # [N, M] in [-1, 1], 0 without a backbone
     iou: Tensor  # [N, M] in [0, 1], with the object's last mask, where it should be by now
-    features: Tensor  # [M, C] float, of the proposals
+    features: Tensor  # [M, C] float, unit features of the proposals
 
 
 class Output(NamedTuple):

@@ -7,6 +7,7 @@ every instruction set, forward and backward, the exact assignment, the vision op
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -175,6 +176,12 @@ def grids() -> None:
         for dtype in floats:
             torch.ops.dmm.upsample_argmax(logits.to(dtype), rank, height, width)
             torch.ops.dmm.upsample_argmax(-logits.abs().to(dtype), rank, height, width)  # background alone
+
+    for shape, images in (((2, 5, 3, 7), 1), ((1, 32, 6, 7), 0), ((3, 1, 1, 1), 3), ((0, 3, 4, 4), 0), ((2, 3, 0, 4), 2)):
+        for dtype, layout in itertools.product(floats, (torch.contiguous_format, torch.channels_last)):
+            x, bias = torch.randn(shape).to(dtype).contiguous(memory_format=layout), torch.randn(shape[1]).to(dtype)
+            residual = torch.randn(images, *shape[1:]).to(dtype) if images else None
+            torch.ops.dmm.bias_clamp(x, bias, residual, 0.0, 6.0)
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dmm_fast.model import Config, DMMNet, Proposals, State
+from dmm_fast.model import Config, DMMNet, Proposals, State, inference
 from dmm_fast.model.network import settled
+from helpers.kernels import Kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,21 +129,6 @@ def network(refine: str) -> DMMNet:
     return DMMNet(config).eval()
 
 
-class Work(TorchDispatchMode):
-    """Counts operations that make or change data: on a GPU each is a kernel, a convolution with a bias two."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        changes = func._schema.is_mutable
-        empty = "empty" in func._schema.name
-        self.count += not empty and (changes or any(leaf.untyped_storage()._cdata not in given for leaf in made))
-        return result
-
-
 class Largest(TorchDispatchMode):
     """Keeps the number of elements of the largest result."""
 
@@ -198,12 +184,14 @@ def test_follow(name, kind):
 
 def test_kernels_of_a_step():
     """Of the packaged network, with three objects; docs/performance.md has the history. Lower the bound when it falls."""
-    net = dmm_fast.Segmenter()._inference
+    net = inference(dmm_fast.Segmenter().net, fused=True)  # as on a GPU
     with fake(net), torch.no_grad():
         state = net.start(frame(), masks(4), torch.ones(4, dtype=torch.bool, device="cuda"))
-        with Work() as work:
-            net.step(frame(), proposals(50, "soft"), state)
-    assert 400 < work.count <= 475
+        with Kernels() as kernels:
+            output, state = net.step(frame(), proposals(50, "soft"), state)
+    on_device((output, state))
+    assert kernels.of["aten::convolution"] == kernels.of["dmm::bias_clamp"] == 75
+    assert 300 < kernels.count <= 402, kernels.of
 
 
 def clip(device: str, kind: str) -> Clip:

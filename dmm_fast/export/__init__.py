@@ -61,7 +61,7 @@ def export(
         if only is not None:
             manifest = _format(kind).export_layer(net.eval(), folder, progress=progress)
         else:
-            frozen = inference(copy.deepcopy(net.eval()))
+            frozen = inference(copy.deepcopy(net.eval()), fused=False)
             if detector is not None:
                 options["live"] = Live(frozen, network, shares_backbone(net, detector)).eval()
             if kind != "torchscript":

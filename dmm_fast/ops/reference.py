@@ -484,3 +484,9 @@ def upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int) -> Te
     order = rank.argsort(descending=True)
     highest, place = full[order].max(0)  # the first of equal ones
     return torch.where(highest > 0, order[place] + 1, 0).to(torch.uint8)
+
+
+def bias_clamp(x: Tensor, bias: Tensor, residual: Tensor | None, low: float, high: float) -> Tensor:
+    """``x [N or 1, C, H, W]`` with ``bias [C]`` and a residual, ``[N or 1, C, H, W]``, added, in [low, high]."""
+    y = x + bias[:, None, None]
+    return (y if residual is None else y + residual).clamp(low, high)

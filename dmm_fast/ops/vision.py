@@ -1,12 +1,14 @@
 """The steps around the matching layer: mask IoU for its cost (Eq. 1), pasted, weighted proposals after it (Eq. 8), and the
 conversions at both ends: proposals to a grid of cells (``paste_masks``, ``decode_runs``), logits to labels
-(``upsample_argmax``).
+(``upsample_argmax``). ``bias_clamp`` ends the convolutions of a network.
 
 ``torch.ops.dmm.mask_iou`` and its kin (scriptable, exportable) are the ops below; the native libraries hold their kernels,
 this file teaches torch the rest: shapes without data (fake kernels) and the gradient.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ library.let_triton_serve("paste_combine", "paste_combine_backward")
 library.let_triton_serve("paste_masks")
 library.let_triton_serve("decode_runs")
 library.let_triton_serve("upsample_argmax")
+library.let_triton_serve("bias_clamp")
 
 NO_RUN = 2**31 - 1  # fills up the rows of ``runs``: beyond every frame
 
@@ -177,6 +180,36 @@ def upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int, *, ba
     return torch.ops.dmm.upsample_argmax(logits, rank, height, width)
 
 
+def bias_clamp(
+    x: Tensor, bias: Tensor, residual: Tensor | None = None, low: float = -math.inf, high: float = math.inf, *, backend: str = "auto"
+) -> Tensor:  # fmt: skip
+    """What follows a convolution, in one pass: ``clamp(x + bias[c] + residual, low, high)``.
+
+    ReLU is ``low=0``, ReLU6 ``low=0, high=6``; NaN stays. Differentiable in x, bias and residual.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, float64, float16 or bfloat16, contiguous or channels-last (else it is copied first).
+        bias: ``[C]``, the dtype of x.
+        residual: the shape of x, or one of the two has a single image, which goes with all of the other; the dtype of x.
+        low, high: low <= high.
+        backend: as in ``dmm_fast.match``.
+
+    Returns:
+        ``[N, C, H, W]``, laid out as x; half precision is computed in float32 and rounded once.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or limits that don't fit. ValueError: an unknown backend.
+    """
+    library.check_backend("bias_clamp", x, backend)
+    if backend == "reference":
+        return reference.bias_clamp(x, bias, residual, low, high)
+    if backend == "triton":
+        from dmm_fast.kernels.bias_clamp import bias_clamp as bias_clamp_triton
+
+        return bias_clamp_triton(x, bias, residual, low, high)
+    return torch.ops.dmm.bias_clamp(x, bias, residual, low, high)
+
+
 # ---- what torch needs to know ----
 
 
@@ -216,6 +249,14 @@ def _(logits, rank, height, width):
     return logits.new_empty(height, width, dtype=torch.uint8)
 
 
+@torch.library.register_fake("dmm::bias_clamp")
+def _(x, bias, residual, low, high):
+    torch._check(x.dim() == 4, lambda: f"dmm::bias_clamp: x must have shape [N, C, H, W], got {x.shape}")
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    like = residual if residual is not None and x.shape[0] == 1 else x
+    return torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 # Step functions: their results belong to no graph.
 _fragment = torch.library.Library("dmm", "FRAGMENT")
 for _op in ("paste_masks", "upsample_argmax"):
@@ -232,6 +273,22 @@ def _gradient(ctx, grad):
 
 
 torch.library.register_autograd("dmm::paste_combine", _gradient, setup_context=_setup_context)
+
+
+def _setup_bias_clamp(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    x, _, residual, ctx.low, ctx.high = inputs
+    ctx.x, ctx.residual = x.shape, None if residual is None else residual.shape
+
+
+def _bias_clamp_gradient(ctx, grad):
+    (out,) = ctx.saved_tensors
+    grad = grad * ((out > ctx.low) & (out < ctx.high))
+    of_residual = None if ctx.residual is None else grad.sum_to_size(ctx.residual)
+    return grad.sum_to_size(ctx.x), grad.sum((0, 2, 3)), of_residual, None, None
+
+
+torch.library.register_autograd("dmm::bias_clamp", _bias_clamp_gradient, setup_context=_setup_bias_clamp)
 
 
 def _no_double_backward(ctx, *grads):

@@ -1,6 +1,7 @@
 // The launchers of the vision ops (csrc/cuda/*.cuh) on the emulated device, for ctypes.
 #include <cuda_runtime.h>
 
+#include "../../csrc/cuda/bias_clamp.cuh"
 #include "../../csrc/cuda/decode_runs.cuh"
 #include "../../csrc/cuda/mask_iou.cuh"
 #include "../../csrc/cuda/paste_combine.cuh"
@@ -59,6 +60,16 @@ void labels_of(const void* logits, const int64_t* rank, const int64_t* sizes, ui
   dmm::grid::upsample_argmax("upsample_argmax", p, labels, nullptr);
 }
 
+template <typename T, typename C>
+void finished(const void* x, const void* bias, const void* residual, const int64_t* sizes, const double* limits, void* out) {
+  const dmm::finish::Problem<T, C> p{static_cast<const T*>(x),        static_cast<const T*>(bias),
+                                     static_cast<const T*>(residual), static_cast<unsigned>(sizes[0]),
+                                     static_cast<unsigned>(sizes[1]), static_cast<unsigned>(sizes[2]),
+                                     static_cast<unsigned>(sizes[3]), static_cast<unsigned>(sizes[4]),
+                                     static_cast<C>(limits[0]),       static_cast<C>(limits[1])};
+  dmm::finish::bias_clamp("bias_clamp", p, static_cast<T*>(out), nullptr);
+}
+
 }  // namespace
 
 extern "C" {
@@ -103,5 +114,15 @@ void upsample_argmax(const void* logits, const int64_t* rank, const int64_t* siz
                    : element == 2 ? labels_of<c10::Half, float>
                                   : labels_of<c10::BFloat16, float>;
   run(logits, rank, sizes, labels);
+}
+
+// sizes: elements of the result, channels, inner, elements of x, of the residual. limits: low, high.
+void bias_clamp(const void* x, const void* bias, const void* residual, const int64_t* sizes, const double* limits, int element,
+                void* out) {
+  const auto run = element == 0   ? finished<float, float>
+                   : element == 1 ? finished<double, double>
+                   : element == 2 ? finished<c10::Half, float>
+                                  : finished<c10::BFloat16, float>;
+  run(x, bias, residual, sizes, limits, out);
 }
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from dmm_fast.model import Config, DMMNet, Proposals, inference, refinement
+from dmm_fast.model.epilogue import Epilogue, with_epilogues
 from dmm_fast.model.inference import folded
 from dmm_fast.model.network import make_backbone
 from torch import nn
@@ -33,6 +36,43 @@ def test_folded_backbones(name):
         for ours, theirs in zip(twin(image), backbone(image), strict=True):
             assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()  # rounding, through fifty layers
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "mobilenetv3_small_050"])
+def test_convolutions_with_what_follows_them(name):
+    plain = folded(lively(make_backbone(name, False)[0]))
+    fused = with_epilogues(plain)
+    ends = [module for module in fused.modules() if isinstance(module, Epilogue)]
+    assert len(ends) >= 0.6 * sum(isinstance(module, nn.Conv2d) and module.bias is not None for module in plain.modules())
+    calls = [str(node.target) for node in fused.graph.nodes]
+    if name != "mobilenetv3_small_050":  # whose activations are others, and which scales some features
+        assert not any("relu" in call or "add" in call for call in calls)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        image = torch.rand((2, 3, 70, 100)).contiguous(memory_format=layout)
+        with torch.no_grad():
+            for ours, theirs in zip(fused(image), plain(image), strict=True):
+                assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+class Additions(nn.Module):
+    """Sums of convolutions: of one with itself, with a number, of two, with a single pixel, and what others read too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+    def forward(self, x):
+        twice = self.a(x)
+        both = torch.relu(self.a(x) + self.b(x[:1])) + self.b(x).mean((2, 3), keepdim=True)
+        pixel = self.c(x) + x.amax((2, 3), keepdim=True)
+        return [twice + twice, both, torch.relu(pixel), self.d(x) + 1.0, self.d(x).relu_(), twice]
+
+
+def test_additions():
+    net, x = Additions(), torch.rand((2, 3, 5, 4))
+    expected = net(x)
+    for ours, theirs in zip(with_epilogues(net)(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 class Shared(nn.Module):
@@ -80,6 +120,32 @@ def test_what_is_learned_counts():
     twin = inference(net)
     assert twin.refinement is net.refinement and twin.backbone is not net.backbone
     assert any(isinstance(module, nn.BatchNorm2d) for module in net.backbone.modules())
+
+
+@torch.no_grad()
+def test_fused():
+    """As on a GPU: the same results, from the same parameters, also after they have learnt, and in a copy."""
+    net = heavy()
+    frame = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    masks = torch.zeros((2, 64, 96), dtype=torch.bool)
+    masks[0, 5:40, 10:60] = masks[1, 20:60, 50:90] = True
+    proposals = Proposals(torch.tensor([[10.0, 5, 60, 40], [50, 20, 90, 60]]), torch.tensor([0.9, 0.8]), masks)
+
+    def step(net: DMMNet) -> torch.Tensor:
+        return net.step(frame.flip(2), proposals, net.start(frame, masks, torch.ones(2, dtype=torch.bool)))[0].logits
+
+    twin = inference(net, fused=True)
+    assert twin.refinement is not net.refinement and {id(p) for p in twin.refinement.parameters()} == {
+        id(p) for p in net.refinement.parameters()
+    }
+    before = step(twin)
+    torch.testing.assert_close(before, step(net), atol=1e-4, rtol=1e-4)
+    for parameter in net.refinement.parameters():
+        parameter.mul_(0.9)
+    assert (step(twin) - before).abs().max() > 0.1
+    torch.testing.assert_close(step(copy.deepcopy(twin)), step(net), atol=1e-4, rtol=1e-4)
+    short = inference(net, torch.bfloat16, fused=True)
+    torch.testing.assert_close(step(short), step(inference(net, torch.bfloat16)), atol=0.3, rtol=0.1)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from dmm_fast.model.features import mask_means, roi_means
 from dmm_fast.model.inference import folded
 from dmm_fast.model.masks import cover, mask_boxes, moved, overlap, shared, velocity
 from dmm_fast.model.network import make_backbone
-from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, probabilities
+from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, evidence, probabilities
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -163,8 +163,8 @@ def test_templates_follow_sure_matches_alone():
         affinity = net.compare(features, net.prepare(proposals, state, *SIZE), state)
     assert output.proposal[0] == 0 and affinity.iou[0, 0] > 0.5 > affinity.iou[1, 1]
     torch.testing.assert_close(affinity.features.norm(dim=1), torch.ones(2))
-    expected = 0.75 * F.normalize(state.features[:1], dim=1) + 0.25 * affinity.features[:1]
-    torch.testing.assert_close(following.features[:1], expected)
+    expected = 0.75 * state.features[:1] + 0.25 * affinity.features[:1]
+    torch.testing.assert_close(following.features[:1], F.normalize(expected, dim=1))
     assert equal(following.features[1:], state.features[1:])
     with torch.no_grad():
         kept = make("features").follow(features, proposals, make("features").start(frame, masks, state.valid), *SIZE)[1]
@@ -462,7 +462,8 @@ def test_memory_is_a_sum_over_cells(near):
     query, keys = (F.normalize(torch.randn(n, 8, 5, 7, dtype=torch.float64), dim=1) for n in (1, 2))
     masks = torch.rand(2, 1, 5, 7, dtype=torch.float64)
     with torch.no_grad():
-        found = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool), []).flatten(2) / 0.2  # [N, 3, h w]
+        total = memory(query, keys, masks, torch.ones(len(masks), dtype=torch.bool), [])
+        found = evidence(total[:, None])[:, 0] / 0.2  # [N, 3, h w]
         place = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
         exponent = memory.sharpness.exp() * (torch.einsum("kp,nkq->npq", query[0].flatten(1), keys.flatten(2)) - 1)
         if near:
@@ -525,10 +526,12 @@ def test_no_array_of_every_proposals_full_mask(scene, name, kind):
 def test_beside():
     masks = torch.tensor([0.2, 0.9, 0.5])[:, None, None].expand(3, 2, 2)
     every = torch.tensor([True, True, True])
-    assert beside(masks, every)[:, 0, 0].tolist() == pytest.approx([0.9, 0.5, 0.9])
-    assert beside(masks, torch.tensor([True, False, True]))[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.2])
-    assert not beside(masks[:1], every[:1]).any()
-    assert beside(-masks[:, 0], every).tolist() == [[0.0, 0.0]] * 3
+    both = beside([masks, -masks[:, 0]], every)
+    assert [values.shape for values in both] == [(3, 2, 2), (3, 2)]
+    assert both[0][:, 1, 1].tolist() == pytest.approx([0.9, 0.5, 0.9])
+    assert both[1].tolist() == [[0.0, 0.0]] * 3
+    assert beside([masks], torch.tensor([True, False, True]))[0][:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.2])
+    assert not beside([masks[:1]], every[:1])[0].any()
 
 
 def test_among():

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from helpers import grids
+from helpers import epilogues, grids
 from helpers.emulated import ELEMENT, Result, address, build
 from torch import Tensor
 
@@ -132,3 +132,21 @@ def test_upsample_argmax(device, name, dtype):
     device.upsample_argmax(address(logits), address(rank), sizes, ELEMENT[dtype], address(labels[64:]))
     assert bool((labels[:64] == 254).all() and (labels[-64:] == 254).all())
     grids.check_labels(labels[64:-64].view(height, width), logits, rank, height, width)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("layout", epilogues.LAYOUTS)
+@pytest.mark.parametrize("dtype", epilogues.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in epilogues.CASES if not name.startswith("no ")])
+def test_bias_clamp(device, name, dtype, layout, offset):
+    x, bias, residual, low, high = epilogues.inputs(name, dtype, layout)
+    memory = torch.empty(x.numel() + offset, dtype=dtype)[offset:]  # 16 bytes lie right, or do not
+    given = memory.as_strided(x.shape, x.stride(), offset).copy_(x)
+    last = not x.is_contiguous()
+    larger = residual if residual is not None and len(x) == 1 else x
+    out = Result((larger.numel(),), dtype)
+    added = 1 if residual is None else residual.numel()
+    sizes = sizes_of(larger.numel(), x.shape[1], 1 if last else x.shape[2] * x.shape[3], x.numel(), added)
+    limits = (ctypes.c_double * 2)(low, high)
+    device.bias_clamp(address(given), address(bias), address(residual), sizes, limits, ELEMENT[dtype], address(out.tensor))
+    epilogues.check(out.take().as_strided(larger.shape, larger.stride(), out.GUARD), x, bias, residual, low, high)

@@ -11,12 +11,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 pytest.importorskip("triton")
 
+from dmm_fast.kernels.bias_clamp import bias_clamp  # noqa: E402
 from dmm_fast.kernels.decode_runs import decode_runs  # noqa: E402
 from dmm_fast.kernels.mask_iou import mask_iou  # noqa: E402
 from dmm_fast.kernels.paste_combine import paste_combine  # noqa: E402
 from dmm_fast.kernels.paste_masks import paste_masks  # noqa: E402
 from dmm_fast.kernels.upsample_argmax import upsample_argmax  # noqa: E402
-from helpers import grids  # noqa: E402
+from helpers import epilogues, grids  # noqa: E402
 
 from dmm_fast.ops import reference  # noqa: E402
 
@@ -123,6 +124,14 @@ def test_decode_runs_of_any_strides():
     grids.check_decoded(decode_runs(runs[:, ::2], *sizes), runs[:, ::2].contiguous(), *sizes)
 
 
+@pytest.mark.parametrize("layout", epilogues.LAYOUTS)
+@pytest.mark.parametrize("dtype", epilogues.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("name", epilogues.CASES)
+def test_bias_clamp(name, dtype, layout):
+    inputs = on_device(epilogues.inputs(name, dtype, layout))
+    epilogues.check(bias_clamp(*inputs), *inputs)
+
+
 def test_bad_runs_stay_in_memory():
     generator = torch.Generator().manual_seed(0)
     bad = torch.randint(-(2**31), 2**31 - 1, (3, 31), generator=generator).int()
@@ -148,6 +157,8 @@ def test_upsample_argmax(name, dtype):
         (lambda: decode_runs(torch.ones(2, 3).int(), 0, 5, 5, 5), "height and width must be in"),
         (lambda: upsample_argmax(torch.ones(2, 3, 3), torch.ones(3).long(), 5, 5), "rank must have shape [N] with N = 2"),
         (lambda: upsample_argmax(torch.ones(2, 3, 3), torch.ones(2), 5, 5), "rank must be torch.int64"),
+        (lambda: bias_clamp(torch.ones(1, 2, 3, 3), torch.ones(3), None, 0.0, 6.0), "bias must have shape [C] with C = 2, got [3]"),
+        (lambda: bias_clamp(torch.ones(1, 2, 3, 3), torch.ones(2), torch.ones(2), 0.0, 6.0), "residual must have the shape of x"),
     ],
 )  # fmt: skip
 def test_grids_refuse(call, message):
