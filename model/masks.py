@@ -58,12 +58,13 @@ def velocity(before: Tensor, after: Tensor, motion: Tensor, kept: float) -> Tens
     """`motion` [N, 2] after masks [N, h, w] have gone from `before` to `after`: `kept` of what it was, the rest of how far their
     centres went. A mask that appears, vanishes or changes its size (hidden in part, or taken for another) says nothing of motion."""
     seen = torch.stack([before, after])  # [2, N, h, w]
-    area = seen.sum((2, 3))  # [2, N]
+    across, down = seen.sum(2), seen.sum(3)
     x = torch.arange(seen.size(3), dtype=seen.dtype, device=seen.device)
     y = torch.arange(seen.size(2), dtype=seen.dtype, device=seen.device)
-    centre = torch.stack([seen.sum(2) @ x, seen.sum(3) @ y], 2) / area.clamp(min=1e-6)[:, :, None]  # [2, N, 2]
-    steady = (area.amin(0) > 3.0) & (area.amin(0) > 0.7 * area.amax(0))
-    return torch.where(steady[:, None], kept * motion + (1.0 - kept) * (centre[1] - centre[0]), motion)
+    area = down.sum(2)  # [2, N]
+    centre = torch.stack([across @ x, down @ y], 2) / area.clamp(min=1e-6)[:, :, None]  # [2, N, 2]
+    steady = area.amin(0) > (0.7 * area.amax(0)).clamp(min=3.0)
+    return torch.where(steady[:, None], torch.lerp(centre[1] - centre[0], motion, kept), motion)
 
 
 def scaled(boxes: Tensor, wide: float, tall: float) -> Tensor:

@@ -287,8 +287,8 @@ class DMMNet(nn.Module):
             return features
         sure = found & (affinity.iou.gather(1, column)[:, 0] > 0.5)
         seen = affinity.features.index_select(0, column[:, 0])
-        moved = F.normalize(torch.lerp(features, seen, self.update), dim=1)
-        return torch.where(sure[:, None], moved, features)
+        newer = F.normalize(torch.lerp(features, seen, self.update), dim=1)
+        return torch.where(sure[:, None], newer, features)
 
     def pick(
         self, candidates: Candidates, column: Tensor, scale: Tensor, found: Tensor, last: Tensor
