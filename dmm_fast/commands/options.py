@@ -127,7 +127,7 @@ def add_run_options(parser: argparse.ArgumentParser, files: str = "a COCO result
     parser.add_argument(
         "--online", metavar="SECONDS|EPOCHS",
         help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e); "
-        "good for single objects, not for several alike ones",
+        "safe for single objects, not for several alike ones",
     )  # fmt: skip
 
 

@@ -32,7 +32,17 @@ CONFIGS = {
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light"),
     "heavy": Config(**SMALL, refine="heavy", follow="refined", layer="prices", n_grad=80, n_proj=1, lr=5.0),
-    "together": Config(**SMALL, refine="heavy", follow="refined", objects="together", memory=2, layer="prices"),
+    "together": Config(
+        **SMALL,
+        refine="heavy",
+        follow="refined",
+        objects="together",
+        memory=2,
+        layer="prices",
+        pool="mask",
+        update=0.3,
+        motion=0.5,
+    ),
 }
 
 
@@ -150,7 +160,7 @@ def test_manifest_says_what_goes_in_and_out(exported):
     ]  # fmt: skip
     names = [spec.name for spec in manifest.files["step"].inputs]
     hidden = [f"state.hidden.{k}" for k in range(8)]
-    state = ["state.valid", "state.features", "state.templates", "state.masks", "state.full", *hidden]
+    state = ["state.valid", "state.features", "state.templates", "state.masks", "state.motion", "state.full", *hidden]
     assert names == ["frame", "proposals.boxes", "proposals.scores", "proposals.masks", *state]
     assert [spec.name for spec in manifest.state] == state
     example = Example(net, Sizes(N=2, M=4, H=64, W=80))
@@ -176,7 +186,7 @@ def test_wrong_tensors_are_named(exported):
         loaded.start(example.frame, example.objects, torch.ones(3, dtype=torch.bool))
     with pytest.raises(ExportError, match=r"step: frame must be uint8 \[3, H, W\], got float32 \[3, 64, 80\]"):
         loaded.step(example.frame.float(), example.proposals, example.state)
-    with pytest.raises(ExportError, match="step: takes 17 tensors, got 9"):
+    with pytest.raises(ExportError, match="step: takes 18 tensors, got 10"):
         loaded.step(example.frame, example.proposals, example.state._replace(hidden=[]))
     with pytest.raises(ExportError, match=r"with N in 1..255, got bool \[0, 64, 80\]"):
         loaded.start(example.frame, example.objects[:0], example.valid[:0])
@@ -658,7 +668,7 @@ def test_layer_alone(kind, name, tmp_path):
         export(kind, net, tmp_path / "other", only="match", masks="soft")
 
 
-@pytest.mark.parametrize("name, tensors", [("heavy", 9), ("together", 11)])
+@pytest.mark.parametrize("name, tensors", [("heavy", 10), ("together", 12)])
 def test_onnx_of_the_heavy_refinement(name, tensors, tmp_path):
     """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
     manifest = export("onnx", make(name), tmp_path)
