@@ -200,11 +200,14 @@ def test_twins_share_a_proposal_unless_assigned_one_to_one():
     twins = matching.Masks(twins._replace(templates=twins.templates[:1].expand(2, -1)))  # alike to the last bit
     contested = [matching.contests(net, nn.Identity(), twins)]
     assert contested == [{(0, 0), (0, 1), (1, 0), (1, 1)}]
-    together = matching.score(net, nn.Identity(), [twins], "independent", False, contested)
+    together = matching.score(net, nn.Identity(), [twins], "independent", contested=contested)
     assert (together.shared, together.doubled, together.contested) == (1.0, 1.0, 0.5)  # one of the two is right
     for matcher in ("greedy", "hungarian", "rounded"):
-        apart = matching.score(net, nn.Identity(), [twins], matcher, False, contested)
+        apart = matching.score(net, nn.Identity(), [twins], matcher, contested=contested)
         assert apart.shared == apart.doubled == 0.0 and apart.contested in (0.0, 1.0)
+    # Where it costs less to be alone than any proposal, both stay where they were.
+    alone = matching.score(net, nn.Identity(), [twins], "hungarian", unmatched_cost=-1.1, contested=contested)
+    assert alone.shared == 0.0 and alone.contested == 1.0
 
 
 def test_duplicates_are_suppressed():
