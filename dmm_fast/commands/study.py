@@ -79,10 +79,10 @@ def _add_matching(studies: Any) -> None:
                         help="pasted into a clip (default: 1,4)")  # fmt: skip
     parser.add_argument("--copies", type=partial(count, least=0), default=0,
                         help="of the first object, with --kind alike; the rest are others (default: 0, one or two)")  # fmt: skip
+    parser.add_argument("--covers", type=float, default=0.5, metavar="CHANCE",
+                        help="that something covers an object for a while, with --kind alike (default: 0.5)")  # fmt: skip
     parser.add_argument("--suppress", type=float, default=1.0, metavar="IOU",
                         help="leave out proposals with a higher IoU with a better one (default: 1, none)")  # fmt: skip
-    parser.add_argument("--unmatched-cost", type=float, default=0.0, metavar="COST",
-                        help="of an object that gets no proposal, from 0 to -1 (default: 0, as in the network)")  # fmt: skip
     parser.add_argument("--decide", choices=("layer", "rounded", "greedy", "hungarian"), default="layer",
                         help="what scores the tuned features (default: layer)")  # fmt: skip
     parser.add_argument("--iou-weight", type=float, default=0.3, metavar="LAMBDA", help="of Eq. 1 (default: 0.3)")

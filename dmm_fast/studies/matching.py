@@ -83,11 +83,11 @@ class Settings:
     frames after the first of a training clip. short_side, pool, iou_weight: as in `Config`. batch clips a step, `lr` of Adam.
 
     kind: "paste" puts objects of other videos into a clip (`PasteClips`), "alike" the same one several times, on paths that cross
-    (`AlikeClips`, all of them objects); objects: how many, from .. to; copies of the first among them, for "alike" (0: one or two).
+    (`AlikeClips`, all of them objects); objects: how many, from .. to. copies of the first among them (0: one or two), and the
+    chance of `covers`: for "alike".
     suppress: proposals with a higher IoU with a better scored one are left out (1: none are).
     weights: "imagenet", or the network whose backbone and `embed` all start from: "small", in the package, or a file.
-    decide: which matcher scores what was tuned, one of `DECISIONS`. unmatched_cost: of an object that no proposal is assigned to, as
-    in `match`; the network has 0, where nearly every proposal costs less.
+    decide: which matcher scores what was tuned, one of `DECISIONS`.
     """
 
     data: str
@@ -102,9 +102,9 @@ class Settings:
     kind: str = "paste"
     objects: tuple[int, int] = (1, 4)
     copies: int = 0
+    covers: float = 0.5
     suppress: float = 1.0
     decide: str = "layer"
-    unmatched_cost: float = 0.0
     clips: int = 64
     val_clips: int = 40
     val_frames: int = 8
@@ -213,11 +213,7 @@ def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, l
         "pasted": _made(settings, held, settings.val_frames, size, length=settings.val_clips, seed=1, skips=(1, 3)),
         "videos": held,
     }
-    keys = [
-        key
-        for key in asdict(settings)
-        if key not in ("iou_weight", "unmatched_cost", "decide", "steps", "batch", "lr", "seeds")
-    ]
+    keys = [key for key in asdict(settings) if key not in ("iou_weight", "decide", "steps", "batch", "lr", "seeds")]
     wanted = json.dumps({key: getattr(settings, key) for key in keys})
     return {name: _kept(out / f"{name}.safetensors", wanted, settings, part, progress) for name, part in parts.items()}
 
@@ -226,7 +222,7 @@ def _made(settings: Settings, videos: VideoDataset, frames: int, size: tuple[int
     options |= {"size": size, "top": settings.top}
     if settings.kind == "paste":
         return PasteClips(videos, frames, pasted=settings.objects, **options)
-    options |= {"twins": 1.0, "crossings": 1.0, "strangers": 0.0, "copies": settings.copies}
+    options |= {"twins": 1.0, "crossings": 1.0, "strangers": 0.0, "copies": settings.copies, "covers": settings.covers}
     return AlikeClips(videos, frames, layers=settings.objects, **options)
 
 
@@ -377,9 +373,7 @@ class Match(NamedTuple):
         return {i for i, j in pairs if masks.iou(self.sources[i], self.k)[self.sources[j][1]] >= least}
 
 
-def unroll(
-    net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: int | None = None, unmatched_cost: float = 0.0
-) -> Iterator[Match]:
+def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: int | None = None) -> Iterator[Match]:
     """Match `length` frames after the first, or all.
 
     matcher: "layer", "greedy" or "hungarian"; "rounded": the layer, and `assign` in place of each row's largest entry;
@@ -402,7 +396,7 @@ def unroll(
         features = F.normalize(embed(features), dim=1)
         cosine = F.normalize(state.features, dim=1) @ features.t()  # [N, M]
         affinity, candidates = Affinity(cosine, iou, features), net.prepare(proposals, state, 1, 1)
-        cost = net.cost(affinity) - unmatched_cost  # so that nothing, which is an option, costs 0
+        cost = net.cost(affinity)
         if matcher in ("layer", "rounded"):
             x = net.match(cost, proposals.scores, state.valid)
             if matcher == "rounded":
@@ -410,7 +404,7 @@ def unroll(
                 x = F.one_hot(chosen.clamp(min=0), x.size(1)) * (chosen >= 0)[:, None].to(x.dtype)
         elif matcher == "truth":
             x = F.pad(hungarian(-masks.counts(k).iou), [0, n])
-        else:
+        else:  # as in the layer, nothing is an option, at cost 0
             x = {"independent": _cheapest, "greedy": greedy, "hungarian": hungarian}[matcher](F.pad(cost.detach(), [0, n]))
         output, _ = net.decide([], candidates, affinity, x, state)
         found = output.proposal.tolist()
@@ -456,7 +450,7 @@ def tune(
         terms = [
             losses(match, several[i].counts(match.k), variant.soft)
             for i in chosen
-            for match in unroll(net, embed, several[i], variant.matcher, length, settings.unmatched_cost)
+            for match in unroll(net, embed, several[i], variant.matcher, length)
         ]
         mean = torch.stack(terms).mean(0)  # [2]
         optimizer.zero_grad()
@@ -480,14 +474,9 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(
-    net: DMMNet,
-    embed: nn.Module,
-    several: list[Masks],
-    matcher: str,
-    inner: bool = False,
-    unmatched_cost: float = 0.0,
+    net: DMMNet, embed: nn.Module, several: list[Masks], matcher: str, inner: bool = False,
     contested: list[set[Object]] | None = None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """J and F of the matched masks.
 
     inner: without the last frame, as DAVIS scores whole videos. contested: for each clip the frames that get a score of their own.
@@ -496,7 +485,7 @@ def score(
     for number, masks in enumerate(several):
         last = len(masks.track.frames) - inner
         own: list[list[tuple[float, float]]] = [[] for _ in masks.track.templates]
-        for match in unroll(net, embed, masks, matcher, last, unmatched_cost):
+        for match in unroll(net, embed, masks, matcher, last):
             twice, nearly = match.rivals(masks), match.rivals(masks, SAME)
             for i in masks.counts(match.k).true_area.nonzero()[:, 0].tolist():
                 own[i].append(masks.score(match.sources[i], match.k, i))
@@ -510,10 +499,9 @@ def score(
 
 
 @torch.no_grad()
-def contests(net: DMMNet, embed: nn.Module, masks: Masks, unmatched_cost: float = 0.0) -> set[Object]:
+def contests(net: DMMNet, embed: nn.Module, masks: Masks) -> set[Object]:
     """The frames of a clip's objects in which two would take the same proposal if each took the best."""
-    matches = unroll(net, embed, masks, "independent", unmatched_cost=unmatched_cost)
-    return {(match.k, i) for match in matches for i in match.rivals(masks)}
+    return {(match.k, i) for match in unroll(net, embed, masks, "independent") for i in match.rivals(masks)}
 
 
 # --------------------------------------------------------------------------------------------------------- the study
@@ -525,7 +513,7 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
     tracks = {part: [Masks(one) for one in several] for part, several in prepare(settings, out, progress).items()}
     net = frozen_net(settings)
     untrained = first_embed(settings, tracks["train"][0].track.templates.size(1))
-    contested = [contests(net, untrained, masks, settings.unmatched_cost) for masks in tracks["pasted"]]
+    contested = [contests(net, untrained, masks) for masks in tracks["pasted"]]
     path = out / "matching.json"
     result: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "rows": []}
     if path.is_file():
@@ -543,10 +531,8 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
             embed, curve = tune(net, tracks["train"], TUNED[name], length, seed, settings)
             matcher = settings.decide
         row = {"name": name, "unroll": length, "seed": seed, "curve": _means(curve)}
-        own = settings.unmatched_cost
-        pasted = score(net, embed, tracks["pasted"], matcher, False, own, contested)
-        videos = score(net, embed, tracks["videos"], matcher, True, own)
-        row |= {"pasted": _short(pasted.objects), "videos": _short(videos.objects)}
+        pasted = score(net, embed, tracks["pasted"], matcher, contested=contested)
+        row |= {"pasted": _short(pasted.objects), "videos": _short(score(net, embed, tracks["videos"], matcher, True).objects)}
         row |= {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])}
         result["rows"].append(row)
         path.write_text(json.dumps(result) + "\n")
