@@ -589,15 +589,17 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, float, float]]:
-    """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips: label, mean, its
-    standard error over seeds, and over objects."""
+    """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips; and without tuning, J of
+    every matcher less J of each its own best: label, mean, its standard error over seeds, and over objects."""
     lines = rows(result)
-    base = next(row for row in lines if row.name == "tuned detached").scores[part][..., 0]  # [seeds, objects]
+    scores = {row.name: row.scores[part][..., 0] for row in reversed(lines)}  # [seeds, objects], with the first unroll
     found = []
     for row in lines:
-        if row.name in TUNED and row.name != "tuned detached":
-            gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
-            found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
+        base = scores.get("tuned detached" if row.unroll else "independent")
+        if base is None or row.name in ("tuned detached", "independent", "truth"):
+            continue
+        gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
+        found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
     return found
 
 
@@ -608,13 +610,16 @@ def table(result: dict[str, Any]) -> str:
     for row in rows(result):
         means = [part for name in ("pasted", "videos") for part in row.scores[name].mean(1).T]  # each [seeds], J and F of both
         lines.append(_line(row.label, means))
-    lines += ["", "| J less that of the detached | clips | mean | s.e. over seeds | s.e. over objects |"]
+    lines += [
+        "",
+        "| J less that of each its own best; tuned: less that of the detached | clips | mean | s.e. over seeds | objects |",
+    ]
     lines += ["|---|---|---|---|---|"]
     for part, title in (("pasted", kind), ("videos", "videos")):
-        lines += [
-            f"| {label} | {title} | {mean:+.4f} | {seeds:.4f} | {objects:.4f} |"
-            for label, mean, seeds, objects in differences(result, part)
-        ]
+        for label, mean, seeds, objects in differences(result, part):
+            lines.append(
+                f"| {label} | {title} | {mean:+.4f} | " + (f"{seeds:.4f}" if np.isfinite(seeds) else "") + f" | {objects:.4f} |"
+            )
     lines += ["", f"| {kind} clips | one proposal for two | one object for two | J where each would take the same |"]
     lines += ["|---|---|---|---|"]
     lines += [_line(row.label, list(row.pairs.T)) for row in rows(result) if row.pairs.size]
