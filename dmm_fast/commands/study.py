@@ -83,8 +83,6 @@ def _add_matching(studies: Any) -> None:
                         help="that something covers an object for a while, with --kind alike (default: 0.5)")  # fmt: skip
     parser.add_argument("--suppress", type=float, default=1.0, metavar="IOU",
                         help="leave out proposals with a higher IoU with a better one (default: 1, none)")  # fmt: skip
-    parser.add_argument("--decide", choices=("layer", "rounded", "greedy", "hungarian"), default="layer",
-                        help="what scores the tuned features (default: layer)")  # fmt: skip
     parser.add_argument("--iou-weight", type=float, default=0.3, metavar="LAMBDA", help="of Eq. 1 (default: 0.3)")
     parser.add_argument("--clips", type=count, default=64, help="made to train on (default: 64)")
     parser.add_argument("--val-clips", type=count, default=40, help="made to score on (default: 40)")

@@ -42,7 +42,7 @@ from dmm_fast.training.imagenet import imagenet_weights
 from .figures import COLOURS, QUIET, figure
 
 UNTRAINED = ("independent", "greedy", "hungarian", "layer", "rounded", "truth")
-DECISIONS = ("layer", "rounded", "greedy", "hungarian")  # that what was tuned may be scored with
+DECISIONS = ("layer", "hungarian")  # what was tuned is scored with both
 KINDS = {"paste": "pasted", "alike": "alike"}  # of clips, and what the table calls them
 SAME = 0.7  # IoU from which on two masks are of one object
 
@@ -87,7 +87,6 @@ class Settings:
     chance of `covers`: for "alike".
     suppress: proposals with a higher IoU with a better scored one are left out (1: none are).
     weights: "imagenet", or the network whose backbone and `embed` all start from: "small", in the package, or a file.
-    decide: which matcher scores what was tuned, one of `DECISIONS`.
     """
 
     data: str
@@ -104,7 +103,6 @@ class Settings:
     copies: int = 0
     covers: float = 0.5
     suppress: float = 1.0
-    decide: str = "layer"
     clips: int = 64
     val_clips: int = 40
     val_frames: int = 8
@@ -123,8 +121,6 @@ class Settings:
             raise ValueError(f"study: need unroll >= 1 and val_frames >= 2, got {self.unroll} and {self.val_frames}")
         if self.kind not in KINDS:
             raise ValueError(f"study: kind must be one of {tuple(KINDS)}, got {self.kind!r}")
-        if self.decide not in DECISIONS:
-            raise ValueError(f"study: decide must be one of {DECISIONS}, got {self.decide!r}")
         if len(self.objects) != 2:
             raise ValueError(f"study: objects must be two numbers, the fewest and the most, got {self.objects}")
         if not 0 < self.suppress <= 1:
@@ -213,7 +209,7 @@ def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, l
         "pasted": _made(settings, held, settings.val_frames, size, length=settings.val_clips, seed=1, skips=(1, 3)),
         "videos": held,
     }
-    keys = [key for key in asdict(settings) if key not in ("iou_weight", "decide", "steps", "batch", "lr", "seeds")]
+    keys = [key for key in asdict(settings) if key not in ("iou_weight", "steps", "batch", "lr", "seeds")]
     wanted = json.dumps({key: getattr(settings, key) for key in keys})
     return {name: _kept(out / f"{name}.safetensors", wanted, settings, part, progress) for name, part in parts.items()}
 
@@ -526,15 +522,14 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
     for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
         embed = untrained
         curve: list[list[float]] = []
-        matcher = name
         if length:
             embed, curve = tune(net, tracks["train"], TUNED[name], length, seed, settings)
-            matcher = settings.decide
-        row = {"name": name, "unroll": length, "seed": seed, "curve": _means(curve)}
-        pasted = score(net, embed, tracks["pasted"], matcher, contested=contested)
-        row |= {"pasted": _short(pasted.objects), "videos": _short(score(net, embed, tracks["videos"], matcher, True).objects)}
-        row |= {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])}
-        result["rows"].append(row)
+        for matcher in DECISIONS if length else (name,):
+            row = {"name": name, "unroll": length, "seed": seed, "decide": matcher, "curve": _means(curve)}
+            pasted = score(net, embed, tracks["pasted"], matcher, contested=contested)
+            videos = score(net, embed, tracks["videos"], matcher, True)
+            row |= {"pasted": _short(pasted.objects), "videos": _short(videos.objects)}
+            result["rows"].append(row | {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])})
         path.write_text(json.dumps(result) + "\n")
     return result
 
@@ -558,28 +553,32 @@ class Row(NamedTuple):
 
     name: str
     unroll: int
+    decide: str
     scores: dict[str, np.ndarray]  # by part: [seeds, objects, 2], J and F
     pairs: np.ndarray  # [seeds, 3], as in `Scores`: shared, doubled, contested; [seeds, 0] in a result without them
 
     @property
     def label(self) -> str:
-        return LABELS[self.name] + (f", unroll {self.unroll}" if self.unroll else "")
+        if not self.unroll:
+            return LABELS[self.name]
+        return LABELS[self.name] + f", unroll {self.unroll}" + (", decided by Hungarian" if self.decide == "hungarian" else "")
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
     """In the order of the table."""
     order = [*UNTRAINED[:-1], *TUNED, UNTRAINED[-1]]
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault((row["name"], row["unroll"]), []).append(row)
+        found.setdefault((row["name"], row["unroll"], row.get("decide", "layer")), []).append(row)
     return [
         Row(
             name,
             length,
+            decide,
             {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")},
             np.array([row.get("pairs", []) for row in several]),
         )
-        for (name, length), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+        for (name, length, decide), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
     ]
 
 
@@ -592,10 +591,10 @@ def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, flo
     """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips; and without tuning, J of
     every matcher less J of each its own best: label, mean, its standard error over seeds, and over objects."""
     lines = rows(result)
-    scores = {row.name: row.scores[part][..., 0] for row in reversed(lines)}  # [seeds, objects], with the first unroll
+    scores = {(row.name, row.decide): row.scores[part][..., 0] for row in lines}  # [seeds, objects]
     found = []
     for row in lines:
-        base = scores.get("tuned detached" if row.unroll else "independent")
+        base = scores.get(("tuned detached", row.decide) if row.unroll else ("independent", "independent"))
         if base is None or row.name in ("tuned detached", "independent", "truth"):
             continue
         gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
