@@ -53,9 +53,10 @@ def _add_matching(studies: Any) -> None:
         studies, "matching", _matching, "Table 4: greedy, Hungarian, the layer; tuned through the layer or beside it",
         "Score greedy, Hungarian and the layer on the same features, then tune a linear map of the features with the\n"
         "matched masks' loss going through the layer, and again with the assignment detached. Trained on clips with\n"
-        "objects pasted from other videos, scored on such clips and on whole videos, both from the videos held out.\n"
+        "pasted objects, scored on such clips and on whole videos, both from the videos held out.\n"
         "Writes matching.json and matching.svg; given again, the command goes on where it was stopped.",
         ("dmm-fast study matching DAVIS --proposals DIR --held-out bus,kite-walk --out study", "on a data set with proposals"),
+        ("dmm-fast study matching ... --kind alike --pool mask --iou-weight 0", "alike objects, told apart by features alone"),
         ("dmm-fast study matching ... --backbone resnet50 --short-side 240 --clips 500 --steps 2000", "a larger one"),
     )  # fmt: skip
     parser.add_argument("data", metavar="DIR", help="a data set of videos")
@@ -68,9 +69,23 @@ def _add_matching(studies: Any) -> None:
                         help="a timm model with ImageNet weights (default: tf_efficientnet_lite0)")  # fmt: skip
     parser.add_argument("--short-side", type=partial(count, least=32), default=128, metavar="PIXELS",
                         help="of the frames that features are taken from (default: 128)")  # fmt: skip
+    parser.add_argument("--pool", choices=("box", "mask"), default="box",
+                        help="an object's features: the mean over its box, as in the paper, or its mask (default: box)")  # fmt: skip
+    parser.add_argument("--weights", default="imagenet", metavar="NAME",
+                        help="imagenet; small: the packaged network, with its trained map of features; or a file (default: imagenet)")  # fmt: skip
+    parser.add_argument("--kind", choices=("paste", "alike"), default="paste",
+                        help="of clips: objects of several videos, or copies of one whose paths cross (default: paste)")  # fmt: skip
+    parser.add_argument("--objects", type=partial(_several, count), default=(1, 4), metavar="FROM,TO",
+                        help="pasted into a clip (default: 1,4)")  # fmt: skip
+    parser.add_argument("--copies", type=partial(count, least=0), default=0,
+                        help="of the first object, with --kind alike; the rest are others (default: 0, one or two)")  # fmt: skip
+    parser.add_argument("--covers", type=float, default=0.5, metavar="CHANCE",
+                        help="that something covers an object for a while, with --kind alike (default: 0.5)")  # fmt: skip
+    parser.add_argument("--suppress", type=float, default=1.0, metavar="IOU",
+                        help="leave out proposals with a higher IoU with a better one (default: 1, none)")  # fmt: skip
     parser.add_argument("--iou-weight", type=float, default=0.3, metavar="LAMBDA", help="of Eq. 1 (default: 0.3)")
-    parser.add_argument("--clips", type=count, default=64, help="training clips (default: 64)")
-    parser.add_argument("--val-clips", type=count, default=40, help="pasted clips to score on (default: 40)")
+    parser.add_argument("--clips", type=count, default=64, help="made to train on (default: 64)")
+    parser.add_argument("--val-clips", type=count, default=40, help="made to score on (default: 40)")
     parser.add_argument("--val-frames", type=partial(count, least=2), default=8, help="their length (default: 8)")
     parser.add_argument("--top", type=count, default=50, help="proposals of a frame (default: 50)")
     parser.add_argument("--unroll", type=partial(_several, count), default=(2, 3), metavar="N,..",

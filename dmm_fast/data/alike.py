@@ -58,7 +58,7 @@ class AlikeClips(Clips):
     videos: where the grounds come from, with their own objects and proposals. donors: where objects come from; default the same.
     layers: how many objects are pasted, from .. to. Each of the following is the chance of an event in a clip:
 
-    twins: the same object twice or three times: an object of the ground or a pasted one, and copies that are plain, mirrored, at another
+    twins: the same object twice or three times, or with as many `copies` as the clip has room for: an object of the ground or a pasted one, and copies that are plain, mirrored, at another
     time, or recoloured, a little or much. crossings: two of them (twins if there are any) meet and pass, one in front. covers: something
     covers an object fully for one frame or several: a piece of another picture, or a larger object. exits: of each other pasted
     object, that it leaves the frame and comes back at another place. strangers: of each pasted object but the first, that it is nobody's:
@@ -77,6 +77,7 @@ class AlikeClips(Clips):
         donors: VideoDataset | None = None,
         layers: tuple[int, int] = (1, 3),
         twins: float = 0.8,
+        copies: int = 0,
         crossings: float = 0.7,
         covers: float = 0.5,
         exits: float = 0.15,
@@ -90,6 +91,8 @@ class AlikeClips(Clips):
     ):
         augment = augment or Augment(size)
         super().__init__(length or len(videos), dataclasses.replace(augment, size=augment.size or size), seed, top=top)
+        if copies < 0:
+            raise ValueError(f"alike: copies must be 0 (one or two) or more, got {copies}")
         if frames < 3:
             raise ValueError(f"alike: objects meet and part in 3 frames or more, got frames={frames}")
         if not 1 <= layers[0] <= layers[1] or not 0 < scale[0] <= scale[1]:
@@ -98,7 +101,7 @@ class AlikeClips(Clips):
         for name, chance in chances.items():
             if not 0 <= chance <= 1:
                 raise ValueError(f"alike: {name} is a chance in [0, 1], got {chance}")
-        self.frames, self.layers, self.scale = frames, layers, scale
+        self.frames, self.layers, self.copies, self.scale = frames, layers, copies, scale
         self.twins, self.crossings, self.covers, self.exits, self.strangers = twins, crossings, covers, exits, strangers
         self.videos, self.size = videos, size
         self.grounds = _clips(videos, frames, size, top=top, **settings)
@@ -127,7 +130,7 @@ class AlikeClips(Clips):
         size, count = size_of(ground), int(rng.integers(self.layers[0], self.layers[1] + 1))
         cast: list[Actor] = []
         if rng.random() < self.twins:
-            copies = 1 if rng.random() < 0.75 else 2
+            copies = self.copies or (1 if rng.random() < 0.75 else 2)
             own = _own(ground, rng) if rng.random() < 0.5 or count == 1 else None
             first = Actor(own, given=True) if own else self._actor(self.longer, size, rng)
             cast = [first, *(_twin(first, self.frames, size, rng) for _ in range(min(copies, count - 1 + bool(own))))]

@@ -1,9 +1,9 @@
 """Table 4 of the paper: greedy, Hungarian and the layer on given features, and features tuned through the layer or beside it.
 
-What is tuned is `DMMNet.embed`, a linear map of the RoI features that starts as the identity; the backbone stays frozen, so
-that the features of all proposals are computed once and a training step costs milliseconds. All variants see the same clips
-in the same order and take the same steps. The first three have the same loss on the cosines too, and differ in the
-assignment alone:
+What is tuned is `DMMNet.embed`, a linear map of the features of objects that starts as the identity, or as trained weights have
+it. The backbone stays frozen, so that the features of all proposals are computed once and a training step costs milliseconds.
+All variants see the same clips in the same order and take the same steps. The first three have the same loss on the cosines too,
+and differ in the assignment alone:
 
 detached   the Hungarian assignment of the detached cost: the loss of the matched masks has no gradient
 layer      the layer, and of each row its largest entry (Section 4.1)
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +27,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmm_fast.data.clips import Clip
+from dmm_fast.data.alike import AlikeClips
+from dmm_fast.data.clips import Clip, Clips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.paste import PasteClips
 from dmm_fast.evaluation import boundary_f, jaccard
 from dmm_fast.learning.losses import greedy_target
-from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights
+from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights, packaged, read_config, read_weights
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.network import absent
-from dmm_fast.ops import greedy, hungarian
+from dmm_fast.ops import assign, greedy, hungarian
 from dmm_fast.training.imagenet import imagenet_weights
 
 from .figures import COLOURS, QUIET, figure
 
-UNTRAINED = ("greedy", "hungarian", "layer", "truth")
+UNTRAINED = ("independent", "greedy", "hungarian", "layer", "rounded", "truth")
+DECISIONS = ("layer", "hungarian")  # what was tuned is scored with both
+KINDS = {"paste": "pasted", "alike": "alike"}  # of clips, and what the table calls them
+SAME = 0.7  # IoU from which on two masks are of one object
 
 
 class Variant(NamedTuple):
@@ -59,7 +63,8 @@ TUNED = {
     "tuned mixture alone": Variant("layer", True, 0.0),
 }
 LABELS = {
-    "truth": "best proposals", "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours",
+    "truth": "best proposals", "independent": "each its own best", "greedy": "greedy", "hungarian": "Hungarian", "layer": "ours",
+    "rounded": "ours, rounded to an assignment",
     "tuned detached": "ours, tuned with it detached", "tuned layer": "ours, tuned through it",
     "tuned mixture": "ours, tuned through it, mixture",
     "tuned layer alone": "ours, tuned through it alone", "tuned mixture alone": "ours, tuned through it alone, mixture",
@@ -74,8 +79,14 @@ INKS = {
 class Settings:
     """data, proposals, layout: as `open_dataset` takes them. held_out: videos that score and are not trained on.
 
-    clips: pasted training clips, prepared once; val_clips, val_frames: pasted scoring clips and their length. unroll: matched
-    frames after the first of a training clip. short_side, iou_weight: as in `Config`. batch clips a step, `lr` of Adam.
+    clips: made training clips, prepared once; val_clips, val_frames: made scoring clips and their length. unroll: matched
+    frames after the first of a training clip. short_side, pool, iou_weight: as in `Config`. batch clips a step, `lr` of Adam.
+
+    kind: "paste" puts objects of other videos into a clip (`PasteClips`), "alike" the same one several times, on paths that cross
+    (`AlikeClips`, all of them objects); objects: how many, from .. to. copies of the first among them (0: one or two), and the
+    chance of `covers`: for "alike".
+    suppress: proposals with a higher IoU with a better scored one are left out (1: none are).
+    weights: "imagenet", or the network whose backbone and `embed` all start from: "small", in the package, or a file.
     """
 
     data: str
@@ -83,8 +94,15 @@ class Settings:
     held_out: tuple[str, ...]
     layout: str = "auto"
     backbone: str = "tf_efficientnet_lite0"
+    weights: str = "imagenet"
     short_side: int = 128
+    pool: str = "box"
     iou_weight: float = 0.3
+    kind: str = "paste"
+    objects: tuple[int, int] = (1, 4)
+    copies: int = 0
+    covers: float = 0.5
+    suppress: float = 1.0
     clips: int = 64
     val_clips: int = 40
     val_frames: int = 8
@@ -101,6 +119,12 @@ class Settings:
                 raise ValueError(f"study: {name} must be positive, got {getattr(self, name)}")
         if not self.unroll or min(self.unroll) < 1 or self.val_frames < 2:
             raise ValueError(f"study: need unroll >= 1 and val_frames >= 2, got {self.unroll} and {self.val_frames}")
+        if self.kind not in KINDS:
+            raise ValueError(f"study: kind must be one of {tuple(KINDS)}, got {self.kind!r}")
+        if len(self.objects) != 2:
+            raise ValueError(f"study: objects must be two numbers, the fewest and the most, got {self.objects}")
+        if not 0 < self.suppress <= 1:
+            raise ValueError(f"study: suppress is an IoU above 0, at most 1, got {self.suppress}")
         if not self.held_out:
             raise ValueError("study: held_out must name at least one video to score on")
 
@@ -108,7 +132,7 @@ class Settings:
 class Frame(NamedTuple):
     """One frame, ready to be matched."""
 
-    features: Tensor  # [M, C] RoI features of its proposals, before `embed`
+    features: Tensor  # [M, C] features of its proposals, before `embed`
     packed: Tensor  # [M, ceil(H W / 8)] uint8, masks of its proposals, a bit for a pixel
     truth: Tensor  # [H, W] uint8, ids
 
@@ -117,7 +141,7 @@ class Track(NamedTuple):
     """A clip, ready to be matched: objects 1 .. N of its first frame."""
 
     name: str
-    templates: Tensor  # [N, C] RoI features, before `embed`
+    templates: Tensor  # [N, C] features, before `embed`
     first: Tensor  # [H, W] uint8, ids
     frames: list[Frame]  # those after the first
 
@@ -130,8 +154,8 @@ class Track(NamedTuple):
 
 
 @torch.no_grad()
-def track(net: DMMNet, clip: Clip) -> Track:
-    """The features of a clip's templates and proposals by `net`, whose `embed` is the identity."""
+def track(net: DMMNet, clip: Clip, suppress: float = 1.0) -> Track:
+    """The features of a clip's templates and proposals by `net`, whose `embed` is the identity; `suppress` as in `Settings`."""
     height, width = clip.masks.shape[2:]
     number = torch.arange(1, clip.masks.size(1) + 1, dtype=torch.uint8)[:, None, None]
     ids = (clip.masks * number).amax(1)  # [T, H, W]; masks of one frame do not overlap
@@ -139,9 +163,20 @@ def track(net: DMMNet, clip: Clip) -> Track:
     templates = net.describe(levels, mask_boxes(clip.masks[0]), clip.masks[0].float(), height, width)
     frames = []
     for frame, proposals, truth in zip(clip.frames[1:], clip.proposals[1:], ids[1:]):
+        proposals = distinct(proposals, suppress)
         features = net.describe(net.encode(frame[None]), proposals.boxes, proposals.masks.float(), height, width)
         frames.append(Frame(features, _pack(proposals.masks), truth))
     return Track(clip.name, templates, ids[0], frames)
+
+
+def distinct(proposals: Proposals, suppress: float) -> Proposals:
+    """Without those whose mask has an IoU above `suppress` with the mask of one that is kept and has a higher score."""
+    iou = torch.ops.dmm.mask_iou(proposals.masks, proposals.masks)
+    kept: list[int] = []
+    for i in proposals.scores.argsort(descending=True, stable=True).tolist():
+        if not (iou[i, kept] > suppress).any():
+            kept.append(i)
+    return Proposals(*(part[sorted(kept)] for part in proposals))
 
 
 def _pack(masks: Tensor) -> Tensor:
@@ -169,25 +204,34 @@ def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, l
         raise ValueError(f"study: held_out names all {len(held)} videos of {settings.data}; none is left to train on")
     height, width = held.video(held.names[0]).size
     size = (settings.short_side, round(width * settings.short_side / height))
-    pasting: dict[str, Any] = {"size": size, "top": settings.top, "pasted": (1, 4)}
-    parts: dict[str, PasteClips | VideoDataset] = {
-        "train": PasteClips(others, 1 + max(settings.unroll), length=settings.clips, seed=0, **pasting),
-        "pasted": PasteClips(held, settings.val_frames, length=settings.val_clips, seed=1, skips=(1, 3), **pasting),
+    parts: dict[str, Clips | VideoDataset] = {
+        "train": _made(settings, others, 1 + max(settings.unroll), size, length=settings.clips, seed=0),
+        "pasted": _made(settings, held, settings.val_frames, size, length=settings.val_clips, seed=1, skips=(1, 3)),
         "videos": held,
     }
-    keys = [key for key in asdict(settings) if key not in ("steps", "batch", "lr", "seeds")]
+    keys = [key for key in asdict(settings) if key not in ("iou_weight", "steps", "batch", "lr", "seeds")]
     wanted = json.dumps({key: getattr(settings, key) for key in keys})
     return {name: _kept(out / f"{name}.safetensors", wanted, settings, part, progress) for name, part in parts.items()}
 
 
-def _kept(path: Path, wanted: str, settings: Settings, part: PasteClips | VideoDataset, progress: bool) -> list[Track]:
+def _made(settings: Settings, videos: VideoDataset, frames: int, size: tuple[int, int], **options: Any) -> Clips:
+    options |= {"size": size, "top": settings.top}
+    if settings.kind == "paste":
+        return PasteClips(videos, frames, pasted=settings.objects, **options)
+    options |= {"twins": 1.0, "crossings": 1.0, "strangers": 0.0, "copies": settings.copies, "covers": settings.covers}
+    return AlikeClips(videos, frames, layers=settings.objects, **options)
+
+
+def _kept(path: Path, wanted: str, settings: Settings, part: Clips | VideoDataset, progress: bool) -> list[Track]:
     if path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata()["settings"] == wanted:
                 return _unflatten(json.loads(file.metadata()["tracks"]), file.get_tensor)
     net = frozen_net(settings)
     clips = sequences(part) if isinstance(part, VideoDataset) else (part[i] for i in range(len(part)))
-    tracks = [track(net, clip) for clip in tqdm(clips, path.stem, len(part), unit=" clips", disable=not progress)]
+    tracks = [
+        track(net, clip, settings.suppress) for clip in tqdm(clips, path.stem, len(part), unit=" clips", disable=not progress)
+    ]
     described = [(one.name, len(one.frames)) for one in tracks]
     save_file(_flatten(tracks), path, {"settings": wanted, "tracks": json.dumps(described)})
     return tracks
@@ -212,11 +256,37 @@ def _unflatten(described: list[tuple[str, int]], tensor: Any) -> list[Track]:
 
 
 def frozen_net(settings: Settings) -> DMMNet:
-    """The network of the study with ImageNet's backbone, without `embed`."""
-    config = Config(backbone=settings.backbone, short_side=settings.short_side, iou_weight=settings.iou_weight)
+    """The network of the study without `embed`."""
+    config = Config(
+        backbone=settings.backbone, short_side=settings.short_side, pool=settings.pool, iou_weight=settings.iou_weight
+    )
+    if settings.weights == "imagenet":
+        tensors = imagenet_weights(settings.backbone)
+    else:
+        config = replace(config, min_cosine=read_config(_file(settings)).min_cosine)
+        tensors = {
+            name.removeprefix("backbone."): tensor
+            for name, tensor in read_weights(_file(settings)).items()
+            if name.startswith("backbone.")
+        }
     net = DMMNet(config).eval()
-    load_weights(net.backbone, imagenet_weights(settings.backbone), settings.backbone)
+    load_weights(net.backbone, tensors, settings.weights)
     return net
+
+
+def first_embed(settings: Settings, width: int) -> nn.Linear:
+    """`embed` before it is tuned, for features of `width` dimensions: that of the weights, else the identity."""
+    if settings.weights == "imagenet":
+        weight = torch.eye(width)
+    else:
+        weight = read_weights(_file(settings)).get("embed.weight", torch.eye(width))
+    embed = nn.Linear(width, len(weight), bias=False)
+    embed.load_state_dict({"weight": weight})
+    return embed
+
+
+def _file(settings: Settings) -> Path:
+    return packaged("small") if settings.weights == "small" else Path(settings.weights)
 
 
 # ---------------------------------------------------------------------------------------------------------- matching
@@ -290,11 +360,21 @@ class Match(NamedTuple):
     proposal: Tensor  # [N] int64, -1 where lost
     sources: list[Source]  # N of them, each object's mask: its proposal, or the last one where it is lost
 
+    def rivals(self, masks: Masks, least: float | None = None) -> set[int]:
+        """The objects that have another's proposal; or with `least` one whose mask has at least this IoU with another's."""
+        found = [i for i, (k, _) in enumerate(self.sources) if k == self.k]
+        pairs = [(i, j) for i in found for j in found if i != j]
+        if least is None:
+            return {i for i, j in pairs if self.sources[i] == self.sources[j]}
+        return {i for i, j in pairs if masks.iou(self.sources[i], self.k)[self.sources[j][1]] >= least}
+
 
 def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: int | None = None) -> Iterator[Match]:
     """Match `length` frames after the first, or all.
 
-    matcher: "layer", "greedy" or "hungarian"; or "truth", the best that any could do: by the IoU with the true masks.
+    matcher: "layer", "greedy" or "hungarian"; "rounded": the layer, and `assign` in place of each row's largest entry;
+    "independent": each object takes the best, whatever others take; or "truth", the best that any could do: by the IoU with the
+    true masks.
     """
     track = masks.track
     n = len(track.templates)
@@ -313,16 +393,23 @@ def unroll(net: DMMNet, embed: nn.Module, masks: Masks, matcher: str, length: in
         cosine = F.normalize(state.features, dim=1) @ features.t()  # [N, M]
         affinity, candidates = Affinity(cosine, iou, features), net.prepare(proposals, state, 1, 1)
         cost = net.cost(affinity)
-        if matcher == "layer":
+        if matcher in ("layer", "rounded"):
             x = net.match(cost, proposals.scores, state.valid)
+            if matcher == "rounded":
+                chosen = assign(x)
+                x = F.one_hot(chosen.clamp(min=0), x.size(1)) * (chosen >= 0)[:, None].to(x.dtype)
         elif matcher == "truth":
             x = F.pad(hungarian(-masks.counts(k).iou), [0, n])
         else:  # as in the layer, nothing is an option, at cost 0
-            x = (greedy if matcher == "greedy" else hungarian)(F.pad(cost.detach(), [0, n]))
+            x = {"independent": _cheapest, "greedy": greedy, "hungarian": hungarian}[matcher](F.pad(cost.detach(), [0, n]))
         output, _ = net.decide([], candidates, affinity, x, state)
         found = output.proposal.tolist()
         sources = [(k, j) if j >= 0 else last for j, last in zip(found, sources)]
         yield Match(k, x, cosine, output.matched[:, 0, 0], output.proposal, sources)
+
+
+def _cheapest(cost: Tensor) -> Tensor:
+    return F.one_hot(cost.argmin(1), cost.size(1)).to(cost.dtype)
 
 
 def losses(match: Match, counts: Counts, soft: bool) -> Tensor:
@@ -349,10 +436,8 @@ def losses(match: Match, counts: Counts, soft: bool) -> Tensor:
 def tune(
     net: DMMNet, several: list[Masks], variant: Variant, length: int, seed: int, settings: Settings
 ) -> tuple[nn.Linear, list[list[float]]]:
-    """Train `embed` from the identity; returns it and the two losses of each step."""
-    width = several[0].track.templates.size(1)
-    embed = nn.Linear(width, width, bias=False)
-    nn.init.eye_(embed.weight)
+    """Train `embed` from what it is at first; returns it and the two losses of each step."""
+    embed = first_embed(settings, several[0].track.templates.size(1))
     optimizer = torch.optim.Adam(embed.parameters(), settings.lr)
     weights = torch.tensor([1.0, variant.cosine])
     order = np.random.default_rng(seed).integers(len(several), size=(settings.steps, settings.batch))
@@ -371,21 +456,48 @@ def tune(
     return embed, curve
 
 
-@torch.no_grad()
-def score(net: DMMNet, embed: nn.Module, several: list[Masks], matcher: str, inner: bool) -> list[tuple[float, float]]:
-    """J and F of the matched masks of every object of every clip, means over the frames that show it.
+Object = tuple[int, int]  # (frame, object), both from 0
 
-    inner: without the last frame, as DAVIS scores whole videos.
+
+class Scores(NamedTuple):
+    """What `score` finds."""
+
+    objects: list[tuple[float, float]]  # J and F of every object of every clip, means over the frames that show it
+    shared: float  # share of the objects' frames in which another object has the same proposal
+    doubled: float  # in which another object's mask is the same or nearly (`SAME`)
+    contested: float  # J in the frames that were named, nan without any
+
+
+@torch.no_grad()
+def score(
+    net: DMMNet, embed: nn.Module, several: list[Masks], matcher: str, inner: bool = False,
+    contested: list[set[Object]] | None = None,
+) -> Scores:  # fmt: skip
+    """J and F of the matched masks.
+
+    inner: without the last frame, as DAVIS scores whole videos. contested: for each clip the frames that get a score of their own.
     """
-    scores = []
-    for masks in several:
+    objects, shared, doubled, there = [], [], [], []
+    for number, masks in enumerate(several):
         last = len(masks.track.frames) - inner
         own: list[list[tuple[float, float]]] = [[] for _ in masks.track.templates]
         for match in unroll(net, embed, masks, matcher, last):
-            for number in masks.counts(match.k).true_area.nonzero()[:, 0].tolist():
-                own[number].append(masks.score(match.sources[number], match.k, number))
-        scores += [tuple(np.mean(frames, 0).tolist()) for frames in own if frames]
-    return scores
+            twice, nearly = match.rivals(masks), match.rivals(masks, SAME)
+            for i in masks.counts(match.k).true_area.nonzero()[:, 0].tolist():
+                own[i].append(masks.score(match.sources[i], match.k, i))
+                shared.append(i in twice)
+                doubled.append(i in nearly)
+                if contested and (match.k, i) in contested[number]:
+                    there.append(own[i][-1][0])
+        objects += [tuple(np.mean(frames, 0).tolist()) for frames in own if frames]
+    mean = float(np.mean(there)) if there else float("nan")
+    return Scores(objects, float(np.mean(shared)), float(np.mean(doubled)), mean)
+
+
+@torch.no_grad()
+def contests(net: DMMNet, embed: nn.Module, masks: Masks) -> set[Object]:
+    """The frames of a clip's objects in which two would take the same proposal if each took the best."""
+    return {(match.k, i) for match in unroll(net, embed, masks, "independent") for i in match.rivals(masks)}
 
 
 # --------------------------------------------------------------------------------------------------------- the study
@@ -396,6 +508,8 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     tracks = {part: [Masks(one) for one in several] for part, several in prepare(settings, out, progress).items()}
     net = frozen_net(settings)
+    untrained = first_embed(settings, tracks["train"][0].track.templates.size(1))
+    contested = [contests(net, untrained, masks) for masks in tracks["pasted"]]
     path = out / "matching.json"
     result: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "rows": []}
     if path.is_file():
@@ -406,15 +520,16 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
     jobs = [(name, 0, 0) for name in UNTRAINED]
     jobs += [(name, length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
     for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
-        embed: nn.Module = nn.Identity()
+        embed = untrained
         curve: list[list[float]] = []
-        matcher = name
         if length:
             embed, curve = tune(net, tracks["train"], TUNED[name], length, seed, settings)
-            matcher = "layer"
-        row = {"name": name, "unroll": length, "seed": seed, "curve": _means(curve)}
-        row |= {part: score(net, embed, tracks[part], matcher, part == "videos") for part in ("pasted", "videos")}
-        result["rows"].append(row)
+        for matcher in DECISIONS if length else (name,):
+            row = {"name": name, "unroll": length, "seed": seed, "decide": matcher, "curve": _means(curve)}
+            pasted = score(net, embed, tracks["pasted"], matcher, contested=contested)
+            videos = score(net, embed, tracks["videos"], matcher, True)
+            row |= {"pasted": _short(pasted.objects), "videos": _short(videos.objects)}
+            result["rows"].append(row | {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])})
         path.write_text(json.dumps(result) + "\n")
     return result
 
@@ -422,6 +537,10 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
 def _variants(settings: Settings) -> list[tuple[int, str]]:
     """What is tuned: each with the first unroll, and through the layer with the others too."""
     return [(settings.unroll[0], name) for name in TUNED] + [(length, "tuned layer") for length in settings.unroll[1:]]
+
+
+def _short(values: Any) -> Any:
+    return np.round(values, 4).tolist()
 
 
 def _means(curve: list[list[float]], width: int = 25) -> list[list[float]]:
@@ -434,22 +553,32 @@ class Row(NamedTuple):
 
     name: str
     unroll: int
+    decide: str
     scores: dict[str, np.ndarray]  # by part: [seeds, objects, 2], J and F
+    pairs: np.ndarray  # [seeds, 3], as in `Scores`: shared, doubled, contested; [seeds, 0] in a result without them
 
     @property
     def label(self) -> str:
-        return LABELS[self.name] + (f", unroll {self.unroll}" if self.unroll else "")
+        if not self.unroll:
+            return LABELS[self.name]
+        return LABELS[self.name] + f", unroll {self.unroll}" + (", decided by Hungarian" if self.decide == "hungarian" else "")
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
     """In the order of the table."""
     order = [*UNTRAINED[:-1], *TUNED, UNTRAINED[-1]]
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault((row["name"], row["unroll"]), []).append(row)
+        found.setdefault((row["name"], row["unroll"], row.get("decide", "layer")), []).append(row)
     return [
-        Row(name, length, {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")})
-        for (name, length), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+        Row(
+            name,
+            length,
+            decide,
+            {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")},
+            np.array([row.get("pairs", []) for row in several]),
+        )
+        for (name, length, decide), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
     ]
 
 
@@ -459,42 +588,56 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, float, float]]:
-    """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips: label, mean, its
-    standard error over seeds, and over objects."""
+    """J of what was tuned through the layer less J of what was tuned beside it, with the same seed and clips; and without tuning, J of
+    every matcher less J of each its own best: label, mean, its standard error over seeds, and over objects."""
     lines = rows(result)
-    base = next(row for row in lines if row.name == "tuned detached").scores[part][..., 0]  # [seeds, objects]
+    scores = {(row.name, row.decide): row.scores[part][..., 0] for row in lines}  # [seeds, objects]
     found = []
     for row in lines:
-        if row.name in TUNED and row.name != "tuned detached":
-            gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
-            found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
+        base = scores.get(("tuned detached", row.decide) if row.unroll else ("independent", "independent"))
+        if base is None or row.name in ("tuned detached", "independent", "truth"):
+            continue
+        gain = row.scores[part][..., 0][: len(base)] - base[: len(row.scores[part])]
+        found.append((row.label, float(gain.mean()), mean_and_error(gain.mean(1))[1], mean_and_error(gain.mean(0))[1]))
     return found
 
 
 def table(result: dict[str, Any]) -> str:
-    """Two Markdown tables: J and F of every variant, and the paired differences."""
-    lines = ["| matching | pasted clips J | F | whole videos J | F |", "|---|---|---|---|---|"]
+    """Markdown tables: J and F of every variant, the paired differences, and how often two objects had one proposal."""
+    kind = KINDS[result["settings"].get("kind", "paste")]
+    lines = [f"| matching | {kind} clips J | F | whole videos J | F |", "|---|---|---|---|---|"]
     for row in rows(result):
-        cells = []
-        for part in ("pasted", "videos"):
-            for means in row.scores[part].mean(1).T:  # [seeds] of J, then of F
-                mean, error = mean_and_error(means)
-                cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else ""))
-        lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
-    lines += ["", "| J less that of the detached | clips | mean | s.e. over seeds | s.e. over objects |"]
+        means = [part for name in ("pasted", "videos") for part in row.scores[name].mean(1).T]  # each [seeds], J and F of both
+        lines.append(_line(row.label, means))
+    lines += [
+        "",
+        "| J less that of each its own best; tuned: less that of the detached | clips | mean | s.e. over seeds | objects |",
+    ]
     lines += ["|---|---|---|---|---|"]
-    for part in ("pasted", "videos"):
-        lines += [
-            f"| {label} | {part} | {mean:+.4f} | {seeds:.4f} | {objects:.4f} |"
-            for label, mean, seeds, objects in differences(result, part)
-        ]
+    for part, title in (("pasted", kind), ("videos", "videos")):
+        for label, mean, seeds, objects in differences(result, part):
+            lines.append(
+                f"| {label} | {title} | {mean:+.4f} | " + (f"{seeds:.4f}" if np.isfinite(seeds) else "") + f" | {objects:.4f} |"
+            )
+    lines += ["", f"| {kind} clips | one proposal for two | one object for two | J where each would take the same |"]
+    lines += ["|---|---|---|---|"]
+    lines += [_line(row.label, list(row.pairs.T)) for row in rows(result) if row.pairs.size]
     return "\n".join(lines)
+
+
+def _line(label: str, columns: list[np.ndarray]) -> str:
+    """A line of a table with the mean of each column's values, and its standard error where there are several."""
+    cells = [label]
+    for mean, error in map(mean_and_error, columns):
+        cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else ""))
+    return "| " + " | ".join(cells) + " |"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A dot for each seed, a bar for their mean; without the best proposals, which are far to the right."""
     lines = [row for row in rows(result)[::-1] if row.name != "truth"]
-    titles = {"pasted": "Clips with several pasted objects", "videos": "Whole videos, one object"}
+    kind = KINDS[result["settings"].get("kind", "paste")]
+    titles = {"pasted": f"Clips with several {kind} objects", "videos": "Whole videos, one object"}
     with figure(path, 1, 2, 10, 3.6) as panels:
         for axes, (part, title) in zip(panels, titles.items()):
             for y, row in enumerate(lines):

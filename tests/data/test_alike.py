@@ -151,6 +151,17 @@ def test_a_twin_of_the_grounds_own_object(videos):
         assert clip.name.endswith("+1") and 0.3 < sizes[1] / sizes[0] < 2
 
 
+def test_as_many_copies_as_asked_for(videos):
+    dataset = clips(videos, twins=1.0, copies=4, layers=(4, 4))
+    for index in range(4):
+        rng = np.random.default_rng(index)
+        first, *others = dataset._cast(dataset.grounds.draw(index, rng), rng)
+        expected = 4 if first.given else 3
+        assert len(others) == expected
+        areas_of = [float(areas(actor.cutout.mask).max()) for actor in (first, *others)]
+        assert max(areas_of) < 1.5 * min(areas_of)  # the same object, at other times
+
+
 # ----------------------------------------------------------------------------------------------------------- who meets
 
 
@@ -262,7 +273,7 @@ def test_strangers(videos):
     ("settings", "message"),
     [({"twins": 1.5}, "alike: twins is a chance in \\[0, 1\\], got 1.5"), ({"covers": -1}, "alike: covers is a chance"),
      ({"frames": 2}, "3 frames or more, got frames=2"), ({"layers": (3, 1)}, "layers and scale must be ranges above 0, got \\(3, 1\\)"),
-     ({"scale": (0, 1)}, "layers and scale"), ({"skips": (0, 1)}, "skips 1 <= least <= most")],
+     ({"scale": (0, 1)}, "layers and scale"), ({"copies": -1}, "copies must be 0"), ({"skips": (0, 1)}, "skips 1 <= least <= most")],
 )  # fmt: skip
 def test_bad_settings(videos, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dmm_fast.model import Config, DMMNet
+from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_weights
+from dmm_fast.model.masks import mask_boxes
 from PIL import Image
 from torch import Tensor, nn
 
@@ -175,15 +176,45 @@ def test_only_the_layer_carries_the_gradient_of_the_masks(net, masks, matcher: s
 
 
 def test_scores_are_of_the_frames_that_show_an_object(net: DMMNet, masks: matching.Masks):
-    scores = matching.score(net, nn.Identity(), [masks], "hungarian", False)
+    scores = matching.score(net, nn.Identity(), [masks], "hungarian", False).objects
     assert len(scores) == 3 and all(0 <= value <= 1 for pair in scores for value in pair)
-    assert matching.score(net, nn.Identity(), [masks], "hungarian", True) != scores  # without the last frame
+    assert matching.score(net, nn.Identity(), [masks], "hungarian", True).objects != scores  # without the last frame
     assert masks.score((-1, 0), 0, 0)[0] == pytest.approx(dmm_fast.mask_iou(*(squares().masks[i, :1] for i in (0, 1))).item())
 
 
 def test_no_matcher_beats_the_best_proposals(net: DMMNet, masks: matching.Masks):
-    mean = {m: np.mean(matching.score(net, nn.Identity(), [masks], m, False), 0)[0] for m in matching.UNTRAINED}
+    mean = {m: np.mean(matching.score(net, nn.Identity(), [masks], m, False).objects, 0)[0] for m in matching.UNTRAINED}
     assert mean["truth"] == max(mean.values()) > 0.5
+
+
+@torch.no_grad()
+def test_twins_share_a_proposal_unless_assigned_one_to_one():
+    """Two squares that look the same, and cosine alone to tell them apart: each takes the best of all proposals, which is one."""
+    masks = torch.zeros(3, 2, 64, 96, dtype=torch.bool)
+    masks[:, 0, 8:24, 8:24] = masks[:, 1, 40:56, 72:88] = True
+    frames = 255 * masks.any(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+    proposals = [Proposals(mask_boxes(mask), torch.tensor([0.9, 0.8]), mask) for mask in masks]
+    torch.manual_seed(0)
+    net = DMMNet(Config(backbone="tf_efficientnet_lite0", pool="mask", iou_weight=0.0)).eval()
+    twins = matching.track(net, Clip(frames, masks, proposals, "twins"))
+    twins = matching.Masks(twins._replace(templates=twins.templates[:1].expand(2, -1)))  # alike to the last bit
+    contested = [matching.contests(net, nn.Identity(), twins)]
+    assert contested == [{(0, 0), (0, 1), (1, 0), (1, 1)}]
+    together = matching.score(net, nn.Identity(), [twins], "independent", contested=contested)
+    assert (together.shared, together.doubled, together.contested) == (1.0, 1.0, 0.5)  # one of the two is right
+    for matcher in ("greedy", "hungarian", "rounded"):
+        apart = matching.score(net, nn.Identity(), [twins], matcher, contested=contested)
+        assert apart.shared == apart.doubled == 0.0 and apart.contested in (0.0, 1.0)
+
+
+def test_duplicates_are_suppressed():
+    masks = torch.zeros(4, 10, 10, dtype=torch.bool)
+    masks[0, :5], masks[1, :4], masks[2, :6], masks[3, 7:] = True, True, True, True
+    found = Proposals(mask_boxes(masks), torch.tensor([0.5, 0.9, 0.8, 0.1]), masks)
+    assert matching.distinct(found, 1.0).scores.tolist() == found.scores.tolist()
+    assert matching.distinct(found, 0.7).scores.tolist() == pytest.approx([0.9, 0.8, 0.1])
+    assert matching.distinct(found, 0.5).scores.tolist() == pytest.approx([0.9, 0.1])
+    assert matching.distinct(Proposals(*(part[:0] for part in found)), 0.5).scores.tolist() == []
 
 
 def test_tuning_lowers_its_loss_and_repeats(net: DMMNet, masks: matching.Masks):
@@ -239,15 +270,72 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
     for words in ("| Hungarian |", "tuned with it detached, unroll 1 |", "tuned through it, unroll 2 |", "s.e. over seeds"):
         assert words in printed
     result = json.loads((out / "matching.json").read_text())
-    assert len(result["rows"]) == 4 + 2 * 6
+    assert len(result["rows"]) == 6 + 2 * 6 * 2
     assert "J of the matched masks" in (out / "matching.svg").read_text()
 
-    del result["rows"][-1]  # as if it had been stopped: the rest is kept, the last is run again
+    del result["rows"][-2:]  # as if it had been stopped: the rest is kept, the last is run again
     result["rows"][0]["pasted"] = [[0.125, 0.125]] * len(result["rows"][0]["pasted"])
     (out / "matching.json").write_text(json.dumps(result))
     assert cli.main(arguments) == 0
     again = json.loads((out / "matching.json").read_text())
-    assert len(again["rows"]) == 16 and again["rows"][0] == result["rows"][0]
+    assert len(again["rows"]) == 30 and again["rows"][0] == result["rows"][0]
+
+
+def test_matching_command_on_alike_objects_with_packaged_weights(videos: Path, tmp_path: Path, capsys):
+    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c"]
+    arguments += [
+        "--kind",
+        "alike",
+        "--objects",
+        "2,3",
+        "--copies",
+        "2",
+        "--suppress",
+        "0.6",
+        "--pool",
+        "mask",
+        "--weights",
+        "small",
+    ]
+    arguments += [
+        "--short-side",
+        "64",
+        "--clips",
+        "2",
+        "--val-clips",
+        "1",
+        "--val-frames",
+        "3",
+        "--unroll",
+        "2",
+        "--steps",
+        "1",
+    ]
+    arguments += ["--batch", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| matching | alike clips J |" in printed and "| alike clips | one proposal for two |" in printed
+    rows = json.loads((tmp_path / "out/matching.json").read_text())["rows"]
+    assert len(rows) == 6 + 5 * 2 and all(len(row["pairs"]) == 3 for row in rows)
+    assert all(row["pairs"][0] == 0 for row in rows if row["decide"] in ("greedy", "hungarian", "rounded", "truth"))
+
+
+def test_tuning_starts_from_trained_weights():
+    settings = matching.Settings("", "", ("x",), weights="small", pool="mask")
+    own = read_weights(packaged("small"))
+    assert torch.equal(matching.first_embed(settings, 496).weight, own["embed.weight"])
+    state = matching.frozen_net(settings).backbone.state_dict()
+    assert all(torch.equal(tensor, own[f"backbone.{name}"]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"kind": "twins"}, "kind must be one of"), ({"objects": (2,)}, "objects must be two numbers"),
+     ({"suppress": 0.0}, "suppress is an IoU above 0")],
+)  # fmt: skip
+def test_matching_settings_say_what_is_wrong(change: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        matching.Settings("", "", ("x",), **change)
 
 
 def test_matching_says_what_is_wrong(videos: Path, tmp_path: Path, capsys):
