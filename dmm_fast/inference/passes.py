@@ -85,14 +85,18 @@ class Pass:
                 if stop() or time.monotonic() - saved >= save_every:
                     self._save()
                     saved = time.monotonic()
-                if stop():
-                    which = f" of the pass {self.name}" if len(self.run.passes) > 1 else ""
-                    done = f"{self.next} of {len(self.order)} frames{which}"
-                    raise Interrupted(f"stopped after {done}; --resume continues from there")
+                self._end_if_asked()
             if not self.started:
                 raise RunError(f"{self.given.path}: no frame was reached for which there is a mask")
             self._save()
+            self._end_if_asked()  # while the last masks were written: what comes after this video would not be told
         self.folder.close()
+
+    def _end_if_asked(self) -> None:
+        if self.stop():
+            which = f" of the pass {self.name}" if len(self.run.passes) > 1 else ""
+            done = f"{self.next} of {len(self.order)} frames{which}"
+            raise Interrupted(f"stopped after {done}; --resume continues from there")
 
     def _one(self, stem: str, frame: np.ndarray) -> None:
         """One frame: match and refine, take in the masks given for it, write."""

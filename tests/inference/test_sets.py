@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -146,15 +148,18 @@ def test_a_job_can_be_done_elsewhere(davis, proposals, tmp_path):
     assert contents(tmp_path / "far/koi") == contents(tmp_path / "near/koi")
 
 
-def test_finished_videos_are_skipped_and_interrupted_ones_go_on(davis, proposals, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("masks, late", [(LENGTH + 3, 0.0), (2 * LENGTH + 1, 0.3)])
+def test_finished_videos_are_skipped_and_interrupted_ones_go_on(masks, late, davis, proposals, tmp_path, monkeypatch, capsys):
+    """It is stopped when so many masks are written: in the second video, and when all of it is done but that."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     segment_set(job(davis, whole, proposals))
-    write, count = passes.write_mask, []
+    write, number = passes.write_mask, itertools.count(1)
 
     def stops(path, ids):
-        count.append(path)
+        mine = next(number)  # several threads write
         write(path, ids)
-        if len(count) == LENGTH + 3:  # in the second video
+        if mine == masks:
+            time.sleep(late)
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(passes, "write_mask", stops)
