@@ -393,8 +393,8 @@ def parser() -> argparse.ArgumentParser:
         description="Measure and store each section with date, command, machine and versions. Nothing else should run on the machine: the\n"
         "segmenter is timed by the clock (the others are CPU time of one thread, or accuracy).",
         epilog="sections:\n" + "\n".join(f"  {name:11} {SECTIONS[name].title}" for name in MEASURES)
-        + "\n\nexamples:\n  python benchmarks/page.py measure\n      all that needs no data: six minutes on two cores\n"
-        "  python benchmarks/page.py measure --data data --peer cutie=Cutie\n      all\n"
+        + "\n\nexamples:\n  python benchmarks/page.py measure\n      all that needs no data\n"
+        "  python benchmarks/page.py measure --data data --peer cutie=Cutie\n      all: seven minutes on two cores\n"
         "  python benchmarks/page.py measure layer\n      one section: a minute",
     )  # fmt: skip
     one.add_argument("sections", nargs="*", metavar="SECTION", type=section, help="which (default: all)")

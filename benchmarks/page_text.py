@@ -20,8 +20,8 @@ Speed against peers, accuracy against published results, and where others are be
 
 ```sh
 pip install transformers omegaconf torch-linear-assignment    # peers that need not be there
-make benchmarks                                               # all that needs no data, then this page; five minutes on two cores
-make benchmarks DATA=data PEERS='--peer cutie=Cutie'          # accuracy, and a clone of Cutie, too
+make benchmarks                                               # all that needs no data, then this page
+make benchmarks DATA=data PEERS='--peer cutie=Cutie'          # accuracy, and a clone of Cutie, too: seven minutes on two cores
 python benchmarks/page.py measure layer                       # one section
 python benchmarks/page.py gpu out/gpu_report/results.jsonl    # what gpu_report.py measured on a GPU
 python benchmarks/page.py write                               # this page again

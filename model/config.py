@@ -25,8 +25,8 @@ class Config:
     Matching: `iou_weight` is lambda of Eq. 1. `layer` "dykstra" is the paper's (`dmm_fast.match`, Algorithm 1), with its
     `n_grad`, `n_proj`, `lr` and `dykstra`; "prices" (`dmm_fast.match_prices`, docs/variants.md) takes the first three and
     decides like the Hungarian method, for networks that are not trained through it.
-    IoU is taken with an object's last mask, moved on as it has moved: `motion` is how much of its velocity an object keeps from frame to frame, the
-    rest is new; 0 (the paper): the mask stays where it was.
+    IoU is taken with an object's last mask, moved on as it has moved: `motion` is how much of its velocity an object keeps from
+    frame to frame, the rest is new; 0 (the paper): the mask stays where it was.
     Decision: a matched proposal is believed if its IoU with the object's last mask is above `min_iou`, or its cosine
     similarity with the template above `min_cosine` (95% of unrelated proposals stay below 0.72 with ImageNet features);
     otherwise the object keeps its last mask and is lost.

@@ -46,8 +46,9 @@ def tune(
     Each step unrolls a clip of `frames` views of that frame, turned, bent, recoloured and shifted from one to the next, as
     `StillClips` are, with its `proposals`, or at times simulated ones; without `proposals` always. Everything but the
     backbone learns. The result lies a `share` of the way from the weights before to the average of those over the last steps: half
-    the way brings most of the gain, and less harm where the object will look different (docs/model.md). It ends after so many `seconds`, or `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves `net` as
-    it was.
+    the way brings most of the gain, and less harm where the object will look different (docs/model.md). It ends after so many
+    `seconds`, or `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves
+    `net` as it was.
     """
     if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
         raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")

@@ -37,6 +37,7 @@ from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weig
 from dmm_fast.model.masks import mask_boxes
 from dmm_fast.model.network import absent
 from dmm_fast.ops import assign, greedy, hungarian
+from dmm_fast.proposals.base import suppress
 from dmm_fast.training.imagenet import imagenet_weights
 
 from .figures import COLOURS, QUIET, figure
@@ -154,8 +155,8 @@ class Track(NamedTuple):
 
 
 @torch.no_grad()
-def track(net: DMMNet, clip: Clip, suppress: float = 1.0) -> Track:
-    """The features of a clip's templates and proposals by `net`, whose `embed` is the identity; `suppress` as in `Settings`."""
+def track(net: DMMNet, clip: Clip, overlap: float = 1.0) -> Track:
+    """The features of a clip's templates and proposals by `net`, whose `embed` is the identity; overlap: `suppress` of `Settings`."""
     height, width = clip.masks.shape[2:]
     number = torch.arange(1, clip.masks.size(1) + 1, dtype=torch.uint8)[:, None, None]
     ids = (clip.masks * number).amax(1)  # [T, H, W]; masks of one frame do not overlap
@@ -163,20 +164,16 @@ def track(net: DMMNet, clip: Clip, suppress: float = 1.0) -> Track:
     templates = net.describe(levels, mask_boxes(clip.masks[0]), clip.masks[0].float(), height, width)
     frames = []
     for frame, proposals, truth in zip(clip.frames[1:], clip.proposals[1:], ids[1:]):
-        proposals = distinct(proposals, suppress)
+        proposals = distinct(proposals, overlap)
         features = net.describe(net.encode(frame[None]), proposals.boxes, proposals.masks.float(), height, width)
         frames.append(Frame(features, _pack(proposals.masks), truth))
     return Track(clip.name, templates, ids[0], frames)
 
 
-def distinct(proposals: Proposals, suppress: float) -> Proposals:
-    """Without those whose mask has an IoU above `suppress` with the mask of one that is kept and has a higher score."""
-    iou = torch.ops.dmm.mask_iou(proposals.masks, proposals.masks)
-    kept: list[int] = []
-    for i in proposals.scores.argsort(descending=True, stable=True).tolist():
-        if not (iou[i, kept] > suppress).any():
-            kept.append(i)
-    return Proposals(*(part[sorted(kept)] for part in proposals))
+def distinct(proposals: Proposals, overlap: float) -> Proposals:
+    """Without those whose mask has an IoU above `overlap` with the mask of one that is kept and has a higher score."""
+    kept = suppress(proposals.masks, proposals.scores, len(proposals.scores), overlap).sort().values
+    return Proposals(*(part[kept] for part in proposals))
 
 
 def _pack(masks: Tensor) -> Tensor:
@@ -555,7 +552,7 @@ class Row(NamedTuple):
     unroll: int
     decide: str
     scores: dict[str, np.ndarray]  # by part: [seeds, objects, 2], J and F
-    pairs: np.ndarray  # [seeds, 3], as in `Scores`: shared, doubled, contested; [seeds, 0] in a result without them
+    pairs: np.ndarray  # [seeds, 3], as in `Scores`: shared, doubled, contested
 
     @property
     def label(self) -> str:
@@ -569,14 +566,14 @@ def rows(result: dict[str, Any]) -> list[Row]:
     order = [*UNTRAINED[:-1], *TUNED, UNTRAINED[-1]]
     found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault((row["name"], row["unroll"], row.get("decide", "layer")), []).append(row)
+        found.setdefault((row["name"], row["unroll"], row["decide"]), []).append(row)
     return [
         Row(
             name,
             length,
             decide,
             {part: np.array([row[part] for row in several]) for part in ("pasted", "videos")},
-            np.array([row.get("pairs", []) for row in several]),
+            np.array([row["pairs"] for row in several]),
         )
         for (name, length, decide), several in sorted(found.items(), key=lambda item: order.index(item[0][0]))
     ]
@@ -604,7 +601,7 @@ def differences(result: dict[str, Any], part: str) -> list[tuple[str, float, flo
 
 def table(result: dict[str, Any]) -> str:
     """Markdown tables: J and F of every variant, the paired differences, and how often two objects had one proposal."""
-    kind = KINDS[result["settings"].get("kind", "paste")]
+    kind = KINDS[result["settings"]["kind"]]
     lines = [f"| matching | {kind} clips J | F | whole videos J | F |", "|---|---|---|---|---|"]
     for row in rows(result):
         means = [part for name in ("pasted", "videos") for part in row.scores[name].mean(1).T]  # each [seeds], J and F of both
@@ -621,7 +618,7 @@ def table(result: dict[str, Any]) -> str:
             )
     lines += ["", f"| {kind} clips | one proposal for two | one object for two | J where each would take the same |"]
     lines += ["|---|---|---|---|"]
-    lines += [_line(row.label, list(row.pairs.T)) for row in rows(result) if row.pairs.size]
+    lines += [_line(row.label, list(row.pairs.T)) for row in rows(result)]
     return "\n".join(lines)
 
 
@@ -636,7 +633,7 @@ def _line(label: str, columns: list[np.ndarray]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """A dot for each seed, a bar for their mean; without the best proposals, which are far to the right."""
     lines = [row for row in rows(result)[::-1] if row.name != "truth"]
-    kind = KINDS[result["settings"].get("kind", "paste")]
+    kind = KINDS[result["settings"]["kind"]]
     titles = {"pasted": f"Clips with several {kind} objects", "videos": "Whole videos, one object"}
     with figure(path, 1, 2, 10, 3.6) as panels:
         for axes, (part, title) in zip(panels, titles.items()):

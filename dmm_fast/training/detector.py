@@ -239,8 +239,7 @@ def train(
 
     held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
     weights to start from, "small" (those in the package) or "coco" (torchvision's, for resnet50), else the backbone has
-    ImageNet's. Returns the last row of
-    the curve.
+    ImageNet's. Returns the last row of the curve.
     """
     examples = find_examples(data, pseudo)
     if unknown := {*held_out, *leave_out} - {example.video.name for example in examples}:

@@ -242,29 +242,15 @@ def videos(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def command(videos: Path) -> list[str]:
+    sizes = "--held-out c --short-side 64 --clips 2 --val-clips 1 --val-frames 3"
+    return ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), *sizes.split()]
+
+
 def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net: DMMNet):
     monkeypatch.setattr(matching, "imagenet_weights", lambda name: net.backbone.state_dict())
     out = tmp_path / "out"
-    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c"]
-    arguments += ["--out", str(out)]
-    arguments += [
-        "--short-side",
-        "64",
-        "--clips",
-        "2",
-        "--val-clips",
-        "1",
-        "--val-frames",
-        "3",
-        "--unroll",
-        "1,2",
-        "--steps",
-        "2",
-        "--batch",
-        "1",
-        "--seeds",
-        "2",
-    ]
+    arguments = [*command(videos), *"--unroll 1,2 --steps 2 --batch 1 --seeds 2 --out".split(), str(out)]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     for words in ("| Hungarian |", "tuned with it detached, unroll 1 |", "tuned through it, unroll 2 |", "s.e. over seeds"):
@@ -282,36 +268,8 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
 
 
 def test_matching_command_on_alike_objects_with_packaged_weights(videos: Path, tmp_path: Path, capsys):
-    arguments = ["study", "matching", str(videos), "--proposals", str(videos / "proposals"), "--held-out", "c"]
-    arguments += [
-        "--kind",
-        "alike",
-        "--objects",
-        "2,3",
-        "--copies",
-        "2",
-        "--suppress",
-        "0.6",
-        "--pool",
-        "mask",
-        "--weights",
-        "small",
-    ]
-    arguments += [
-        "--short-side",
-        "64",
-        "--clips",
-        "2",
-        "--val-clips",
-        "1",
-        "--val-frames",
-        "3",
-        "--unroll",
-        "2",
-        "--steps",
-        "1",
-    ]
-    arguments += ["--batch", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
+    how = "--kind alike --objects 2,3 --copies 2 --suppress 0.6 --pool mask --weights small --unroll 2 --steps 1 --batch 1 --seeds 1"
+    arguments = [*command(videos), *how.split(), "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| matching | alike clips J |" in printed and "| alike clips | one proposal for two |" in printed
