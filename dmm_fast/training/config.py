@@ -57,12 +57,14 @@ class Data:
 class Optim:
     """Adam or AdamW, with one rate for weights that came from `pretrained` and one for new weights.
 
+    lr_backbone: of the backbone's pretrained weights; None: as the others'.
     schedule: of the rates after a linear warm-up of so many steps: constant, cosine (down to `floor` of the rate at the
     end), or step (times `gamma` after each epoch in `milestones`). clip: of the gradient's norm, 0 for none.
     """
 
     name: str = "adam"
     lr_pretrained: float = 1e-4
+    lr_backbone: float | None = None
     lr_new: float = 1e-3
     weight_decay: float = 0.0
     schedule: str = "constant"

@@ -52,15 +52,21 @@ def widened(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
 
 
 def make_optimizer(net: DMMNet, known: set[str], config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam(W) over two groups, pretrained and new; biases and gains are not decayed."""
+    """Adam(W) over pretrained and new weights, the backbone's apart if it has a rate of its own; biases and gains are not decayed."""
     optim = config.optim
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("train: nothing to train: the backbone is frozen and there is no refinement")
+
+    def kind(name: str) -> str:
+        if name not in known:
+            return "new"
+        return "backbone" if optim.lr_backbone is not None and name.startswith("backbone.") else "pretrained"
+
     groups = []
-    for label, base, new in (("pretrained", optim.lr_pretrained, False), ("new", optim.lr_new, True)):
+    for label, base in (("backbone", optim.lr_backbone), ("pretrained", optim.lr_pretrained), ("new", optim.lr_new)):
         for decay in (True, False):
-            chosen = [p for name, p in trained if (name not in known) == new and (p.ndim > 1) == decay]
+            chosen = [p for name, p in trained if kind(name) == label and (p.ndim > 1) == decay]
             if chosen:
                 weight_decay = optim.weight_decay if decay else 0.0
                 groups.append({"params": chosen, "name": label, "base": base, "lr": base, "weight_decay": weight_decay})

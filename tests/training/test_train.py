@@ -306,11 +306,17 @@ def test_batch_norm_keeps_its_statistics(pond, tmp_path):
     assert not torch.equal(before["backbone.conv_stem.weight"], after["backbone.conv_stem.weight"])
 
 
-def test_two_rates(pond, tmp_path):
+def test_rates(pond, tmp_path):
     first = config_of(pond, tmp_path / "first", epochs=1)
     weights = train(first, progress=False).weights
     net, known = build_net(replace(first, pretrained=str(weights)))
     assert {group["name"] for group in make_optimizer(net, known, first).param_groups} == {"pretrained"}
+    apart = replace(first, optim=replace(first.optim, lr_backbone=1e-5))
+    groups = make_optimizer(net, known, apart).param_groups
+    assert {group["name"]: group["base"] for group in groups} == {"backbone": 1e-5, "pretrained": first.optim.lr_pretrained}
+    of_backbone = sum(p.numel() for group in groups if group["name"] == "backbone" for p in group["params"])
+    assert of_backbone == sum(p.numel() for p in net.backbone.parameters())
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in net.parameters())
     net, known = build_net(first)
     assert {group["name"] for group in make_optimizer(net, known, first).param_groups} == {"new"}
 
