@@ -306,7 +306,7 @@ def test_batch_norm_keeps_its_statistics(pond, tmp_path):
     assert not torch.equal(before["backbone.conv_stem.weight"], after["backbone.conv_stem.weight"])
 
 
-def test_rates(pond, tmp_path):
+def test_rates_of_groups(pond, tmp_path):
     first = config_of(pond, tmp_path / "first", epochs=1)
     weights = train(first, progress=False).weights
     net, known = build_net(replace(first, pretrained=str(weights)))
