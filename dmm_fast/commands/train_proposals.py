@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
         metavar="FILE|small|coco",
         help="weights to start from, small: the packaged ones (default: ImageNet's for the backbone)",
     )
+    parser.add_argument(
+        "--backbone", metavar="FILE", help="use the backbone of this segmentation network's weights, which both can share then"
+    )
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read data (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -61,7 +64,7 @@ def run(a: argparse.Namespace) -> int:
     config, schedule = settings(a.config, a.changes)
     row = train(
         config, schedule, a.data, a.out, pseudo=a.pseudo, held_out=a.held_out, leave_out=a.leave_out, minutes=a.minutes,
-        init=a.init, device=a.device, workers=a.workers, progress=not a.quiet,
+        init=a.init, backbone=a.backbone, device=a.device, workers=a.workers, progress=not a.quiet,
     )  # fmt: skip
     if not a.quiet:
         print("  ".join(f"{name} {value:g}" for name, value in row.items()))

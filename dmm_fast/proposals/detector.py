@@ -75,10 +75,11 @@ def packaged_detector(**options: Any) -> Detector:
     return Detector(packaged("small-proposals"), body=shared_body(), **options)
 
 
-def shared_body() -> dict[str, Tensor]:
-    """The weights of the small detector's backbone: that of the packaged network (both frozen, stored once)."""
+def shared_body(weights: str | os.PathLike | None = None) -> dict[str, Tensor]:
+    """The weights of a segmentation network's backbone, as a detector takes them. By default those of the packaged network, which the small
+    detector shares: they are stored once."""
     return {
         name.removeprefix("backbone."): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in read_weights(packaged("small")).items()
+        for name, tensor in read_weights(weights or packaged("small")).items()
         if name.startswith("backbone.")
     }

@@ -230,6 +230,7 @@ def train(
     leave_out: Sequence[str] = (),
     minutes: float = math.inf,
     init: str | os.PathLike | None = None,
+    backbone: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
     progress: bool = False,
@@ -239,14 +240,15 @@ def train(
 
     held_out: videos that are validated on (every fifth frame); leave_out: videos that are not looked at; init: a file of
     weights to start from, "small" (those in the package) or "coco" (torchvision's, for resnet50), else the backbone has
-    ImageNet's. Returns the last row of the curve.
+    ImageNet's; backbone: a segmentation network's weights, whose backbone takes its place, so that both can share what it sees.
+    Returns the last row of the curve.
     """
     examples = find_examples(data, pseudo)
     if unknown := {*held_out, *leave_out} - {example.video.name for example in examples}:
         raise ValueError(f"held-out or left-out videos that no data set has: {', '.join(sorted(unknown))}")
     checked = [example for example in examples if example.video.name in held_out][::5]
     learned = [example for example in examples if example.video.name not in {*held_out, *leave_out}]
-    run = _Run(config, schedule, Path(out), minutes, init, open_device(device))
+    run = _Run(config, schedule, Path(out), minutes, init, backbone, open_device(device))
     batches = Batches(learned, schedule, (config.short_side, round(config.short_side * 16 / 9 / 16) * 16))
     rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
     loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers)
@@ -264,13 +266,24 @@ def train(
 class _Run:
     """Network, optimiser, clock and files of a training."""
 
-    def __init__(self, config: DetectorConfig, schedule: Schedule, out: Path, minutes: float, init: Any, device: torch.device):
+    def __init__(
+        self,
+        config: DetectorConfig,
+        schedule: Schedule,
+        out: Path,
+        minutes: float,
+        init: Any,
+        backbone: Any,
+        device: torch.device,
+    ):
         self.config, self.schedule, self.out, self.minutes, self.device = config, schedule, out, minutes, device
         self.step, self.seconds = 0, 0.0
         self.sums: Counter[str] = Counter()  # of losses and steps since the curve's last row
         torch.manual_seed(schedule.seed)
         resuming = (out / STATE).exists()
         self.net = _initial(config, None if resuming else init, pretrained=not resuming)
+        if backbone is not None and not resuming:
+            load_weights(self.net.backbone.body, shared_body(backbone), str(backbone))
         self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois
         self.net.to(device).to(memory_format=torch.channels_last)
         for head in (self.net.rpn.head, self.net.roi_heads.box_predictor, self.net.roi_heads.mask_predictor):

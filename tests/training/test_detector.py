@@ -11,7 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from dmm_fast.model import Proposals, packaged
+from dmm_fast.model import DMMNet, Proposals, load_weights, packaged, read_config, read_weights, save_weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,8 +20,9 @@ from dmm_fast.commands.main import main
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.proposals.base import ProposalError
 from dmm_fast.proposals.coco import read_coco, write_coco
-from dmm_fast.proposals.detector import Detector
+from dmm_fast.proposals.detector import Detector, packaged_detector
 from dmm_fast.proposals.layers import DetectorConfig
+from dmm_fast.proposals.live import shares_backbone
 from dmm_fast.proposals.network import build, load_detector, save_detector
 from dmm_fast.proposals.sources import open_proposer
 from dmm_fast.training import detector as training
@@ -320,6 +321,21 @@ def test_training_goes_on_from_the_packaged_network(dataset, tmp_path, capsys):
     mean = load_file(tmp_path / "mean.safetensors")
     assert mean.keys() == old.keys()
     assert all(torch.allclose(mean[name].float(), 2 * tensor.float(), rtol=2e-3, atol=1e-5) for name, tensor in old.items())
+
+
+def test_training_with_the_backbone_of_a_segmentation_network(dataset, tmp_path, capsys):
+    """A network whose backbone has learned shares it with a detector that was trained for it, and with no other."""
+    net = DMMNet(read_config(packaged("small")))
+    load_weights(net, read_weights(packaged("small")))
+    with torch.no_grad():
+        net.backbone.conv_stem.weight.mul_(1.5)
+    save_weights(net, tmp_path / "learned.safetensors")
+    begin = ["train-proposals", "small", "steps=1", "batch=1", "every=1", "--data", str(dataset), "--init", "small", "--quiet"]
+    assert main([*begin, "--backbone", str(tmp_path / "learned.safetensors"), "--out", str(tmp_path)]) == 0
+    assert shares_backbone(net, Detector(tmp_path / "detector.safetensors"))
+    assert not shares_backbone(net, packaged_detector())
+    assert main([*begin, "--backbone", str(packaged("small-proposals")), "--out", str(tmp_path / "other")]) == 2
+    assert "small-proposals" in capsys.readouterr().err
 
 
 def test_train_proposals_command(dataset, tmp_path, capsys):
