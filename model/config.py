@@ -135,7 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refine": "heavy",
         "hidden": 64,
         "follow": "refined",
-        "objects": "together",
+        "objects": "sharing",
         "layer": "prices",
         "n_grad": 80,
         "n_proj": 1,
