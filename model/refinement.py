@@ -222,8 +222,8 @@ def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
         return torch.sigmoid(logits)
     if rivalry == 1.0:
         return among(logits, valid)
-    odds = logits.clamp(max=40.0).flatten(1).exp() * valid[:, None].to(logits.dtype)
-    return (odds / (1.0 + odds + rivalry * (odds.sum(0, keepdim=True) - odds))).view(logits.shape)
+    odds = logits.clamp(max=40.0).flatten(1).exp() * valid[:, None]
+    return (odds / (1.0 + torch.lerp(odds, odds.sum(0, keepdim=True), rivalry))).view(logits.shape)
 
 
 def both(masks: Tensor) -> Tensor:
