@@ -281,7 +281,7 @@ class _Run:
         self.sums: Counter[str] = Counter()  # of losses and steps since the curve's last row
         torch.manual_seed(schedule.seed)
         resuming = (out / STATE).exists()
-        self.net = _initial(config, None if resuming else init, pretrained=not resuming)
+        self.net = _initial(config, None if resuming else init, pretrained=not resuming and backbone is None)
         if backbone is not None and not resuming:
             load_weights(self.net.backbone.body, shared_body(backbone), str(backbone))
         self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois

@@ -26,23 +26,15 @@ from dmm_fast.export.onnx import _resize
 from dmm_fast.proposals.traceable import ProposalNetwork, pool_regions, suppress
 
 SMALL = {"backbone": "mobilenetv3_small_050", "input_size": (96, 160), "iou_weight": 0.3, "hidden": 16}
+LIKE_PACKAGED = {"refine": "heavy", "follow": "refined", "layer": "prices", "pool": "mask", "update": 0.3, "motion": 0.5}
 CONFIGS = {
     "iou": Config.preset("iou"),
     "dykstra": Config(n_grad=10),
     "features": Config(**SMALL),
     "light": Config(**SMALL, refine="light"),
     "heavy": Config(**SMALL, refine="heavy", follow="refined", layer="prices", n_grad=80, n_proj=1, lr=5.0),
-    "together": Config(
-        **SMALL,
-        refine="heavy",
-        follow="refined",
-        objects="together",
-        memory=2,
-        layer="prices",
-        pool="mask",
-        update=0.3,
-        motion=0.5,
-    ),
+    "sharing": Config(**SMALL, **LIKE_PACKAGED, objects="sharing"),
+    "together": Config(**SMALL, **LIKE_PACKAGED, objects="together", memory=2),
 }
 
 
@@ -582,7 +574,7 @@ def test_damaged_package_is_refused(compiled, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["full", "runs"])
 def test_traced_programs_hold_at_every_size(kind):
     """What pt2 and ONNX start from, for networks that take minutes to compile."""
-    for name in ("light", "heavy", "together"):
+    for name in ("light", "heavy", "sharing", "together"):
         net = make(name)
         programs = traced(net, Example(net, OPEN, kind), OPEN, "", POOLING).programs
         for sizes in (Sizes(1, 1, 40, 60), Sizes(5, 20, 135, 240)):
@@ -668,7 +660,7 @@ def test_layer_alone(kind, name, tmp_path):
         export(kind, net, tmp_path / "other", only="match", masks="soft")
 
 
-@pytest.mark.parametrize("name, tensors", [("heavy", 10), ("together", 12)])
+@pytest.mark.parametrize("name, tensors", [("heavy", 10), ("sharing", 10), ("together", 12)])
 def test_onnx_of_the_heavy_refinement(name, tensors, tmp_path):
     """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
     manifest = export("onnx", make(name), tmp_path)

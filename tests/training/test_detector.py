@@ -323,16 +323,18 @@ def test_training_goes_on_from_the_packaged_network(dataset, tmp_path, capsys):
     assert all(torch.allclose(mean[name].float(), 2 * tensor.float(), rtol=2e-3, atol=1e-5) for name, tensor in old.items())
 
 
-def test_training_with_the_backbone_of_a_segmentation_network(dataset, tmp_path, capsys):
+def test_training_with_the_backbone_of_a_segmentation_network(dataset, tmp_path, capsys, monkeypatch):
     """A network whose backbone has learned shares it with a detector that was trained for it, and with no other."""
     net = DMMNet(read_config(packaged("small")))
     load_weights(net, read_weights(packaged("small")))
     with torch.no_grad():
         net.backbone.conv_stem.weight.mul_(1.5)
     save_weights(net, tmp_path / "learned.safetensors")
-    begin = ["train-proposals", "small", "steps=1", "batch=1", "every=1", "--data", str(dataset), "--init", "small", "--quiet"]
-    assert main([*begin, "--backbone", str(tmp_path / "learned.safetensors"), "--out", str(tmp_path)]) == 0
-    assert shares_backbone(net, Detector(tmp_path / "detector.safetensors"))
+    monkeypatch.setattr(training, "imagenet_weights", lambda name: pytest.fail("ImageNet's weights are not needed"))
+    begin = ["train-proposals", "small", "steps=1", "batch=1", "every=1", "--data", str(dataset), "--quiet"]
+    for out, init in ((tmp_path / "on", ["--init", "small"]), (tmp_path / "new", [])):
+        assert main([*begin, *init, "--backbone", str(tmp_path / "learned.safetensors"), "--out", str(out)]) == 0
+        assert shares_backbone(net, Detector(out / "detector.safetensors"))
     assert not shares_backbone(net, packaged_detector())
     assert main([*begin, "--backbone", str(packaged("small-proposals")), "--out", str(tmp_path / "other")]) == 2
     assert "small-proposals" in capsys.readouterr().err
