@@ -40,8 +40,9 @@ class PasteClips(Clips):
 
     videos: where backgrounds (with their own objects and proposals) come from. donors: where objects come from; default
     the same. pasted: how many, from .. to. same: chance that an object is pasted into the video it was cut from.
-    scale: of a pasted object. Ground truth is exact: what is hidden is not in a mask. Proposals are the background's,
-    less what is now hidden, and noisy ones of what was pasted. settings: of the clips that are cut (`ClipDataset`).
+    scale: of a pasted object. unfound: share of pasted objects that are hardly ever proposed (`overlooked`). Ground truth is exact:
+    what is covered is not in a mask. Proposals are the background's, less what is now covered, and noisy ones of what was
+    pasted. settings: of the clips that are cut (`ClipDataset`).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PasteClips(Clips):
         pasted: tuple[int, int] = (1, 4),
         same: float = 0.15,
         scale: tuple[float, float] = (0.5, 1.5),
+        unfound: float = 0.2,
         top: int = TOP,
         augment: Augment | None = None,
         length: int | None = None,
@@ -63,7 +65,9 @@ class PasteClips(Clips):
         super().__init__(length or len(videos), augment or Augment(size), seed, top=top)
         if not 1 <= pasted[0] <= pasted[1] or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"pasted and scale must be ranges above 0, got {pasted} and {scale}")
-        self.pasted, self.same, self.scale = pasted, same, scale
+        if not 0 <= unfound <= 1:
+            raise ValueError(f"unfound is a share, from 0 to 1, got {unfound}")
+        self.pasted, self.same, self.scale, self.unfound = pasted, same, scale, unfound
         self.grounds = cut(videos, frames, size, top=top, **settings)
         self.donors = cut(donors or videos, frames, size, top=0, **settings)
 
@@ -71,7 +75,7 @@ class PasteClips(Clips):
         ground = self.grounds.draw(index, rng)
         count = rng.integers(self.pasted[0], self.pasted[1] + 1)
         layers = [self._layer(index if rng.random() < self.same else None, rng) for _ in range(count)]
-        return seen(composite(ground, layers, rng, self.top))
+        return seen(composite(ground, layers, rng, self.top, unfound=self.unfound))
 
     def _layer(self, index: int | None, rng: np.random.Generator) -> Layer:
         """An object of some video on its way."""
@@ -131,11 +135,17 @@ def painted(
 
 
 def composite(
-    ground: Clip, layers: Sequence[Layer], rng: np.random.Generator, top: int = TOP, behind: int | None = None
+    ground: Clip,
+    layers: Sequence[Layer],
+    rng: np.random.Generator,
+    top: int = TOP,
+    behind: int | None = None,
+    unfound: float = 0.2,
 ) -> Clip:
     """Paint layers over a clip, back to front; ``behind`` of them lie behind the clip's own objects, by default a random number.
 
-    The masks are the ground's and then the wanted layers', in order, of what is seen of them.
+    The masks are the ground's and then the wanted layers', in order, of what is seen of them. unfound: share of the layers
+    that are hardly ever proposed.
     """
     own = ground.masks.any(1)  # [T, H, W]
     if behind is None:
@@ -151,7 +161,7 @@ def composite(
     open_ = cover == 0
     wanted, proposed = ([getattr(layer, role) for layer in layers] for role in ("wanted", "proposed"))
     masks = torch.cat([ground.masks & open_[:, None], pasted[:, wanted]], 1)
-    miss = overlooked(sum(proposed), rng)
+    miss = overlooked(sum(proposed), rng, unfound)
     proposals = [
         _merge(_uncovered(given, clear), noisy_proposals(new, rng, top=top, miss=miss, clutter=2), top)
         for given, clear, new in zip(ground.proposals, open_, pasted[:, proposed])

@@ -357,6 +357,21 @@ def test_pasted_objects_move_and_have_proposals(videos):
     assert np.median(best) > 0.75 and np.mean(np.array(best) > 0.5) > 0.8
 
 
+def test_pasted_objects_may_hardly_ever_be_proposed(videos):
+    """`unfound`: fewer of the pasted objects are found in a frame, and with a share of 0 nearly all."""
+    shares = []
+    for unfound in (0.0, 1.0):
+        dataset = PasteClips(videos, 2, size=SIZE, unfound=unfound, augment=Augment.none(SIZE), length=20, seed=2)
+        best = []
+        for clip in map(dataset.__getitem__, range(20)):
+            for masks, found in zip(clip.masks[:, 1:], clip.proposals):
+                best += overlaps(masks[areas(masks) > 100], found.masks).amax(1).tolist()
+        shares.append(np.mean(np.array(best) > 0.5))
+    assert shares[0] > 0.9 and shares[1] < 0.6
+    with pytest.raises(ValueError, match="unfound is a share, from 0 to 1"):
+        PasteClips(videos, 2, unfound=1.5)
+
+
 def test_stills_take_part_in_pasting(stills, videos):
     for dataset in (PasteClips(stills, 2, size=SIZE), PasteClips(videos, 2, size=SIZE, donors=stills),
                     PasteClips(stills, 2, size=SIZE, donors=videos)):  # fmt: skip
