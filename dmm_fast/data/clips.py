@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 TOP = 20  # proposals of a frame that training sees
+UNFOUND = 0.2  # chance that an object is one that a detector misses in most frames
 HARD = 0.5  # chance of being missed, from which on an object that is missed isn't found in other ways either
 
 
@@ -80,8 +81,8 @@ def noisy_proposals(
     return tight(_mask_head(torch.stack(stack), np.array(strength), rng), torch.tensor(scores, dtype=torch.float32))
 
 
-def overlooked(count: int, rng: np.random.Generator, share: float = 0.2) -> np.ndarray:
-    """Chances [count] with which a detector misses each of a clip's objects in a frame: a `share` of them it hardly ever finds."""
+def overlooked(count: int, rng: np.random.Generator, share: float = UNFOUND) -> np.ndarray:
+    """Chances [count] with which a detector misses each of a clip's objects in a frame: a `share` of them it misses in most frames."""
     return np.where(rng.random(count) < share, rng.uniform(HARD, 1.0, count), 0.08)
 
 

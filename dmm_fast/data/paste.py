@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.data.augment import Augment, Clip, affine_grid, areas, seen, size_of, tight, tight_boxes, to_uint8
-from dmm_fast.data.clips import TOP, ClipDataset, Clips, StillClips, noisy_proposals, overlooked
+from dmm_fast.data.clips import TOP, UNFOUND, ClipDataset, Clips, StillClips, noisy_proposals, overlooked
 from dmm_fast.data.datasets import StillsDataset, VideoDataset
 from dmm_fast.model import Proposals
 
@@ -40,7 +40,7 @@ class PasteClips(Clips):
 
     videos: where backgrounds (with their own objects and proposals) come from. donors: where objects come from; default
     the same. pasted: how many, from .. to. same: chance that an object is pasted into the video it was cut from.
-    scale: of a pasted object. unfound: share of pasted objects that are hardly ever proposed (`overlooked`). Ground truth is exact:
+    scale: of a pasted object. unfound: chance that a pasted object is missed in most frames (`overlooked`). Ground truth is exact:
     what is covered is not in a mask. Proposals are the background's, less what is now covered, and noisy ones of what was
     pasted. settings: of the clips that are cut (`ClipDataset`).
     """
@@ -55,7 +55,7 @@ class PasteClips(Clips):
         pasted: tuple[int, int] = (1, 4),
         same: float = 0.15,
         scale: tuple[float, float] = (0.5, 1.5),
-        unfound: float = 0.2,
+        unfound: float = UNFOUND,
         top: int = TOP,
         augment: Augment | None = None,
         length: int | None = None,
@@ -66,7 +66,7 @@ class PasteClips(Clips):
         if not 1 <= pasted[0] <= pasted[1] or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"pasted and scale must be ranges above 0, got {pasted} and {scale}")
         if not 0 <= unfound <= 1:
-            raise ValueError(f"unfound is a share, from 0 to 1, got {unfound}")
+            raise ValueError(f"unfound is a chance, from 0 to 1, got {unfound}")
         self.pasted, self.same, self.scale, self.unfound = pasted, same, scale, unfound
         self.grounds = cut(videos, frames, size, top=top, **settings)
         self.donors = cut(donors or videos, frames, size, top=0, **settings)
@@ -140,12 +140,12 @@ def composite(
     rng: np.random.Generator,
     top: int = TOP,
     behind: int | None = None,
-    unfound: float = 0.2,
+    unfound: float = UNFOUND,
 ) -> Clip:
     """Paint layers over a clip, back to front; ``behind`` of them lie behind the clip's own objects, by default a random number.
 
-    The masks are the ground's and then the wanted layers', in order, of what is seen of them. unfound: share of the layers
-    that are hardly ever proposed.
+    The masks are the ground's and then the wanted layers', in order, of what is seen of them. unfound: chance
+    that a proposed layer is missed in most frames.
     """
     own = ground.masks.any(1)  # [T, H, W]
     if behind is None:

@@ -358,7 +358,7 @@ def test_pasted_objects_move_and_have_proposals(videos):
 
 
 def test_pasted_objects_may_hardly_ever_be_proposed(videos):
-    """`unfound`: fewer of the pasted objects are found in a frame, and with a share of 0 nearly all."""
+    """`unfound`: with a chance of 1 far fewer of the pasted objects are found in a frame, with 0 nearly all."""
     shares = []
     for unfound in (0.0, 1.0):
         dataset = PasteClips(videos, 2, size=SIZE, unfound=unfound, augment=Augment.none(SIZE), length=20, seed=2)
@@ -368,7 +368,7 @@ def test_pasted_objects_may_hardly_ever_be_proposed(videos):
                 best += overlaps(masks[areas(masks) > 100], found.masks).amax(1).tolist()
         shares.append(np.mean(np.array(best) > 0.5))
     assert shares[0] > 0.9 and shares[1] < 0.6
-    with pytest.raises(ValueError, match="unfound is a share, from 0 to 1"):
+    with pytest.raises(ValueError, match="unfound is a chance, from 0 to 1"):
         PasteClips(videos, 2, unfound=1.5)
 
 
