@@ -163,8 +163,8 @@ def test_another_torch_in_a_bare_environment(wheel, tmp_path):
     torch = subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0+cpu", "numpy"], capture_output=True, text=True)
     if torch.returncode:
         pytest.skip(f"the CPU build of torch 2.13.0 is not to be had here: {torch.stderr.strip().splitlines()[-1]}")
-    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # pip would find dmm_fast there
+    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, env=environment)
     output = run(python, ROOT / "tests" / "smoke.py", "layer", cwd=tmp_path, env=environment)
     assert output.startswith("2.13.0+cpu") and str(tmp_path) in output
 
