@@ -357,7 +357,7 @@ def test_pasted_objects_move_and_have_proposals(videos):
     assert np.median(best) > 0.75 and np.mean(np.array(best) > 0.5) > 0.8
 
 
-def test_pasted_objects_may_hardly_ever_be_proposed(videos):
+def test_pasted_objects_may_be_missed_in_most_frames(videos):
     """`unfound`: with a chance of 1 far fewer of the pasted objects are found in a frame, with 0 nearly all."""
     shares = []
     for unfound in (0.0, 1.0):
