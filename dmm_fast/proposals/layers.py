@@ -142,8 +142,12 @@ class PyramidBackbone(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             levels = self.body(images)
-        levels = self.fpn(levels)
-        return OrderedDict(zip(("0", "1", "2", "3", "pool"), [*levels, F.max_pool2d(levels[3], 1, 2)]))
+        return named_levels(self.fpn(levels))
+
+
+def named_levels(levels: list[Tensor]) -> OrderedDict[str, Tensor]:
+    """A pyramid's four levels and a coarser one, as torchvision calls them."""
+    return OrderedDict(zip(("0", "1", "2", "3", "pool"), [*levels, F.max_pool2d(levels[3], 1, 2)]))
 
 
 def convolution(inputs: int, outputs: int, kernel: int, *after: nn.Module) -> nn.Sequential:
@@ -236,6 +240,11 @@ def mask_predictor(width: int) -> nn.Sequential:
     for layer in (up, out):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv5_mask=up, relu=nn.ReLU(inplace=True), mask_fcn_logits=out))
+
+
+def about(config: DetectorConfig) -> dict[str, Any]:
+    """What a detector's file says of itself."""
+    return {"format": FORMAT, "kind": "detector", "config": config.to_dict()}
 
 
 def read_detector(path: str | os.PathLike, body: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], DetectorConfig]:

@@ -24,13 +24,13 @@ from dmm_fast.model.weights import load_weights, save_weights
 from dmm_fast.proposals.base import TOP
 from dmm_fast.proposals.layers import (
     BOX_CELLS,
-    FORMAT,
     MASK_CELLS,
     RATIOS,
     RESNETS,
     STRIDES,
     DetectorConfig,
     Layers,
+    about,
     anchor_sizes,
     read_detector,
 )  # fmt: skip
@@ -100,8 +100,7 @@ class _Anchors(AnchorGenerator):
 
 def save_detector(net: MaskRCNN, config: DetectorConfig, path: str | os.PathLike, notes: dict[str, Any] | None = None) -> None:
     """Write weights and settings (and `notes`, anything JSON) as one safetensors file, whole or not at all."""
-    header = {"format": FORMAT, "kind": "detector", "config": config.to_dict(), **(notes or {})}
-    save_weights(net, path, header)
+    save_weights(net, path, {**about(config), **(notes or {})})
 
 
 def load_detector(path: str | os.PathLike, body: dict[str, Tensor] | None = None) -> tuple[MaskRCNN, DetectorConfig]:

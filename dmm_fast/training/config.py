@@ -76,6 +76,28 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A proposal network that learns on the same backbone, so that both can use what it sees.
+
+    init: small (the packaged one's layers) or a file of `dmm-fast train-proposals`. data, pseudo, leave_out: as in that command;
+    videos that validate are left out too. batch: pictures per step, over all processes; score, paste, rois: see
+    `dmm_fast.training.detector.Schedule`. rate: of its own layers; the rest of `optim`, the gradient's clip too, is for both
+    networks together. weight: of its loss beside the segmenter's.
+    """
+
+    init: str = "small"
+    data: tuple[str, ...] = ()
+    pseudo: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    batch: int = 4
+    score: float = 0.3
+    paste: float = 0.5
+    rois: int = 64
+    rate: float = 4e-4
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -83,7 +105,7 @@ class TrainConfig:
     packaged network's), or a safetensors file of this project. freeze: the backbone stays as it is. assignment: layer, or detached: the Hungarian
     assignment of the detached cost takes its place (Table 4's comparison). batch: clips per step, over all processes;
     accumulate: in so many parts, one after the other. ema: decay of the averaged weights, which are validated and shipped;
-    0 for none. save_seconds: between checkpoints.
+    0 for none. save_seconds: between checkpoints. detector: a proposal network that learns beside; default none.
     """
 
     out: str = "runs/train"
@@ -106,6 +128,7 @@ class TrainConfig:
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
+    detector: Beside | None = None
 
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, rule: str) -> None:
@@ -129,6 +152,13 @@ class TrainConfig:
         require(self.optim.name in ("adam", "adamw"), "optim.name", "adam or adamw")
         require(self.optim.schedule in ("constant", "cosine", "step"), "optim.schedule", "constant, cosine or step")
         require(self.optim.clip >= 0, "optim.clip", "at least 0")
+        if self.detector is not None:
+            require(len(self.detector.data) > 0, "detector.data", "at least one data set")
+            require(self.detector.batch >= 1, "detector.batch", "at least 1")
+            require(self.detector.rois >= 1, "detector.rois", "at least 1")
+            require(self.detector.rate > 0, "detector.rate", "above 0")
+            require(self.detector.weight >= 0, "detector.weight", "at least 0")
+            require(not self.freeze, "freeze", "false where a detector learns on the backbone too")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML: lists for tuples."""
@@ -176,7 +206,9 @@ def _put(values: dict, key: str, value: Any) -> None:
     here: Any = values
     for part in parents:
         try:
-            here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+            if isinstance(here, dict) and here.get(part) is None:
+                here[part] = {}
+            here = here[int(part) if isinstance(here, list) else part]
         except (ValueError, IndexError):
             raise ConfigError(f"train: {key}: the list has {len(here)} entries, from 0; {part!r} is none of them") from None
         if not isinstance(here, (dict, list)):
@@ -201,12 +233,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """A YAML value as the field's type has it; 1e-4, which YAML takes for text, is a number."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
     if get_origin(kind) in (Union, UnionType):  # here always: or None
         if value is None:
             return None
         kind = get_args(kind)[0]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
     try:
         if kind is float and not isinstance(value, bool):
             return float(value)

@@ -139,6 +139,18 @@ def find_examples(roots: Iterable[str | os.PathLike], pseudo: Sequence[str | os.
     return [Example(video, index, files.get(video.name)) for video in videos for index in video.annotated]
 
 
+def left_in(examples: list[Example], out: Iterable[str]) -> list[Example]:
+    """Those of other videos than `out`. Raises ValueError for a name that no data set has."""
+    if unknown := {*out} - {example.video.name for example in examples}:
+        raise ValueError(f"held-out or left-out videos that no data set has: {', '.join(sorted(unknown))}")
+    return [example for example in examples if example.video.name not in {*out}]
+
+
+def picture_size(config: DetectorConfig) -> tuple[int, int]:
+    """(H, W) of the pictures that a network learns from."""
+    return config.short_side, round(config.short_side * 16 / 9 / 16) * 16
+
+
 def augmentation(size: tuple[int, int]) -> v2.Transform:
     """Flips, zoom, crops and colours; pictures and masks come out as `size`."""
     shape = size[1] / size[0]
@@ -161,10 +173,24 @@ def paste(target: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor]) -> tuple
     return torch.where(over, source[0], image), torch.cat([visible[kept], chosen])
 
 
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]  # pictures and their targets
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    images, targets = batch
+    return [image.to(device) for image in images], [
+        {name: value.to(device) for name, value in each.items()} for each in targets
+    ]
+
+
 class Batches(torch.utils.data.Dataset):
     """The batch of every step: item `step` is a list of pictures and a list of targets, always the same ones."""
 
     def __init__(self, examples: list[Example], schedule: Schedule, size: tuple[int, int]):
+        if len(examples) <= schedule.batch:
+            raise ValueError(
+                f"training: {len(examples)} annotated frames are too few for batches of {schedule.batch} and one to paste from"
+            )
         self.examples, self.schedule, self.augment = examples, schedule, augmentation(size)
         lengths = Counter(example.video.name for example in examples)
         # Frames of one video are much alike: a video counts as the square root of its length.
@@ -173,7 +199,7 @@ class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.schedule.steps
 
-    def __getitem__(self, step: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def __getitem__(self, step: int) -> Batch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.schedule.seed * SEEDS + step)
             pairs = [self._augmented(index) for index in torch.multinomial(self.weights, self.schedule.batch + 1)]
@@ -244,12 +270,10 @@ def train(
     Returns the last row of the curve.
     """
     examples = find_examples(data, pseudo)
-    if unknown := {*held_out, *leave_out} - {example.video.name for example in examples}:
-        raise ValueError(f"held-out or left-out videos that no data set has: {', '.join(sorted(unknown))}")
+    learned = left_in(examples, (*held_out, *leave_out))
     checked = [example for example in examples if example.video.name in held_out][::5]
-    learned = [example for example in examples if example.video.name not in {*held_out, *leave_out}]
     run = _Run(config, schedule, Path(out), minutes, init, backbone, open_device(device))
-    batches = Batches(learned, schedule, (config.short_side, round(config.short_side * 16 / 9 / 16) * 16))
+    batches = Batches(learned, schedule, picture_size(config))
     rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
     loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers)
     bar = tqdm(loader, total=schedule.steps, initial=run.step, unit=" steps", disable=None if progress else True)
@@ -284,10 +308,8 @@ class _Run:
         self.net = _initial(config, None if resuming else init, pretrained=not resuming and backbone is None)
         if backbone is not None and not resuming:
             load_weights(self.net.backbone.body, shared_body(backbone), str(backbone))
-        self.net.roi_heads.fg_bg_sampler.batch_size_per_image = schedule.rois
+        make_ready(self.net, schedule.rois)
         self.net.to(device).to(memory_format=torch.channels_last)
-        for head in (self.net.rpn.head, self.net.roi_heads.box_predictor, self.net.roi_heads.mask_predictor):
-            head.register_forward_hook(_in_float)
         self.weights = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.weights.values(), schedule.rate, weight_decay=schedule.decay)
         out.mkdir(parents=True, exist_ok=True)
@@ -312,10 +334,8 @@ class _Run:
             group["lr"] = rate
         torch.manual_seed(self.schedule.seed * SEEDS + self.step)  # torchvision samples anchors and regions at random
         self.net.train()
-        images = [image.to(self.device) for image in images]
-        targets = [{name: value.to(self.device) for name, value in each.items()} for each in targets]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.amp):
-            losses = self.net(images, targets)
+            losses = self.net(*on_device((images, targets), self.device))
         loss = sum(losses.values())
         self.optimizer.zero_grad()
         loss.backward()
@@ -376,6 +396,13 @@ class _Run:
             whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def make_ready(net: nn.Module, rois: int) -> None:
+    """Let a Mask R-CNN learn from `rois` regions per picture, in bfloat16 too."""
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = rois
+    for head in (net.rpn.head, net.roi_heads.box_predictor, net.roi_heads.mask_predictor):
+        head.register_forward_hook(_in_float)
+
+
 def _in_float(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     """Boxes and losses are computed in float: bfloat16 has whole pixels only from 256 on."""
     return output.float() if isinstance(output, Tensor) else type(output)(_in_float(_module, None, each) for each in output)
@@ -387,7 +414,7 @@ def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained:
         net = build(config)
         load_weights(net, class_agnostic(_coco_tensors(config)), "Mask R-CNN's COCO weights without classes")
     elif init is not None:
-        net, saved = load_detector(packaged("small-proposals"), shared_body()) if init == "small" else load_detector(init)
+        net, saved = start_from(init)
         if saved != config:
             raise ValueError(f"{init}: its settings are {saved}, not {config}")
     elif config.backbone in CARRIERS:
@@ -397,6 +424,11 @@ def _initial(config: DetectorConfig, init: str | os.PathLike | None, pretrained:
     else:
         net = build(config, pretrained)
     return net
+
+
+def start_from(init: str | os.PathLike) -> tuple[nn.Module, DetectorConfig]:
+    """The network in a file, or the packaged one ("small"), and its settings."""
+    return load_detector(packaged("small-proposals"), shared_body()) if init == "small" else load_detector(init)
 
 
 def _coco_tensors(config: DetectorConfig) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self, out: Path, config: TrainConfig, counters: dict[str, Any], first: bool, progress: bool, steps: int):
         self.curve = read_curve(out / CURVE, counters["step"], counters["epochs"])
-        self.first, self.steps = first, steps
+        self.first, self.steps, self.beside = first, steps, config.detector is not None
         self.writer: Any = None
         if not first:
             return
@@ -38,8 +38,9 @@ class Log:
             self.writer = tensorboard(out, counters["step"])
 
     def step(self, step: int, epoch: int, values: list[float], optimizer: torch.optim.Optimizer, seconds: float) -> None:
-        """values: loss, its terms, the gradient's norm; seconds: of the run so far."""
-        line = {"step": step, "epoch": epoch, "seconds": round(seconds, 2), **dict(zip(("loss", *TERMS, "norm"), values))}
+        """values: loss, its terms, a detector's loss if one learns beside, the gradient's norm; seconds: of the run so far."""
+        names = ["loss", *TERMS, *(["detector"] if self.beside else []), "norm"]
+        line = {"step": step, "epoch": epoch, "seconds": round(seconds, 2), **dict(zip(names, values))}
         line |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self._write(line)
         if self.first:

@@ -47,7 +47,7 @@ def train(
     steps = len(clips) // config.batch  # of an epoch; clips that do not fill a batch are left out
     if steps == 0:
         raise ConfigError(f"train: an epoch of {len(clips)} clips holds no batch of {config.batch}; see data.clips, batch")
-    run = Run(config, team, clock, steps, going_on)
+    run = Run(config, team, clock, steps, going_on, videos.names if videos is not None else ())
     loader = Loader(clips, config, team)
     counters = run.counters
     with Log(out, config, counters, team.first, progress, steps) as log, clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dmm_fast.data.augment import Clip
 from dmm_fast.learning.average import Average, weights_of
 from dmm_fast.learning.losses import TERMS
 from dmm_fast.learning.unroll import to_device, unroll_all
+from dmm_fast.training.beside import Companion, is_beside
 from dmm_fast.training.checkpoint import CURVE, read_counters, read_state, write_state, write_weights
 from dmm_fast.training.config import ConfigError, TrainConfig, from_dict
 from dmm_fast.training.data import parts
@@ -28,12 +30,14 @@ FREE = ("out", "device", "compile", "save_seconds", "tensorboard", "data.path", 
 
 
 class Run:
-    """What one process holds of a run. steps: of an epoch. resume: go on from the state in the run's folder."""
+    """What one process holds of a run. steps: of an epoch. resume: go on from the state in the run's folder. held: names of the
+    videos that validate."""
 
-    def __init__(self, config: TrainConfig, team: Team, clock: Clock, steps: int, resume: bool):
+    def __init__(self, config: TrainConfig, team: Team, clock: Clock, steps: int, resume: bool, held: Collection[str] = ()):
         self.config, self.team, self.clock, self.steps, self.out = config, team, clock, steps, Path(config.out)
         torch.manual_seed(config.seed)
         self.net, known = build_net(config)
+        self.companion = Companion(self.net, config.detector, config, team) if config.detector is not None else None
         self.net.to(team.device)
         if config.channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -53,6 +57,8 @@ class Run:
         if config.compile:
             self.net.backbone.compile()
         self.before: float = self.counters["seconds"]
+        if self.companion is not None:
+            self.pictures = self.companion.pictures(self.counters["step"], config.epochs * steps, held)
 
     @property
     def seconds(self) -> float:
@@ -60,21 +66,28 @@ class Run:
         return self.before + self.clock.seconds()
 
     def learn(self, batch: list[Clip]) -> list[float]:
-        """One step; returns the loss, its terms and the gradient's norm, over all processes."""
+        """One step; returns the loss, its terms, that of a detector beside, and the gradient's norm, over all processes."""
         config, team, step = self.config, self.team, self.counters["step"]
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate(config, step, self.steps)
+        if self.companion is not None:
+            pictures = next(self.pictures)  # before the seed: making them may change the random numbers of a GPU
         torch.manual_seed(seed_of(config.seed, step, team.rank))
         self.optimizer.zero_grad()
-        sums = torch.zeros(1 + len(TERMS), device=team.device)
+        sums = torch.zeros(1 + len(TERMS) + (self.companion is not None), device=team.device)
         for part in parts(batch, config.accumulate):
             losses = unroll_all(self.net, [to_device(clip, team.device) for clip in part], config)  # [clips, 1 + terms]
             losses = losses.sum(0) / config.batch
             losses[0].backward()
-            sums += losses.detach()
+            sums[: len(losses)] += losses.detach()
+        if self.companion is not None and config.detector is not None:
+            loss = self.companion.loss(self.net, pictures)
+            (config.detector.weight * loss).backward()
+            sums[-1] += loss.detach()
         team.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, config.optim.clip or math.inf)
-        values = torch.cat([team.sum(sums), norm.detach()[None]]).tolist()  # the one time that a step waits for a GPU
+        # Without a detector beside, the one time that a step waits for a GPU.
+        values = torch.cat([team.sum(sums), norm.detach()[None]]).tolist()
         if not all(map(math.isfinite, values)):
             raise RuntimeError(f"train: the loss or its gradient is not finite at step {step + 1}; lower the rates")
         self.optimizer.step()
@@ -86,8 +99,12 @@ class Run:
         """Write the averaged weights to a file of the run's folder."""
         self.counters["seconds"] = self.seconds
         if self.team.first:
-            weights = weights_of(self.net, self.average)
-            write_weights(self.out / name, weights, self.config.model, **facts(self.counters))
+            tensors = weights_of(self.net, self.average)
+            own = {name: tensor for name, tensor in tensors.items() if not is_beside(name)}
+            write_weights(self.out / name, own, self.config.model, **facts(self.counters))
+            if self.companion is not None:
+                notes = {"training": facts(self.counters)["training"]}
+                self.companion.write(self.out / detector_of(name), tensors, notes)
         self.team.wait()
         return self.out / name
 
@@ -96,6 +113,11 @@ class Run:
         self.ship(LAST)
         if self.team.first:
             write_state(self.out / STATE, self.net, self.average, self.optimizer, self.counters)
+
+
+def detector_of(name: str) -> str:
+    """The file of the detector that learnt beside the weights in file `name`."""
+    return name.replace(".safetensors", "-proposals.safetensors")
 
 
 def facts(counters: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +141,7 @@ def prepare(out: Path, config: TrainConfig, team: Team, resume: bool, overwrite:
     if team.first:
         out.mkdir(parents=True, exist_ok=True)
         if not (there and resume):
-            for name in (STATE, BEST, LAST, CURVE):
+            for name in (STATE, BEST, LAST, detector_of(BEST), detector_of(LAST), CURVE):
                 (out / name).unlink(missing_ok=True)
         (out / CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     team.wait()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm_fast.model import DMMNet, load_weights, packaged, read_weights
+from dmm_fast.training.beside import is_beside
 from dmm_fast.training.config import ConfigError, TrainConfig
 from dmm_fast.training.imagenet import imagenet_weights
 
@@ -52,19 +53,27 @@ def widened(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
 
 
 def make_optimizer(net: DMMNet, known: set[str], config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam(W) over pretrained and new weights, the backbone's apart if it has a rate of its own; biases and gains are not decayed."""
+    """Adam(W) over pretrained and new weights, the backbone's and a detector's apart if these have rates of their own.
+
+    Biases and gains are not decayed.
+    """
     optim = config.optim
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("train: nothing to train: the backbone is frozen and there is no refinement")
 
     def kind(name: str) -> str:
+        if is_beside(name):
+            return "detector"
         if name not in known:
             return "new"
         return "backbone" if optim.lr_backbone is not None and name.startswith("backbone.") else "pretrained"
 
+    bases = {"backbone": optim.lr_backbone, "pretrained": optim.lr_pretrained, "new": optim.lr_new}
+    if config.detector is not None:
+        bases["detector"] = config.detector.rate
     groups = []
-    for label, base in (("backbone", optim.lr_backbone), ("pretrained", optim.lr_pretrained), ("new", optim.lr_new)):
+    for label, base in bases.items():
         for decay in (True, False):
             chosen = [p for name, p in trained if kind(name) == label and (p.ndim > 1) == decay]
             if chosen:
