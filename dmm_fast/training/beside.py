@@ -59,7 +59,7 @@ class Companion:
             raise ConfigError(f"train: detector.init must have the segmenter's backbone, {ours}; {beside.init} has {theirs}")
         if theirs in RESNETS:
             raise ConfigError(
-                f"train: detector.init must not have torchvision's ResNet, which sees other levels; {beside.init} has {theirs}"
+                f"train: detector.init must not have torchvision's ResNet, as {beside.init} does; its levels differ"
             )
         if net.config.input_size is not None or net.config.short_side != self.config.short_side:
             raise ConfigError(
