@@ -93,13 +93,13 @@ class Companion:
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         """The detector as a file for use, whole. tensors: of the segmenter, with these layers in it."""
-        body = {f"backbone.body.{name.removeprefix('backbone.')}": tensor for name, tensor in tensors.items() if is_body(name)}
-        own = {name.removeprefix(f"{DETECTOR}."): tensor for name, tensor in tensors.items() if is_beside(name)}
-        write_tensors(path, {**body, **own}, {**about(self.config), **notes})
-
-
-def is_body(name: str) -> bool:
-    return name.startswith("backbone.")
+        whole = {}
+        for name, tensor in tensors.items():
+            if is_beside(name):
+                whole[name.removeprefix(f"{DETECTOR}.")] = tensor
+            elif name.startswith("backbone."):
+                whole[name.replace("backbone.", "backbone.body.", 1)] = tensor
+        write_tensors(path, whole, {**about(self.config), **notes})
 
 
 def is_beside(name: str) -> bool:

@@ -80,9 +80,9 @@ class Run:
             losses = losses.sum(0) / config.batch
             losses[0].backward()
             sums[: len(losses)] += losses.detach()
-        if self.companion is not None and config.detector is not None:
+        if self.companion is not None:
             loss = self.companion.loss(self.net, pictures)
-            (config.detector.weight * loss).backward()
+            (self.companion.beside.weight * loss).backward()
             sums[-1] += loss.detach()
         team.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, config.optim.clip or math.inf)

@@ -8,12 +8,9 @@ import torch
 import yaml
 from dmm_fast.model import DMMNet, load_weights, read_weights
 from dmm_fast.model import read_config as model_of
-from PIL import Image
 from safetensors.torch import load_file
 
 from dmm_fast.commands.main import main
-from dmm_fast.data.masks import write_mask
-from dmm_fast.data.synthetic import synthetic_clip
 from dmm_fast.proposals.detector import Detector
 from dmm_fast.proposals.layers import DetectorConfig
 from dmm_fast.proposals.live import shares_backbone
@@ -28,25 +25,14 @@ SIZE = (64, 96)
 TINY = DetectorConfig(fpn=16, box=32, masks=1, short_side=64, regions=40, smallest=12)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def pond(tmp_path_factory):
+def pond(tmp_path_factory, write_ponds):
     """Two videos without proposals, and a detector that knows nothing yet."""
     root = tmp_path_factory.mktemp("pond")
-    for number, name in enumerate(("one", "two")):
-        clip = synthetic_clip(number, 6, SIZE, objects=2, pads=0)
-        for part in ("JPEGImages", "Annotations"):
-            (root / part / name).mkdir(parents=True)
-        for time, (frame, ids) in enumerate(zip(clip.frames, clip.ids)):
-            Image.fromarray(frame).save(root / "JPEGImages" / name / f"{time:05d}.png")
-            write_mask(root / "Annotations" / name / f"{time:05d}.png", ids)
+    write_ponds(root, 6, SIZE)
     torch.manual_seed(3)
     save_detector(build(TINY), TINY, root / "detector.safetensors")
     return root
@@ -63,7 +49,7 @@ def settings(pond, out, **beside):
 
 
 @pytest.fixture(scope="module")
-def whole(pond, tmp_path_factory):
+def whole(one_thread, pond, tmp_path_factory):
     """A run with a detector beside that nothing disturbs."""
     return train(from_dict(settings(pond, tmp_path_factory.mktemp("whole") / "run")), progress=False)
 

@@ -18,12 +18,9 @@ import yaml
 from dmm_fast.model import Affinity, Candidates, Config, DMMNet, Output, Proposals, read_weights, save_weights
 from dmm_fast.model import read_config as model_of
 from dmm_fast.model.masks import mask_boxes
-from PIL import Image
 from safetensors.torch import load_file
 
 from dmm_fast.commands.main import main
-from dmm_fast.data.masks import write_mask
-from dmm_fast.data.synthetic import synthetic_clip
 from dmm_fast.learning.losses import TERMS, greedy_target, parts_loss, soft_iou_loss, step_losses
 from dmm_fast.learning.unroll import unroll_all
 from dmm_fast.proposals.coco import write_coco
@@ -36,26 +33,14 @@ SIZE = (64, 112)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that the tests start: what is computed depends on the number of threads, in its last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def pond(tmp_path_factory):
+def pond(tmp_path_factory, write_ponds):
     """Two videos of the koi pond in the folder layout, with proposals."""
     root = tmp_path_factory.mktemp("pond")
-    for number, name in enumerate(("one", "two")):
-        clip = synthetic_clip(number, 8, SIZE, objects=2, pads=0)
-        for part in ("JPEGImages", "Annotations"):
-            (root / part / name).mkdir(parents=True)
-        for time_, (frame, ids) in enumerate(zip(clip.frames, clip.ids)):
-            Image.fromarray(frame).save(root / "JPEGImages" / name / f"{time_:05d}.png")
-            write_mask(root / "Annotations" / name / f"{time_:05d}.png", ids)
+    for name, clip in write_ponds(root, 8, SIZE).items():
         found = {}
         for time_, (masks, scores) in enumerate(clip.proposals):
             masks = torch.from_numpy(masks)
@@ -355,7 +340,7 @@ def start(path, *arguments, processes=1):
 
 
 @pytest.fixture(scope="module")
-def whole(pond, tmp_path_factory):
+def whole(one_thread, pond, tmp_path_factory):
     """A run that nothing disturbs: its settings and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     values = settings(
