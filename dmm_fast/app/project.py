@@ -4,7 +4,7 @@
     PROJECT/masks/          what people gave: PNGs named like frames, as `dmm-fast segment --masks PROJECT/masks` reads them
     PROJECT/results/        one PNG per frame, as `dmm-fast segment --out PROJECT/results --resume` writes them and goes on from
     PROJECT/frames.jsonl    a journal: which frames are done, with each object's score
-    PROJECT/states/         the segmenter after some frames, to follow again from there
+    PROJECT/states/         the segmenter after some frames, to follow again from there, and the settings it had
     PROJECT/exports/        what was exported
     PROJECT/recording/      frames that were taken from a camera or a stream, where the clip is such a recording
 
@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from dmm_fast.app.clip import Clip
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import RECORDING, REPORT, RunFolder
+from dmm_fast.inference.folder import RECORDING, REPORT, UNFINISHED, RunFolder
+from dmm_fast.inference.report import by_object
 
 FORMAT = 1
 STATES = 2 << 30  # bytes of saved states, at most
@@ -60,6 +62,7 @@ class Project:
         self.status = bytearray(len(clip))
         self.rows: dict[int, list[dict[str, Any]]] = {}
         self._read_journal()
+        self._painted = False
         self._save()
 
     # ------------------------------------------------------------------------------------------------------ on disk
@@ -102,6 +105,10 @@ class Project:
                 elif entry["frame"] < len(self.clip):
                     self.status[entry["frame"]], self.rows[entry["frame"]] = entry["status"], entry["objects"]
         self._take_over()
+        there = {file.stem for file in self.results.glob("*.png")}  # a run that began again has removed those before
+        for index in [index for index in self.rows if self.clip.stems[index] not in there]:
+            self.status[index] = OPEN
+            del self.rows[index]
         with whole_file(self._journal) as part, part.open("w") as out:  # one line a frame again
             for index in sorted(self.rows):
                 out.write(_line(index, self.status[index], self.rows[index]))
@@ -109,7 +116,7 @@ class Project:
 
     def _take_over(self) -> None:
         """What `dmm-fast segment --resume` did in results/ since the page was last open."""
-        report, work = self.results / REPORT, self.results / "unfinished"
+        report, work = self.results / REPORT, self.results / UNFINISHED
         before = self._journal.stat().st_mtime if self._journal.exists() else 0.0
         if report.exists() and not work.exists() and report.stat().st_mtime > before:
             rows = json.loads(report.read_text())["frames"]
@@ -124,6 +131,8 @@ class Project:
             if index is not None:
                 if self.ends.get(index, set()) & {entry["id"] for entry in row["objects"]}:
                     status = STALE  # `segment` follows an object on through the frame in which it ends
+                elif self.status[index] == STALE and _changed(self.result_file(index)) <= before:
+                    status = STALE  # the run has not made it again, and went on from it
                 self.status[index], self.rows[index] = status, row["objects"]
 
     def _write(self, line: str) -> None:
@@ -142,6 +151,8 @@ class Project:
         return self.results / f"{self.clip.stems[index]}.png"
 
     def close(self) -> None:
+        if self._painted and self.next_open() is None and not (self.results / UNFINISHED).exists():
+            self._hand_back(0)  # nothing is stale, but the report does not tell of what was painted
         self._log.close()
         self._lock_file.close()
 
@@ -221,6 +232,7 @@ class Project:
                 ends.discard(label)
             del self.names[label]
             self._save()
+            self._hand_back(0)
 
     def paint(self, index: int, ids: np.ndarray, given: Iterable[int], ends: Iterable[int] = ()) -> None:
         """A frame's masks as they were painted: `given` are the objects touched here, `ends` those that are not followed on.
@@ -236,6 +248,7 @@ class Project:
             changed = _labels(before[where]) | _labels(ids[where]) | (given ^ given_before) | (ends ^ ends_before)
             if not changed:
                 return
+            self._painted = True
             until = self._until(index, changed)
             self._outdate(index, until)
             self._write_given(index, np.where(np.isin(ids, sorted(given)), ids, np.uint8(0)), given)
@@ -274,10 +287,11 @@ class Project:
         if any(status == DONE for status in self.status[index + 1 : until]):
             self._write(json.dumps({"stale": [index + 1, until]}) + "\n")
             self._mark_stale(index + 1, until)
-            (self.results / REPORT).unlink(missing_ok=True)  # which would say that the run has ended
         for at, file in self._states().items():
             if index <= at < until:
                 file.unlink()
+        if (self.results / UNFINISHED).exists() or self.next_open() is not None:
+            self._hand_back(index)
 
     def _mark_stale(self, start: int, stop: int) -> None:
         for index in range(start, min(stop, len(self.status))):
@@ -327,6 +341,11 @@ class Project:
         with self.lock:
             return max(((at, file) for at, file in self._states().items() if at < index), default=None)
 
+    def given_until(self, index: int) -> set[int]:
+        """The objects that are given in this frame or before: no others can be followed there."""
+        with self.lock:
+            return {label for at, ids in self.given.items() if at <= index for label in ids}
+
     def thin_states(self, newest: int) -> None:
         """Keep the states within their room: dense near the newest, ever sparser away from it."""
         with self.lock:
@@ -341,19 +360,67 @@ class Project:
     def hand_over(self, settings: dict[str, Any], about: dict[str, Any]) -> None:
         """Leave results/ as `dmm-fast segment` leaves it: finished with a report, or unfinished with the last state that holds.
 
-        about: what the report says besides the frames, without "frames".
+        settings: what the saved states were made with. about: what the report says besides the frames, without "frames".
         """
         with self.lock:
-            folder, end = RunFolder(self.results, settings), self.next_open()
-            rows = [{"frame": self.clip.stems[index], "objects": self.rows.get(index, [])} for index in range(len(self.clip))]
-            if end is None:
-                folder.adopt(rows, None, None)
-                folder.finish({**about, "frames": rows})
+            with whole_file(self._made_with) as part:
+                part.write_text(json.dumps(settings) + "\n")
+            if self.next_open() is not None:
+                self._leave_unfinished(settings, about["speed"]["seconds"], about["notes"])
                 return
-            found = self.state_before(end)
-            count = found[0] + 1 if found else 0
-            progress = {"next": count, "seconds": about["speed"]["seconds"], "notes": about["notes"], "started": count > 0}
-            folder.adopt(rows[:count], progress, found[1] if found else None)
+            folder, rows = RunFolder(self.results, settings), self._rows_of(len(self.clip))
+            folder.adopt(rows, None, None)
+            folder.finish({**about, "frames": rows})
+
+    def _hand_back(self, index: int) -> None:
+        """Masks changed from this frame on: results/ again as `dmm-fast segment` leaves them, if that says that it is past it."""
+        report, work = self.results / REPORT, self.results / UNFINISHED
+        if work.exists():
+            passes = {file.parent.name: json.loads(file.read_text()) for file in work.rglob("progress.json")}
+            if all(name != "backward" and told["next"] <= index for name, told in passes.items()):
+                return
+            told, settings = passes.get(UNFINISHED, {}), json.loads((work / "settings.json").read_text())
+            seconds, notes = told.get("seconds"), told.get("notes")
+        elif report.exists():
+            told = json.loads(report.read_text())
+            settings, seconds, notes = told["settings"], told["speed"]["seconds"], told["notes"]
+            settings.pop("given", None)  # digests of the masks before
+            if self.next_open() is None:
+                told.pop("results", None)  # what else was made of the masks
+                rows = self._rows_of(len(self.clip))
+                RunFolder(self.results, settings).write_report({**told, "objects": by_object(rows), "frames": rows})
+                return
+        else:
+            return
+        settings = {name: value for name, value in settings.items() if name not in ("device", "graph", "given")}
+        if settings["direction"] == "forward":
+            self._leave_unfinished(settings, seconds, notes)
+        else:  # it cannot go on from the states of this page, which follows forward: it begins again
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            (work / "settings.json").write_text(json.dumps(settings) + "\n")
+            report.unlink(missing_ok=True)
+
+    def _leave_unfinished(self, settings: dict[str, Any], seconds: dict[str, float], notes: list[str]) -> None:
+        end = self.next_open()
+        found = self._state_for(settings, len(self.clip) if end is None else end)
+        count = found[0] + 1 if found else 0
+        progress = {"next": count, "seconds": seconds, "notes": notes, "started": count > 0}
+        RunFolder(self.results, settings).adopt(self._rows_of(count), progress, found[1] if found else None)
+
+    def _rows_of(self, count: int) -> list[dict[str, Any]]:
+        return [{"frame": self.clip.stems[index], "objects": self.rows.get(index, [])} for index in range(count)]
+
+    @property
+    def _made_with(self) -> Path:
+        return self.states / "settings.json"
+
+    def _state_for(self, settings: dict[str, Any], end: int) -> tuple[int, Path] | None:
+        """The last saved state before this frame that was made with these settings and holds no object that was removed."""
+        if not self._made_with.exists() or json.loads(self._made_with.read_text()) != settings:
+            return None
+        states = sorted((at, file) for at, file in self._states().items() if at < end)
+        return next(((at, file) for at, file in reversed(states) if _held(file) <= self.given_until(at)), None)
 
 
 def read_project(folder: Path) -> dict[str, Any] | None:
@@ -396,6 +463,11 @@ def open_project(folder: Path, clip: Path | None) -> Project:
         if new:
             shutil.rmtree(folder)
         raise
+    if stored is not None and clip is not None and clip.resolve() != own.resolve():
+        kept = Path(stored["clip"])
+        if kept.exists() and kept.resolve() != clip.resolve():  # else it has moved
+            raise ProjectError(f"{folder}: is the project of another clip, {kept}, not of {clip.resolve()}; "
+                               "choose another --project")  # fmt: skip
     if stored is not None and source == own:  # which has grown, where the server was killed while it recorded
         stored["frames"] = max(len(opened), stored["frames"])
     if stored is not None and (len(opened), list(opened.size)) != (stored["frames"], stored["size"]):
@@ -422,6 +494,16 @@ def _locked(folder: Path):
 
 def _labels(ids: np.ndarray) -> set[int]:
     return set((np.flatnonzero(np.bincount(ids.ravel(), minlength=1)[1:]) + 1).tolist())
+
+
+def _held(state: Path) -> set[int]:
+    """The objects that a saved state follows."""
+    with safe_open(state, "pt") as file:
+        return set(json.loads(file.metadata()["dmm_fast"])["slot_ids"]) - {0}
+
+
+def _changed(file: Path) -> float:
+    return file.stat().st_mtime if file.exists() else 0.0
 
 
 def _line(index: int, status: int, objects: list[dict[str, Any]]) -> str:

@@ -191,12 +191,13 @@ class Worker:
     def _restore(self, target: int, first: int) -> tuple[int, bool]:
         """Where to go on so as to come to `target`, and whether objects are followed there."""
         found = self.project.state_before(target)
-        if found is None:
+        if found is None or found[0] < first:
             return first, False
         assert self._segmenter is not None
         with self.models:
             self._segmenter.restore(found[1])
-            if removed := [label for label in self._segmenter.object_ids if label not in self.project.names]:
+            given = self.project.given_until(found[0])  # an object that was removed may have left its id to another
+            if removed := [label for label in self._segmenter.object_ids if label not in given]:
                 self._segmenter.drop(removed)
             return found[0] + 1, bool(self._segmenter.object_ids)
 

@@ -279,6 +279,31 @@ def test_keys_are_enough(browser, address, tmp_path):
     page.close()
 
 
+def test_a_stroke_that_could_not_be_saved_is_sent_again(browser, address, tmp_path):
+    page, said = Page(browser, address), "() => document.querySelector('#saved').textContent === "
+    page.until("proposals", "0")
+    page.keyboard.press("b")
+    page.route("**/api/frames/0/mask?given=*", lambda route: route.abort())
+    page.mouse.move(*page.at(20, 20))
+    page.mouse.down()
+    page.mouse.move(*page.at(60, 20), steps=3)
+    page.mouse.up()
+    page.wait_for_function(f"{said}'Not saved'")
+    painted = page.ids()
+    page.keyboard.press("End")  # it is not lost with another frame
+    page.until("shown", str(LENGTH - 1))
+    assert page.evaluate("() => !dispatchEvent(new Event('beforeunload', { cancelable: true }))")  # it would warn
+    page.keyboard.press("Home")
+    page.until("shown", "0")
+    assert (page.ids() == painted).all() and painted.any() and page.inner_text("#saved") == "Not saved"
+    page.unroute("**/api/frames/0/mask?given=*")
+    page.wait_for_function(f"{said}'Saved'")
+    assert (read_mask(tmp_path / "koi.dmm/masks/00000.png") == painted).all()
+    assert any("Not saved" in fault for fault in page.faults)
+    page.faults.clear()
+    page.close()
+
+
 def test_a_tablet(browser, address, demo):
     page = Page(browser, address, has_touch=True)
     page.set_viewport_size({"width": 1024, "height": 700})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import zipfile
 
@@ -47,6 +48,30 @@ def follow(project, demo) -> list[int]:
     runner._thread.join()
     assert not runner.state["error"], runner.state
     return [index for index in made if index is not None]
+
+
+def follow_until(project, demo, last: int) -> None:
+    """A run that is stopped after this frame."""
+    runner = worker(project, demo, lambda event: event.get("frame") == last and runner._stop.set())
+    runner.start()
+    runner._thread.join()
+    assert not runner.state["error"], runner.state
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """A state is saved after every frame."""
+    monkeypatch.setattr("dmm_fast.app.worker.SAVE_EVERY", -1.0)
+
+
+def resume(project, demo, out=None, **options) -> dict:
+    """What `dmm-fast segment --resume` makes of the project's masks."""
+    return segment(project.clip.path, project.masks, out or project.results, proposals=demo / "proposals/koi.json",
+                   preset="iou", resume=True, **options)  # fmt: skip
+
+
+def progress(project) -> int:
+    return json.loads((project.results / "unfinished/progress.json").read_text())["next"]
 
 
 def give(project, demo, index: int, objects=(1, 2, 3, 4)) -> None:
@@ -184,6 +209,117 @@ def test_segment_resumes_what_the_page_began_and_the_page_takes_it_over(project,
     again.close()
 
 
+def masks_in(folder) -> list[bytes]:
+    return [read_mask(file).tobytes() for file in sorted(folder.glob("0*.png"))]
+
+
+@pytest.mark.parametrize("end", [8, LENGTH - 1])
+@pytest.mark.parametrize("killed", [False, True])
+def test_segment_follows_a_correction_that_the_page_did_not(project, demo, tmp_path, states, end, killed):
+    give(project, demo, 0)
+    follow_until(project, demo, end)
+    give(project, demo, 7, objects=(1,))
+    assert progress(project) == 7
+    give(project, demo, 5, objects=(2,))
+    project._lock_file.close() if killed else project.close()
+    assert progress(project) == 5 and not (project.results / "report.json").exists()
+    report = resume(project, demo)
+    assert report["frames"] == resume(project, demo, tmp_path / "fresh")["frames"]
+    assert masks_in(project.results) == masks_in(tmp_path / "fresh")
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * LENGTH and masks_in(project.results) == results(again)
+    again.close()
+
+
+def test_segment_follows_a_correction_of_the_last_frame_that_was_made(project, demo, tmp_path, states):
+    give(project, demo, 0)
+    follow_until(project, demo, 6)
+    last = project.next_open() - 1
+    give(project, demo, last, objects=(2,))
+    assert progress(project) == last
+    project.close()
+    resume(project, demo)
+    resume(project, demo, tmp_path / "fresh")
+    assert masks_in(project.results) == masks_in(tmp_path / "fresh")
+
+
+def test_a_correction_of_the_last_frame_leaves_a_run_finished(project, demo):
+    give(project, demo, 0)
+    project.close()
+    resume(project, demo)
+    again = open_project(project.folder, None)
+    give(again, demo, LENGTH - 1, objects=(2,))
+    again.close()
+    assert {"id": 2, "given": True} in resume(project, demo)["frames"][-1]["objects"]
+    assert read_mask(again.result_file(LENGTH - 1)).tobytes() == read_mask(project.result_file(LENGTH - 1)).tobytes()
+
+
+def test_segment_begins_a_run_both_ways_again_after_a_correction(project, demo, tmp_path):
+    give(project, demo, 3)
+    project.close()
+    resume(project, demo)
+    again = open_project(project.folder, None)
+    give(again, demo, 5, objects=(2,))
+    again.close()
+    assert resume(project, demo)["settings"]["direction"] == "both"
+    resume(project, demo, tmp_path / "fresh")
+    assert masks_in(project.results) == masks_in(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("end", [8, LENGTH - 1])
+def test_segment_does_not_follow_an_object_that_was_removed(project, demo, states, end):
+    give(project, demo, 0, objects=(1,))
+    give(project, demo, 4, objects=(2,))
+    follow_until(project, demo, end)
+    project.remove(2)
+    if end < LENGTH - 1:
+        assert progress(project) == 4
+    project.close()
+    assert list(resume(project, demo)["objects"]) == ["1"]
+    assert all(2 not in read_mask(file) for file in project.results.glob("0*.png"))
+
+
+def test_what_is_stale_stays_so_until_it_has_been_made_again(project, demo):
+    give(project, demo, 0)
+    follow(project, demo)
+    report = (project.results / "report.json").read_text()
+    give(project, demo, 5)
+    project.close()
+    shutil.rmtree(project.results / "unfinished")
+    (project.results / "report.json").write_text(report)  # of a run that went on from a frame that was stale
+    after = project._journal.stat().st_mtime + 5
+    os.utime(project.results / "report.json", (after, after))
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * 6 + [STALE] * (LENGTH - 6)
+    again.close()
+
+
+def test_a_frame_whose_result_has_gone_is_open(project, demo):
+    give(project, demo, 0)
+    follow(project, demo)
+    project.close()
+    project.result_file(7).unlink()
+    again = open_project(project.folder, None)
+    assert again.next_open() == 7 and again.status[7] == OPEN and again.status.count(DONE) == LENGTH - 1
+    again.close()
+
+
+def test_an_object_with_the_id_of_a_removed_one_is_followed_from_its_own_mask(project, demo, states):
+    give(project, demo, 0, objects=(1, 2))
+    follow_until(project, demo, 4)
+    project.remove(2)
+    assert project.add_object() == 2
+    ids = np.where(truth(demo, 8) == 3, np.uint8(2), np.uint8(0))
+    project.paint(8, ids, {2})
+    follow(project, demo)
+    assert [2 in project.ids(index) for index in range(LENGTH)] == [False] * 8 + [True] * 4
+    assert all(1 in project.ids(index) for index in range(8))
+    project.paint(2, np.where(truth(demo, 2) == 3, np.uint8(2), project.ids(2)), {2})  # before states that hold nothing of it
+    assert not [at for at in project._states() if 2 <= at < 8]
+    follow(project, demo)
+    assert [2 in project.ids(index) for index in range(9)] == [False] * 2 + [True] * 7
+
+
 def test_segment_takes_corrections_but_not_ends(project, demo):
     give(project, demo, 0, objects=(1, 2))
     give(project, demo, 7, objects=(1,))
@@ -218,11 +354,31 @@ def test_what_cannot_be_opened(project, demo, tmp_path):
         open_project(tmp_path / "none", None)
     shutil.copytree(demo / "JPEGImages/koi", tmp_path / "shorter")
     (tmp_path / "shorter/00011.jpg").unlink()
-    with pytest.raises(ProjectError, match="another clip"):
-        open_project(project.folder, tmp_path / "shorter")
+    project._lock_file.close()
+    for stored in (project.clip.path, "gone"):  # the clip is where it was, or may have moved
+        about = json.loads((project.folder / "project.json").read_text())
+        (project.folder / "project.json").write_text(json.dumps({**about, "clip": str(stored)}))
+        with pytest.raises(ProjectError, match="another clip"):
+            open_project(project.folder, tmp_path / "shorter")
     (project.folder / "project.json").write_text("{}")
     with pytest.raises(ProjectError, match="not the file of a project"):
         open_project(project.folder, None)
+
+
+def test_a_project_is_that_of_one_clip(demo, tmp_path):
+    first, second, moved = (tmp_path / name / "frames" for name in ("scene1", "scene2", "moved"))
+    for clip in (first, second):
+        shutil.copytree(demo / "JPEGImages/koi", clip)
+    open_project(tmp_path / "frames.dmm", first).close()
+    with pytest.raises(ProjectError, match=f"another clip, {first}, not of {second}; choose another --project"):
+        open_project(tmp_path / "frames.dmm", second)
+    (tmp_path / "link").symlink_to(first)
+    open_project(tmp_path / "frames.dmm", tmp_path / "link").close()
+    moved.parent.mkdir()
+    first.rename(moved)
+    again = open_project(tmp_path / "frames.dmm", moved)
+    assert json.loads((again.folder / "project.json").read_text())["clip"] == str(moved)
+    again.close()
 
 
 def test_nothing_is_painted_for_unknown_objects(project, demo):

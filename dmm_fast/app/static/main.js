@@ -11,7 +11,7 @@ const OPEN = 0, STALE = 2;
 const KEPT = 24; // pictures
 
 const app = {
-  clip: null, objects: [], colours: [], current: 0, frame: 0, about: null, mask: null, bitmap: null,
+  clip: null, folder: '', objects: [], colours: [], current: 0, frame: 0, about: null, mask: null, bitmap: null,
   tool: 'pick', size: 12, mode: 'give', overlay: true, running: false, saves: 0,
   rgb: (id) => app.colours[id] ?? [200, 200, 200],
   css: (id, alpha = 1) => `rgb(${app.rgb(id).join(' ')} / ${alpha})`,
@@ -40,9 +40,10 @@ async function load() {
     if (clip !== app.clip) continue;
     if (stage.work && shown === frame) return;
     stage.dropStroke();
+    const kept = failed.get(frame);
     app.bitmap = bitmap;
-    app.about = about;
-    app.mask.load(runs);
+    app.about = kept ? { ...about, given: kept.given, ends: kept.ends } : about;
+    app.mask.load(kept?.runs ?? runs);
     shown = frame;
     stage.show(null);
     describeFrame();
@@ -91,6 +92,7 @@ function zoomed() {
 // -------------------------------------------------------------------------------- strokes, undo, saving
 
 const history = { done: [], undone: [] };
+const failed = new Map(); // frame -> what could not be saved of it, to be tried again
 let saving = Promise.resolve(), unsaved = 0;
 
 /** Something was painted over `before` within `rect`. */
@@ -115,20 +117,39 @@ function commit(entry) {
 }
 
 function save({ given, ends }) {
-  const frame = shown, runs = app.mask.runs();
   app.about = { ...app.about, given, ends };
+  send(shown, { runs: app.mask.runs(), given, ends });
+  describeFrame();
+  describeButtons();
+}
+
+function send(frame, painted) {
   unsaved++;
-  $('saved').textContent = 'Saving…';
-  saving = saving.then(() => api.paint(frame, runs, given, ends)).then(
-    (about) => { if (shown === frame && unsaved === 1) app.about = about; },
-    (error) => fail(new Error(`Not saved: ${error.message}`)),
+  describeSaved();
+  saving = saving.then(() => api.paint(frame, painted.runs, painted.given, painted.ends)).then(
+    (about) => {
+      failed.delete(frame);
+      if (shown === frame && unsaved === 1) app.about = about;
+    },
+    (error) => {
+      if (!failed.has(frame)) fail(new Error(`Not saved: ${error.message}`)); // once, not at each try
+      failed.set(frame, painted);
+    },
   ).finally(() => {
     unsaved--;
     app.saves++;
-    if (!unsaved) { $('saved').textContent = 'Saved'; describeFrame(); describeButtons(); }
+    describeSaved();
+    if (!unsaved) { describeFrame(); describeButtons(); }
   });
-  describeFrame();
-  describeButtons();
+}
+
+/** What could not be saved is sent again, once nothing newer is on its way. A run, which that would stop, ends first. */
+function sendAgain() { if (!unsaved && !app.running) for (const [frame, painted] of failed) send(frame, painted); }
+
+function describeSaved() {
+  const text = failed.size ? 'Not saved' : unsaved ? 'Saving…' : 'Saved';
+  if ($('saved').textContent !== text) $('saved').textContent = text;
+  $('saved').classList.toggle('failed', failed.size > 0);
 }
 
 async function turnBack(from, to, side, state) {
@@ -197,6 +218,7 @@ async function removeObject(id) {
   await new Promise((resolve) => $('confirm').addEventListener('close', resolve, { once: true }));
   if ($('confirm').returnValue !== 'yes') return;
   try {
+    sendAgain();
     await saving;
     await api.remove(id);
     history.done = [];
@@ -351,6 +373,7 @@ function fail(error) { console.error(error); toast(error.message); }
 
 async function run() {
   try {
+    sendAgain();
     await saving;
     if (live.phase) await live.go();
     else if (app.running) await api.stop();
@@ -544,7 +567,9 @@ function wire() {
   $('along').onchange = () => { app.following = $('along').checked && app.running; };
   $('jump').onchange = () => { const frame = parseInt($('jump').value, 10); if (frame) goto(frame - 1, { byHand: true }); $('jump').blur(); describeFrame(); };
   addEventListener('keydown', key);
-  addEventListener('beforeunload', (event) => { if (unsaved) event.preventDefault(); });
+  addEventListener('beforeunload', (event) => { if (unsaved || failed.size) event.preventDefault(); });
+  addEventListener('online', sendAgain);
+  setInterval(sendAgain, 5000);
 }
 
 // -------------------------------------------------------------------------------------------------- opening
@@ -575,8 +600,9 @@ function welcome(limit) {
 
 /** A clip's own: what was shown, painted or undone before belongs to another. */
 async function open(state) {
-  const { clip } = state;
-  Object.assign(app, { clip, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0, frame: 0, about: null, bitmap: null });
+  const { clip, folder } = state;
+  if (live.phase || folder !== app.folder) failed.clear();
+  Object.assign(app, { clip, folder, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0, frame: 0, about: null, bitmap: null });
   Object.assign(history, { done: [], undone: [] });
   pictures.clear();
   shown = stage.of = null;
