@@ -36,6 +36,7 @@ from scipy.ndimage import find_objects
 from tqdm import tqdm
 
 from dmm_fast.data.masks import VOID, is_indexed, read_binary, read_ids
+from dmm_fast.data.video import natural_key
 from dmm_fast.files import whole_file
 
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
@@ -216,7 +217,8 @@ def _score_frame(frame: _Frame) -> dict[int, FrameScore]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".bmp") and file.name[0] != ".")
+    files = (file for file in folder.iterdir() if file.suffix.lower() in (".png", ".bmp") and file.name[0] != ".")
+    return sorted(files, key=lambda file: natural_key(file.name))
 
 
 def _folders(folder: Path) -> list[Path]:

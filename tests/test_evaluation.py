@@ -308,6 +308,15 @@ def test_vos_frames(tmp_path: Path):
         assert evaluate(*where, "vos", frames=frames).per_object[0]["frames"] == count
 
 
+def test_frames_are_in_natural_order(tmp_path: Path):
+    """0.png, 1.png .. 11.png: the last one is 11, and 9 counts."""
+    for name, sizes in (("gt", [2] * 12), ("pred", [2] * 9 + [0, 2, 0])):
+        (tmp_path / name / "s").mkdir(parents=True)
+        for index, size in enumerate(sizes):
+            write_mask(tmp_path / name / "s" / f"{index}.png", one_pixel(1, size))
+    assert js(evaluate(tmp_path / "gt", tmp_path / "pred", "davis"))["s", 2][-2:] == [0.0, 1.0]
+
+
 def test_segtrack(tmp_path: Path):
     """mIoU* over instances per frame, then frames; mIoU† over frames with the instance, then instances."""
     pair(

@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from dmm_fast.data.video import open_frames
-    from dmm_fast.inference.proposing import save_proposals
+    from dmm_fast.inference.proposing import named_detector, save_proposals
     from dmm_fast.proposals.base import ProposalError
     from dmm_fast.proposals.sources import open_proposer, split
 
@@ -96,7 +96,10 @@ def run(a: argparse.Namespace) -> int:
     detector, files = split(a.detector)
     how: dict[str, Any] = {"top": a.top, "short_side": a.short_side, "device": a.device, "precision": a.precision}
     propose = open_proposer(detector, a.detector_weights, **how) if detector else None
-    save_proposals(Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top)
+    whose = named_detector(a.detector, a.detector_weights, top=a.top, short_side=a.short_side)
+    save_proposals(
+        Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top, whose=whose
+    )
     if not a.quiet:
         print(f"proposals of 1 video: {a.out}")
     return 0

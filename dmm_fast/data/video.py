@@ -324,10 +324,16 @@ def _open_video(path: Path) -> Any:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """An image as uint8 [H, W, 3], the way up it is meant to be seen."""
+    """An image as uint8 [H, W, 3], the way up it is meant to be seen. Of 16 bits the upper eight count."""
     try:
         with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                grey = (np.asarray(upright) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, 2)
+            if upright.mode in ("I", "F"):  # Pillow would cut off what is above 255
+                raise FramesError(f"{path}: has grey values of 32 bits; frames have 8 or 16")
+            return np.array(upright.convert("RGB"))
     except OSError as error:
         raise FramesError(f"{path}: cannot be read as an image ({error})") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from dmm_fast.inference.segmenter import Segmenter
 
 REPORT, SHEET, UNFINISHED, RECORDING = "report.json", "contact-sheet.png", "unfinished", "recording"
 EXPLAINED = "explain.html"
+GIVEN = "given"  # among a run's settings: a digest of the masks of each frame
 RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json", EXPLAINED)
 
 
@@ -69,6 +71,10 @@ class PassFolder:
         lines = self._rows.read_text().splitlines(keepends=True) if self._rows.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
 
+    def done(self) -> list[dict[str, Any]]:
+        """The rows that a run would not make again."""
+        return self.rows()[: (self.checkpoint() or {"next": 0})["next"]]
+
     def close(self) -> None:
         self._file.close()
 
@@ -84,7 +90,8 @@ class PassFolder:
 class RunFolder:
     """OUT on disk: what is there, whether it is finished, and how a run goes on.
 
-    settings: what must be the same for a run to go on; "direction" among them. A run forward writes its masks to OUT. One that goes
+    settings: what must be the same for a run to go on; "direction" among them. Of "given" (see `GivenMasks.digests`) what has been
+    followed must be. A run forward writes its masks to OUT. One that goes
     backward, or both ways, keeps those of a pass in a folder of its own, and OUT is made of them at the end.
     """
 
@@ -92,6 +99,7 @@ class RunFolder:
         self.path, self.settings = path, settings
         self._work = path / UNFINISHED
         self._settings = self._work / "settings.json"
+        self._held: int | None = None  # a descriptor of OUT while this run works there
         direction = settings["direction"]
         self.passes: dict[str, PassFolder] = {}
         for name in ("forward", "backward") if direction == "both" else (direction,):
@@ -118,6 +126,7 @@ class RunFolder:
         """The report of a finished run with the same settings."""
         report = self._report()
         self._check_settings(report["settings"], "finished")
+        self._check_given(report["settings"], {row["frame"] for row in report["frames"]})
         return report
 
     def _report(self) -> dict[str, Any]:
@@ -136,17 +145,28 @@ class RunFolder:
             if self.finished and not overwrite:
                 whose = f"{report['settings'].get('frames')}, {len(report['frames'])} frames"
                 raise RunError(f"{self.path}: holds a finished run ({whose}); --overwrite replaces it")
-        elif not self._work.exists() and (others := self._others(stems)):
+        elif not self._begun and (others := self._others(stems)):
             rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise RunError(f"{self.path}: holds {others[0]}{rest}, which no run has written; choose another --out")
-        if overwrite or not (done := sorted(self._work.rglob("progress.json"))):
+        if overwrite:
+            return False
+        if not (done := sorted(self._work.rglob("progress.json"))):
+            if made := [name for name in RESULTS if (self.path / name).exists()]:  # a stream's, which nothing goes on from
+                raise RunError(f"{self.path}: holds {made[0]} of a run that did not end; --overwrite replaces it")
             return False
         if not resume:
             frames = " and ".join(f"{json.loads(file.read_text())['next']} of {len(stems)} frames" for file in done)
             advice = "--resume continues it, --overwrite starts again"
             raise RunError(f"{self.path}: holds an unfinished run ({frames}); {advice}")
-        self._check_settings(json.loads(self._settings.read_text()), "unfinished")
+        before = json.loads(self._settings.read_text())
+        self._check_settings(before, "unfinished")
+        self._check_given(before, {row["frame"] for one in self.passes.values() for row in one.done()})
         return True
+
+    @property
+    def _begun(self) -> bool:
+        """Whether `unfinished/` is a run's: empty, where that was killed at once."""
+        return self._settings.exists() or (self._work.is_dir() and not any(self._work.iterdir()))
 
     def _others(self, stems: list[str]) -> list[str]:
         """What a run's results would replace or lie among: PNGs and results that are not a run's."""
@@ -154,7 +174,7 @@ class RunFolder:
             return []
         masks = [name for name in (f"{stem}.png" for stem in stems) if (self.path / name).exists()]
         return list(dict.fromkeys([*masks, *sorted(file.name for file in self.path.glob("*.png")),
-                                   *(name for name in RESULTS if (self.path / name).exists())]))  # fmt: skip
+                                   *(name for name in (*RESULTS, UNFINISHED) if (self.path / name).exists())]))  # fmt: skip
 
     @property
     def started(self) -> bool:
@@ -162,14 +182,43 @@ class RunFolder:
         return any((one.checkpoint() or {}).get("started") for one in self.passes.values())
 
     def begin(self, stems: list[str], go_on: bool) -> None:
-        """Make OUT ready for a run."""
+        """Make OUT ready for a run, and keep other runs from it until `release`."""
+        self._hold()
         if not go_on:
             self._clear(stems)
-            _write_json(self._settings, self.settings)
+        _write_json(self._settings, self.settings)
+
+    def _hold(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise RunError(f"{self.path}: another run is working there; wait for it, or choose another --out") from None
+        except OSError:  # a file system that does not lock folders
+            pass
+
+    def release(self) -> None:
+        """Let other runs have OUT."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _check_given(self, before: dict[str, Any], done: set[str]) -> None:
+        """Masks that were given for frames that are done must be those of now; where masks went both ways, all."""
+        if GIVEN not in before:  # the app's, which looks after that itself
+            return
+        was, now = before[GIVEN], self.settings.get(GIVEN, {})
+        changed = sorted(stem for stem in was.keys() | now.keys() if was.get(stem) != now.get(stem))
+        if hit := [stem for stem in changed if stem in done or self.settings["direction"] != "forward"]:
+            rest = f" and of {len(hit) - 1} more" if len(hit) > 1 else ""
+            raise RunError(f"{self.path}: the mask given for frame {hit[0]}{rest} is not the one that this run has followed; "
+                           "--overwrite starts again")  # fmt: skip
 
     def _check_settings(self, before: dict[str, Any], kind: str) -> None:
         for name, value in self.settings.items():
-            if before.get(name) != value:
+            if name != GIVEN and before.get(name) != value:
                 differ = f"has {name} = {before.get(name)!r}, this one {value!r}"
                 advice = "resume with the same settings, or --overwrite"
                 raise RunError(f"{self.path}: the {kind} run there {differ}; {advice}")
@@ -182,7 +231,8 @@ class RunFolder:
         masks = {self.mask(stem) for stem in [*stems, *(row["frame"] for row in before)]}  # an earlier run's may be more
         for file in [self.path / SHEET, *masks]:
             file.unlink(missing_ok=True)
-        for result in [*self._work.iterdir(), *(self.path / name for name in RESULTS)]:
+        work = sorted(self._work.iterdir(), key=lambda file: file == self._settings)  # which tells whose it is, last
+        for result in [*work, *(self.path / name for name in RESULTS)]:
             shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
     def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,11 @@ class GivenMasks:
                 found.setdefault(label, []).append(index)
         return {label: places for label, places in sorted(found.items()) if label}
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """For each frame with masks, by name: what tells whether they are the same later."""
+        return {self._stems[index]: _digest(self._files[self._stems[index]]) for index in self._there}
+
     def __contains__(self, stem: str) -> bool:
         return stem in self._files
 
@@ -64,6 +70,11 @@ class GivenMasks:
             ids = read_mask(self._files[stem], self.size)
         ids, cleaned = without_strays(self._files[stem], ids, self.clean)
         return ids, [*(str(warning.message) for warning in caught), *cleaned]
+
+
+def _digest(path: Path) -> str:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in MASK_SUFFIXES) if path.is_dir() else [path]
+    return blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 def span(stems: list[str]) -> str:

@@ -21,7 +21,7 @@ from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import RECORDING, RunError, RunFolder
 from dmm_fast.inference.passes import stop_requested
 from dmm_fast.inference.report import by_object, row_of, speed
-from dmm_fast.inference.results import check_kinds, write_results
+from dmm_fast.inference.results import check_kinds, check_overlay, write_results
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import full_masks
@@ -128,6 +128,7 @@ def segment_stream(
         )
     if video is not None:
         check_video_name(video, coming=out)
+        check_overlay(Path(video), overwrite)
     if not is_detector(proposals):
         raise RunError(f"{proposals}: a stream needs a live detector for its proposals, not a file of them")
     settings = {
@@ -146,45 +147,50 @@ def segment_stream(
     latencies: list[float] = []
     stream = Stream(source, patience)
     warm_up(segmenter, stream.size)
-    with stream, stop_requested("ending after this frame; press again to stop at once") as stop:
-        first, notes = first_masks(masks, stream, proposer)
-        folder.begin([], False)
-        kept = folder.passes["forward"]
-        kept.begin()
-        bar = tqdm(unit=" frames", disable=None if progress else True)
-        begin = time.monotonic()
-        with bar, Behind() as behind:
-            for number, found in enumerate(follow_stream(stream, segmenter, first, spent)):
-                row = _row(number, found, begin)
-                mark = time.perf_counter()
-                behind(_keep, folder, row, found, record)
-                spent["write"] += time.perf_counter() - mark
-                if found.objects:
-                    latencies.append(found.latency)
-                bar.update()
-                bar.set_postfix_str(f"latency {1000 * found.latency:.0f} ms, {stream.dropped} dropped", refresh=False)
-                if stop() or (seconds is not None and time.monotonic() - begin >= seconds):
-                    stream.ended = "stopped" if stop() else f"after {seconds:g} s, as asked"
-                    break
-    kept.close()
-    rows = kept.rows()
-    if not latencies:
-        raise RunError(f"{stream.name}: {stream.ended}; no object was found in {len(rows)} frames")
-    report: dict[str, Any] = {
-        "dmm_fast": version("dmm_fast"),
-        "settings": {**settings, "device": str(segmenter.device), "graph": segmenter.graph},
-        "size": list(stream.size),
-        "notes": [segmenter.note, *notes, f"the stream ended: {stream.ended}"],
-        "speed": speed(len(rows), spent) | live_speed([row["time"] for row in rows], stream.dropped, latencies),
-        "results": kinds,
-        "objects": by_object(rows),
-        "frames": rows,
-    }
-    if record:
-        frames = ImageFrames(out / RECORDING)
-        frames.fps = report["speed"]["fps"]
-        report["notes"] += write_results(frames, folder, report, kinds, Path(video) if video is not None else None, progress)
-    folder.finish(report)
+    try:
+        with stream, stop_requested("ending after this frame; press again to stop at once") as stop:
+            first, notes = first_masks(masks, stream, proposer)
+            folder.begin([], False)
+            kept = folder.passes["forward"]
+            kept.begin()
+            bar = tqdm(unit=" frames", disable=None if progress else True)
+            begin = time.monotonic()
+            with bar, Behind() as behind:
+                for number, found in enumerate(follow_stream(stream, segmenter, first, spent)):
+                    row = _row(number, found, begin)
+                    mark = time.perf_counter()
+                    behind(_keep, folder, row, found, record)
+                    spent["write"] += time.perf_counter() - mark
+                    if found.objects:
+                        latencies.append(found.latency)
+                    bar.update()
+                    bar.set_postfix_str(f"latency {1000 * found.latency:.0f} ms, {stream.dropped} dropped", refresh=False)
+                    if stop() or (seconds is not None and time.monotonic() - begin >= seconds):
+                        stream.ended = "stopped" if stop() else f"after {seconds:g} s, as asked"
+                        break
+        kept.close()
+        rows = kept.rows()
+        if not latencies:
+            raise RunError(f"{stream.name}: {stream.ended}; no object was found in {len(rows)} frames")
+        report: dict[str, Any] = {
+            "dmm_fast": version("dmm_fast"),
+            "settings": {**settings, "device": str(segmenter.device), "graph": segmenter.graph},
+            "size": list(stream.size),
+            "notes": [segmenter.note, *notes, f"the stream ended: {stream.ended}"],
+            "speed": speed(len(rows), spent) | live_speed([row["time"] for row in rows], stream.dropped, latencies),
+            "results": kinds,
+            "objects": by_object(rows),
+            "frames": rows,
+        }
+        if record:
+            frames = ImageFrames(out / RECORDING)
+            frames.fps = report["speed"]["fps"]
+            report["notes"] += write_results(
+                frames, folder, report, kinds, Path(video) if video is not None else None, progress
+            )
+        folder.finish(report)
+    finally:
+        folder.release()
     return report
 
 

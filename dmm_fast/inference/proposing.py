@@ -97,17 +97,18 @@ def save_proposals(
     batch: int | None = None,
     files: Sequence[str | os.PathLike] = (),
     top: int = TOP,
+    whose: str = "",
 ) -> None:
     """Write a detector's proposals of every frame to a COCO results file, or go on where an earlier call was cut short.
 
     fresh: start again. label: what stands before the progress bar. apart: a path on the same storage where the file is made before it
     takes its place, for two processes that may have the same video; nothing goes on then. batch: frames that the detector has at once,
     if it can; None: 8 on a GPU, else 1. files: proposals files of the same clip, merged with the detector's, if there is one, to `top`
-    a frame.
+    a frame. whose: says what detector this is; it goes on only from one of which the same was said, on the same frames.
     """
     batch = batch or (8 if getattr(getattr(propose, "device", None), "type", "cpu") == "cuda" else 1)
     opened, notes = open_files(files, frames)
-    with CocoWriter(apart or path, frames.size, fresh=fresh) as writer:
+    with CocoWriter(apart or path, frames.size, fresh, f"{frames.path.resolve()}, {whose}") as writer:
         todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
         if writer.done and progress:
             notes.insert(0, f"going on from a run that was cut short: {len(writer.done)} frames of {path} are done")
@@ -126,13 +127,18 @@ def save_proposals(
         apart.replace(path)
 
 
+def named_detector(detector: str, weights: str | os.PathLike, **how: Any) -> str:
+    """A detector and its settings as a text; those that are None are its own."""
+    return " ".join([detector, *([str(weights)] if weights != "DEFAULT" else []),
+                     *(f"{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None)])  # fmt: skip
+
+
 def mark_detector(folder: Path, detector: str, weights: str | os.PathLike, overwrite: bool, **how: Any) -> None:
     """Make a folder of proposals that says whose they are; RunError where they are another detector's.
 
     how: further settings of the detector; those that are None are its own.
     """
-    asked = " ".join([detector, *([str(weights)] if weights != "DEFAULT" else []),
-                      *(f"{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None)])  # fmt: skip
+    asked = named_detector(detector, weights, **how)
     mark = make_out(folder) / DETECTOR
     if not overwrite and mark.exists() and (before := mark.read_text().strip()) != asked:
         raise RunError(f"{folder}: holds proposals of the detector {before}, not {asked}; --overwrite replaces them")

@@ -202,6 +202,15 @@ class Tracks(Result):
 KINDS: dict[str, Any] = {"binary": Binary, "cutout": Cutout, "alpha-video": AlphaVideo, "tracks": Tracks}
 
 
+def check_overlay(video: Path, replace: bool, source: Path | None = None) -> None:
+    """An overlay must not take the place of the clip, nor without being asked to that of another file."""
+    if video.exists():
+        if source is not None and video.samefile(source):
+            raise RunError(f"{video}: is the clip itself; choose another name for the overlay")
+        if not replace:
+            raise RunError(f"{video}: is there already; --overwrite replaces it")
+
+
 def check_kinds(save: list[str]) -> list[str]:
     """The kinds of results beside the masks, which are always written. Raises RunError for one that is not known or that
     cannot be made here."""

@@ -21,14 +21,14 @@ from typing import Any
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, check_video_name, open_frames
-from dmm_fast.inference.folder import RunError, RunFolder, direction_of, settle, take
+from dmm_fast.inference.folder import RESULTS, UNFINISHED, RunError, RunFolder, direction_of, settle, take
 from dmm_fast.inference.given import GivenMasks, span
 from dmm_fast.inference.joining import Join, backward_from, join
 from dmm_fast.inference.models import Models
 from dmm_fast.inference.passes import Interrupted, Pass
 from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import by_object, speed
-from dmm_fast.inference.results import check_kinds, write_results
+from dmm_fast.inference.results import check_kinds, check_overlay, write_results
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Config
 from dmm_fast.proposals.sources import renamed, sources
@@ -97,9 +97,11 @@ def segment(
     settings = run_settings(
         source.path, given.path, proposals, detector_weights, weights, preset=preset, backbone=backbone, refine=refine,
         matcher=matcher, decision=decision, online=online, precision=precision, clean_masks=clean_masks,
-        image_id_offset=image_id_offset, direction=direction,
+        image_id_offset=image_id_offset, direction=direction, given=given.digests,
     )  # fmt: skip
-    _check_out(out, source, given)
+    _check_out(out, source.path, given.path)
+    if video is not None:
+        check_overlay(Path(video), resume or overwrite, source.path)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
         return _finished(source, folder, kinds, video, progress)
@@ -136,6 +138,8 @@ def segment(
         elif apart is not None and not RunFolder(out, settings).finished:
             settle(apart, out)
         raise
+    finally:
+        folder.release()
     return report
 
 
@@ -325,9 +329,10 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
             for label, frames in sorted(at.items()) if len(frames) > 1]  # fmt: skip
 
 
-def _check_out(out: Path, frames: ImageFrames | VideoFrames, given: GivenMasks) -> None:
-    for what, path in (("frames", frames.path), ("masks", given.path), ("masks", given.path.parent)):
-        if out.resolve() == path.resolve():
-            raise RunError(f"{out}: this is where the {what} are read from; choose another --out")
+def _check_out(out: Path, frames: Path, masks: Path) -> None:
+    ours = {out / name for name in (*RESULTS, UNFINISHED)}  # which a run removes
+    for what, path in (("frames", frames), ("masks", masks), ("masks", masks.parent)):
+        if out.resolve() == path.resolve() or any(path.resolve().is_relative_to(one.resolve()) for one in ours):
+            raise RunError(f"{out}: {path}, where the {what} are read from, lies where results go; choose another --out")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: is a file; --out must be a directory")

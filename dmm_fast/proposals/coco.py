@@ -361,10 +361,12 @@ class CocoWriter:
 
     Frames gather in PATH.part, one JSON line each, which becomes PATH when the writer closes without an error. After
     an interruption a writer for the same path goes on: ``writer.done`` holds the stems that need not be added again.
+
+    whose: a text that tells whose proposals these are; a writer goes on from one with the same.
     """
 
-    def __init__(self, path: str | os.PathLike, size: tuple[int, int], fresh: bool = False):
-        self.path, self.size = Path(path), (size[0], size[1])
+    def __init__(self, path: str | os.PathLike, size: tuple[int, int], fresh: bool = False, whose: str = ""):
+        self.path, self.size, self.whose = Path(path), (size[0], size[1]), whose
         self._part = self.path.with_name(self.path.name + ".part")
         lines = [] if fresh else list(self._finished_lines())
         self.done = {json.loads(line)["stem"] for line in lines}
@@ -376,14 +378,19 @@ class CocoWriter:
         if self._part.exists():
             for line in self._part.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
-                    if json.loads(line)["size"] != list(self.size):
+                    left = json.loads(line)
+                    if left["size"] != list(self.size):
                         raise ProposalError(f"{self._part}: left by a run on frames of another size; delete it first")
+                    if left.get("whose", self.whose) != self.whose:
+                        raise ProposalError(
+                            f"{self._part}: left by a run of {left['whose']}, this one is of {self.whose}; delete it first"
+                        )
                     yield line
 
     def add(self, stem: str, proposals: Proposals) -> None:
         """Write the proposals of the frame called `stem`."""
         results = [_result(stem, *proposal) for proposal in zip(*full_masks(proposals, self.size))]
-        self._file.write(json.dumps({"stem": stem, "size": self.size, "results": results}) + "\n")
+        self._file.write(json.dumps({"stem": stem, "size": self.size, "whose": self.whose, "results": results}) + "\n")
         self._file.flush()
         self.done.add(stem)
 

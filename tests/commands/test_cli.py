@@ -16,7 +16,7 @@ from PIL import Image
 
 from dmm_fast.commands.main import main
 from dmm_fast.commands.options import summarise
-from dmm_fast.data.masks import read_mask, write_mask
+from dmm_fast.data.masks import read_ids, read_mask, write_mask
 from dmm_fast.data.video import VideoWriter, open_frames
 from dmm_fast.inference import passes as segmenting
 from dmm_fast.inference.demo import make_clip
@@ -47,9 +47,9 @@ def options(clip, out, **more):
     }  # fmt: skip
 
 
-def command(clip, out, *more):
+def command(clip, out, *more, **other):
     """The same as a command line."""
-    asked = options(clip, out)
+    asked = options(clip, out, **other)
     return ["segment", str(asked["frames"]), "--masks", str(asked["masks"]), "--out", str(out),
             "--proposals", str(asked["proposals"]), "--preset", "iou", "--quiet", *map(str, more)]  # fmt: skip
 
@@ -251,6 +251,34 @@ def test_ctrl_c_saves_and_resume_ends_the_same(clip, finished, tmp_path, monkeyp
     assert main(command(clip, out, "--resume")) == 0
     assert sorted(path.stem for path in written) == [f"{index:05d}" for index in range(LENGTH)]
     assert contents(out) == contents(finished) and not (out / "unfinished").exists()
+
+
+def test_masks_that_change_before_a_run_goes_on(clip, finished, tmp_path, monkeypatch, capsys):
+    """What has been followed must be as it was; a mask for a frame that is still to come is taken in."""
+    masks, out = tmp_path / "masks", tmp_path / "out"
+    masks.mkdir()
+    first, late = masks / "00000.png", masks / "00008.png"
+    shutil.copy(options(clip, out)["masks"], first)
+
+    def stop(path, ids):
+        write_mask(path, ids)
+        if path.stem == "00003":
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segmenting, "write_mask", stop)
+        assert main(command(clip, out, masks=masks)) == 130
+    capsys.readouterr()
+    given = read_ids(first)
+    write_mask(first, np.where(given == given.max(), 0, given).astype(np.uint8))
+    told = "the mask given for frame 00000 is not the one that this run has followed; --overwrite starts again"
+    fails(capsys, command(clip, out, "--resume", masks=masks), told)
+    write_mask(first, given)
+    write_mask(late, given)
+    assert main(command(clip, out, "--resume", masks=masks)) == 0
+    assert (read_ids(out / "00008.png") == given)[given > 0].all()
+    late.unlink()
+    fails(capsys, command(clip, out, "--resume", masks=masks), told.replace("00000", "00008"))
 
 
 KILLED = """

@@ -11,7 +11,7 @@ import pytest
 from helpers.videos import make_video, seconds_of_sound, shown
 from PIL import Image
 
-from dmm_fast.data.video import Behind, FramesError, VideoWriter, alpha_suffix, natural_key, open_frames, prefetch
+from dmm_fast.data.video import Behind, FramesError, VideoWriter, alpha_suffix, natural_key, open_frames, prefetch, read_image
 
 
 def save(path, value=0, size=(6, 8)):
@@ -72,6 +72,16 @@ def test_bad_directories(tmp_path, files, message):
         save(tmp_path / name, size=size) if size else (tmp_path / name).write_bytes(b"\x89PNG torn")
     with pytest.raises(FramesError, match=message):
         open_frames(tmp_path)
+
+
+def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
+    grey = np.arange(6 * 8, dtype=np.uint16).reshape(6, 8) * 1300
+    for name in ("0.png", "0.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+        assert (read_image(tmp_path / name) == (grey >> 8)[:, :, None]).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "1.tif")
+    with pytest.raises(FramesError, match="1.tif: has grey values of 32 bits"):
+        read_image(tmp_path / "1.tif")
 
 
 def test_a_torn_image_is_named(tmp_path):

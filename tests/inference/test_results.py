@@ -206,7 +206,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(clip, finished, tmp_path, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["other.png", "tracks.json", "binary/1/00000.png", "report.json"])
+@pytest.mark.parametrize("name", ["other.png", "tracks.json", "binary/1/00000.png", "report.json", "unfinished/notes.txt"])
 def test_the_results_of_others_are_told_before_anything_is_computed(clip, tmp_path, monkeypatch, name):
     monkeypatch.setattr("dmm_fast.inference.run.Segmenter", None)
     file = tmp_path / "out" / name
@@ -216,6 +216,61 @@ def test_the_results_of_others_are_told_before_anything_is_computed(clip, tmp_pa
         with pytest.raises(RunError, match=rf"out: holds a?.*{name.split('/')[0]}.*no run has written; choose another --out"):
             segment(**options(clip, tmp_path / "out", overwrite=overwrite))
     assert file.read_text() == "{}"
+
+
+def test_a_recording_of_a_run_that_did_not_end_is_kept(clip, tmp_path):
+    """A stream's has no checkpoint."""
+    out = tmp_path / "out"
+    (out / "unfinished").mkdir(parents=True)
+    (out / "unfinished/settings.json").write_text("{}")
+    (out / "recording").mkdir()
+    (out / "recording/000000.jpg").write_text("")
+    with pytest.raises(RunError, match="holds recording of a run that did not end; --overwrite replaces it"):
+        segment(**options(clip, out))
+    assert (out / "recording/000000.jpg").exists()
+    segment(**options(clip, out, overwrite=True))
+    assert not (out / "recording").exists()
+
+
+def test_what_is_read_does_not_lie_where_results_go(clip, finished, tmp_path):
+    out = tmp_path / "out"
+    (out / "recording").mkdir(parents=True)
+    Image.fromarray(pictures()[0]).save(out / "recording/00000.png")
+    with pytest.raises(RunError, match="recording, where the frames are read from, lies where results go"):
+        segment(**options(clip, out, frames=out / "recording", overwrite=True))
+    shutil.copytree(finished / "binary", tmp_path / "kept/binary")
+    with pytest.raises(RunError, match="where the masks are read from, lies where results go"):
+        segment(**options(clip, tmp_path / "kept", masks=tmp_path / "kept/binary/2", overwrite=True))
+
+
+def test_an_overlay_takes_the_place_of_nothing_unasked(clip, tmp_path):
+    video, there = clip / "clip.mp4", tmp_path / "there.mp4"
+    before = video.read_bytes()
+    there.write_bytes(b"mine")
+    with pytest.raises(RunError, match="clip.mp4: is the clip itself"):
+        segment(**options(clip, tmp_path / "out", video=video, overwrite=True))
+    with pytest.raises(RunError, match="there.mp4: is there already; --overwrite replaces it"):
+        segment(**options(clip, tmp_path / "out", video=there))
+    assert video.read_bytes() == before and there.read_bytes() == b"mine" and not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_share_a_folder(clip, tmp_path, monkeypatch):
+    """A second one that begins while the first is at work is told so, and a later one is not."""
+    told = []
+
+    def write(*arguments):
+        if not told:
+            told.append("")
+            with pytest.raises(RunError, match="out: another run is working there") as refused:
+                segment(**options(clip, tmp_path / "out", overwrite=True))
+            told.append(str(refused.value))
+        return results(*arguments)
+
+    results = module.write_results
+    monkeypatch.setattr("dmm_fast.inference.run.write_results", write)
+    segment(**options(clip, tmp_path / "out"))
+    assert len(told) == 2
+    segment(**options(clip, tmp_path / "out", overwrite=True))
 
 
 def test_kinds_that_cannot_be_made_are_refused_at_once(clip, tmp_path, monkeypatch, capsys):

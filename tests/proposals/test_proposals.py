@@ -202,6 +202,16 @@ def test_an_interrupted_writer_goes_on(tmp_path):
     assert resumed == path.read_text() and not part.exists()
 
 
+def test_a_writer_goes_on_from_its_own_only(tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(KeyboardInterrupt), CocoWriter(path, SIZE, whose="a.mp4, small") as writer:
+        writer.add("00000", some_proposals())
+        raise KeyboardInterrupt
+    with pytest.raises(ProposalError, match="left by a run of a.mp4, small, this one is of b.mp4, small; delete it first"):
+        CocoWriter(path, SIZE, whose="b.mp4, small")
+    assert CocoWriter(path, SIZE, whose="a.mp4, small").done == {"00000"}
+
+
 def test_writer_refuses_masks_of_another_size(tmp_path):
     with pytest.raises(ProposalError, match="must have the frame's size"):
         write_coco(tmp_path / "p.json", {"0": some_proposals()}, (10, 10))
