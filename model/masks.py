@@ -62,7 +62,8 @@ def velocity(before: Tensor, after: Tensor, motion: Tensor, kept: float) -> Tens
     x = torch.arange(seen.size(3), dtype=seen.dtype, device=seen.device)
     y = torch.arange(seen.size(2), dtype=seen.dtype, device=seen.device)
     area = down.sum(2)  # [2, N]
-    centre = torch.stack([across @ x, down @ y], 2) / area.clamp(min=1e-6)[:, :, None]  # [2, N, 2]
+    # Not by matrix products: autocast would take them in bfloat16, off by up to half a cell.
+    centre = torch.stack([(across * x).sum(2), (down * y).sum(2)], 2) / area.clamp(min=1e-6)[:, :, None]  # [2, N, 2]
     steady = area.amin(0) > (0.7 * area.amax(0)).clamp(min=3.0)
     return torch.where(steady[:, None], torch.lerp(centre[1] - centre[0], motion, kept), motion)
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -272,7 +273,8 @@ class ClipDataset(Clips):
         if tracks:
             covered = [any(track.covers([known[i] for i in start + span]) for track in tracks) for start in starts]
             starts = starts[np.argsort(np.logical_not(covered), kind="stable")]
-        for start in starts:
+        ways = [backwards, not backwards] if 0 < self.reverse < 1 else [backwards]  # objects may be at one end only
+        for backwards, start in product(ways, starts):
             places = start + span
             chosen = [known[place] for place in (places[::-1] if backwards else places)]
             ids = video.truth(chosen[0])

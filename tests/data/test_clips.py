@@ -175,6 +175,20 @@ def test_a_video_without_objects(tmp_path):
         ClipDataset(open_dataset(tmp_path), 2)[0]
 
 
+def test_an_object_at_one_end_only(tmp_path):
+    """A clip that begins where nothing is goes the other way."""
+    for part in ("JPEGImages", "Annotations"):
+        (tmp_path / part / "red").mkdir(parents=True)
+    for time in range(3):
+        frame, ids = scene("red", time)
+        Image.fromarray(frame).save(tmp_path / f"JPEGImages/red/{time:05d}.png")
+        write_mask(tmp_path / f"Annotations/red/{time:05d}.png", ids * (time == 0))
+    clips = ClipDataset(open_dataset(tmp_path), 3, skips=(1, 1), length=20)
+    assert all(clips[index].masks[0].any() and not clips[index].masks[1].any() for index in range(20))
+    with pytest.raises(DataError, match="red: no frame shows an object"):
+        ClipDataset(open_dataset(tmp_path), 3, skips=(1, 1), reverse=1.0)[0]
+
+
 def test_objects_and_proposals_are_limited(videos):
     late = ClipDataset(videos, 1, objects=1, top=2, length=40)
     clips = [late[index] for index in range(40)]
