@@ -25,6 +25,7 @@ from dmm_fast.export import Sizes, export
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.proposals.base import ProposalError
 from dmm_fast.proposals.coco import read_coco, write_coco
+from dmm_fast.proposals.detector import packaged_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("sanitize_readers", ROOT / "tests" / "sanitize_readers.py")
@@ -354,6 +355,46 @@ def test_an_interrupted_run_goes_on(iou, runtime, pond):
     assert "--after" in segment(iou, *files(pond, masks=None), "--resume", pond / "python", check=2).stderr
     told = segment(iou, *files(pond, masks=None), "--resume", pond / "python", "--after", "f0").stdout
     assert told.startswith("7 frames") and (pond / "out" / "f7.png").read_bytes() == whole[7]
+
+
+def test_a_live_step_may_find_nothing(runtime, tmp_path):
+    """Of a network with parts, which are then of no proposal."""
+    detector = packaged_detector(threshold=1.0)
+    eager = Segmenter(proposer=detector)
+    export("torchscript", eager.net, tmp_path, detector=detector)
+    native = runtime.Segmenter(tmp_path)
+    for session in (eager, native):
+        session.start(picture(0), truth(0))
+    want, got = eager.step(picture(1)), native.step(picture(1))
+    assert [o.lost for o in got.objects] == [True] * 3
+    assert_agree(want.ids, got.ids)
+    assert_same_objects(got.objects, want.objects)
+
+
+def test_frames_come_in_pythons_order(iou, runtime, tmp_path):
+    names = ["frame", "frame1", "frame01", "frame2", "frame10", "a001", "a1bb", "a1c", "a1", "a", "7", "007", "07b", "10", "0",
+             "00", "1_2", "1_10", "99999999999999999999", "100000000000000000000", "é2", "é10", "B1"]  # fmt: skip
+    for name in names:
+        Image.fromarray(picture(0)).save(tmp_path / f"{name}.png")
+    write_coco(tmp_path / "proposals.json", {name: found(0) for name in names}, SIZE)
+    (tmp_path / "masks").mkdir()
+    write_mask(tmp_path / "masks" / "0.png", truth(0))
+    given = ["--frames", tmp_path, "--masks", tmp_path / "masks", "--proposals", tmp_path / "proposals.json"]
+    segment(iou, *given, "--out", tmp_path / "out", "--report", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())["frames"]
+    assert [row["frame"] for row in report] == open_frames(tmp_path).stems
+
+
+@pytest.mark.parametrize("mask", ["f0.png", "./f0.png", "../{}/f0.png"])
+def test_given_masks_are_not_written_over(mask, iou, runtime, pond, monkeypatch):
+    monkeypatch.chdir(pond)
+    (pond / "first.png").rename(pond / "f0.png")
+    before = (pond / "f0.png").read_bytes()
+    for out in (".", pond):
+        told = segment(iou, *files(pond, masks=mask.format(pond.name), out=out), check=2).stderr
+        assert "this is where the masks are read from" in told and (pond / "f0.png").read_bytes() == before
+    told = segment(iou, *files(pond, frames="frames", masks="f0.png", out="./frames"), check=2).stderr
+    assert "this is where the frames are read from" in told
 
 
 class Bands(torch.nn.Module):

@@ -4,6 +4,7 @@
 #include <array>
 #include <filesystem>
 #include <string_view>
+#include <tuple>
 
 #include "dmm/error.h"
 
@@ -24,20 +25,18 @@ std::string_view part(std::string_view text, size_t& at) {
   return text.substr(begin, at - begin);
 }
 
-/// Whether name `a` comes before `b`: numbers by value and before words.
-bool before(std::string_view a, std::string_view b) {
-  for (size_t i = 0, j = 0; i < a.size() && j < b.size();) {
-    const bool number = digit(a[i]);
-    if (number != digit(b[j])) return number;
-    std::string_view mine = part(a, i), theirs = part(b, j);
-    if (number) {
-      mine.remove_prefix(std::min(mine.find_first_not_of('0'), mine.size()));
-      theirs.remove_prefix(std::min(theirs.find_first_not_of('0'), theirs.size()));
-      if (mine.size() != theirs.size()) return mine.size() < theirs.size();
-    }
-    if (mine != theirs) return mine < theirs;
+/// What a name is sorted by, as natural_key of dmm_fast/data/video.py: its parts, numbers by value and before words, then all
+/// of it. A part is whether it is a word, how many digits a number has without leading zeros, and the text.
+std::vector<std::tuple<bool, size_t, std::string_view>> natural_key(std::string_view name) {
+  std::vector<std::tuple<bool, size_t, std::string_view>> key;
+  for (size_t at = 0; at < name.size();) {
+    const bool number = digit(name[at]);
+    std::string_view text = part(name, at);
+    if (number) text.remove_prefix(std::min(text.find_first_not_of('0'), text.size()));
+    key.emplace_back(!number, number ? text.size() : 0, text);
   }
-  return a.size() != b.size() ? a.size() < b.size() : a < b;
+  key.emplace_back(true, 0, name);
+  return key;
 }
 
 }  // namespace
@@ -55,7 +54,8 @@ std::vector<std::pair<std::string, std::string>> list_frames(const std::string& 
       frames.emplace_back(entry.path().stem().string(), entry.path().string());
   }
   if (frames.empty()) fail(folder, ": no images (jpg, jpeg, png) here");
-  std::sort(frames.begin(), frames.end(), [](const auto& a, const auto& b) { return before(a.first, b.first); });
+  std::sort(frames.begin(), frames.end(),
+            [](const auto& a, const auto& b) { return natural_key(a.first) < natural_key(b.first); });
   for (size_t k = 1; k < frames.size(); ++k) {
     if (frames[k].first == frames[k - 1].first)
       fail(frames[k - 1].second, " and ", frames[k].second, " are the same frame twice");

@@ -210,7 +210,7 @@ int run(const std::map<std::string, std::string>& options) {
     dmm::fail(out.string(), ": this is where the frames are read from");
   if (fs::exists(out) && masks) {
     const fs::path given = text("masks");
-    if (fs::equivalent(out, fs::is_directory(given) || !given.has_parent_path() ? given : given.parent_path())) {
+    if (fs::equivalent(out, fs::is_directory(given) ? given : fs::absolute(given).parent_path())) {
       dmm::fail(out.string(), ": this is where the masks are read from; choose another --out");
     }
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,7 @@ def run(a: argparse.Namespace) -> int:
             options |= {"sizes": sizes, "masks": a.masks}
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
+        net.config = replace(net.config, top=max(net.config.top, a.proposals or 0))  # who runs the export keeps as many
     else:
         config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")

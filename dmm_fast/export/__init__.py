@@ -50,6 +50,8 @@ def export(
         from dmm_fast.proposals.traceable import ProposalNetwork
 
         network = copy.deepcopy(ProposalNetwork(detector)).eval().to(net.mean.device)
+        if network.top > net.config.top:  # a step would choose among fewer than the live step
+            raise ExportError(f"export: the detector's top must be at most the network's, {net.config.top}, got {network.top}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / NAME).exists():

@@ -26,7 +26,11 @@ class Live(nn.Module):
         height, width = frame.size(1), frame.size(2)
         features = self.net.encode(frame[None])
         proposals = self.propose(frame, features)
-        output, state = self.net.follow(features, proposals, state, height, width)
+        found, state = self.net.follow(features, proposals, state, height, width)
+        parts = found.parts[:, : proposals.scores.size(0)]  # where there is no proposal, a step adds one of padding
+        output = Output(
+            found.logits, found.matched, found.labels, found.proposal, found.score, found.runner_up, found.lost, parts
+        )
         return proposals, output, state
 
     def propose(self, frame: Tensor, features: list[Tensor]) -> Proposals:

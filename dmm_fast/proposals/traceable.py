@@ -89,6 +89,9 @@ class ProposalNetwork(nn.Module):
             fine, stride = merged[index], 4 << index
             y, x = (down[index + 1] - down[index]) // stride, (right[index + 1] - right[index]) // stride  # 0 or 1
             coarse = F.interpolate(merged[index + 1], scale_factor=2.0, mode="nearest")
+            below, beside = y + fine.size(2) - coarse.size(2), x + fine.size(3) - coarse.size(3)
+            if below > 0 or beside > 0:  # where strides round down, the last cells lie in none: take the nearest
+                coarse = F.pad(coarse, [0, max(beside, 0), 0, max(below, 0)], mode="replicate")
             merged[index] = fine + coarse[:, :, y : y + fine.size(2), x : x + fine.size(3)]
         features: list[Tensor] = []
         for index, block in enumerate(self.fpn.layer_blocks):

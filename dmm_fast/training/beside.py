@@ -48,6 +48,20 @@ class OnAnother(nn.Module):
         return named_levels(self.fpn(self._body[0](images)[-4:]))
 
 
+class Share(torch.utils.data.Dataset):
+    """One process's part of every batch. All of a batch is made, as what is pasted and how it is cut follow each other at random."""
+
+    def __init__(self, batches: Batches, team: Team):
+        self.batches, self.rank, self.size = batches, team.rank, team.size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> Batch:
+        images, targets = self.batches[step]
+        return images[self.rank :: self.size], targets[self.rank :: self.size]
+
+
 class Companion:
     """The proposal network of a run: its layers in `net`, what they learn from, and their file."""
 
@@ -77,9 +91,9 @@ class Companion:
             raise ConfigError(f"train: detector.batch must be a multiple of the processes, got {beside.batch} and {team.size}")
         examples = left_in(find_examples(beside.data, beside.pseudo), beside.leave_out)
         examples = [example for example in examples if example.video.name not in held]
-        seed = self.run.seed * team.size + team.rank
-        schedule = Schedule(steps, beside.batch // team.size, score=beside.score, paste=beside.paste, seed=seed)
-        rest = torch.utils.data.Subset(Batches(examples, schedule, picture_size(self.config)), range(start, steps))
+        schedule = Schedule(steps, beside.batch, score=beside.score, paste=beside.paste, seed=self.run.seed)
+        batches = Share(Batches(examples, schedule, picture_size(self.config)), team)
+        rest = torch.utils.data.Subset(batches, range(start, steps))
         workers = min(1, self.run.data.workers)  # pictures are made faster than clips
         return iter(
             torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers, worker_init_fn=leave_stopping_to_us)

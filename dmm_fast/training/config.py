@@ -34,7 +34,8 @@ class Data:
     sources: {kind: clips, paste, alike, stills or synthetic; weight; settings of that class in `dmm_fast.data`}, and any of path,
     layout, split, names, proposals that are not the defaults. clips: in an epoch; default one for each video.
     augment: settings of `dmm_fast.data.augment.Augment` for the sources that have none of their own; size is (H, W).
-    held_out: names of videos that validate and are kept from every source. val_split: or a split that validates.
+    held_out: names of videos that validate and are kept from every source. val_split: or a split that validates, kept from every source
+    of the same data set.
     val_stride: validate on every n-th frame.
     """
 

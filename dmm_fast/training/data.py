@@ -27,20 +27,21 @@ PLACE = ("path", "layout", "split", "names", "proposals")  # of a source: which 
 def open_data(config: TrainConfig) -> tuple[Mixture, VideoDataset | None]:
     """The clips of the configuration's sources, and the videos that validate, if any."""
     data = config.data
-    sources = [open_source(source, data, config.seed + number) for number, source in enumerate(data.sources)]
-    length = data.clips or sum(len(clips) for clips, _ in sources)
     videos = None
     if data.val_split or data.held_out:
+        path = required_path(data)
         place = {"split": data.val_split} if data.val_split else {"split": data.split, "names": list(data.held_out)}
         proposals = data.val_proposals or data.proposals
         if proposals is None:
             raise ConfigError("train: validation needs proposals; give data.proposals, or neither val_split nor held_out")
-        videos = open_dataset(required_path(data), data.layout, proposals=proposals, top=config.model.top, **place)
+        videos = open_dataset(path, data.layout, proposals=proposals, top=config.model.top, **place)
+    sources = [open_source(source, data, config.seed + number, videos) for number, source in enumerate(data.sources)]
+    length = data.clips or sum(len(clips) for clips, _ in sources)
     return Mixture(sources, length, seed=config.seed), videos
 
 
-def open_source(source: dict[str, Any], data: Data, seed: int) -> tuple[Clips, float]:
-    """One entry of `data.sources`: its clips and its weight in the mixture."""
+def open_source(source: dict[str, Any], data: Data, seed: int, validating: VideoDataset | None = None) -> tuple[Clips, float]:
+    """One entry of `data.sources`: its clips, of none of the videos that validate, and its weight in the mixture."""
     settings = dict(source)
     kind, weight = settings.pop("kind", "clips"), settings.pop("weight", 1.0)
     if kind not in KINDS:
@@ -55,7 +56,12 @@ def open_source(source: dict[str, Any], data: Data, seed: int) -> tuple[Clips, f
             return SyntheticClips(**arguments), weight
         path = place.pop("path") or required_path(data)
         videos = open_dataset(path, place.pop("layout"), **place)
-        kept = [name for name in videos.names if name not in data.held_out]
+        held = {*data.held_out}
+        if validating is not None and videos.path.resolve() == validating.path.resolve():
+            held.update(validating.names)
+        kept = [name for name in videos.names if name not in held]
+        if not kept:
+            raise ConfigError(f"train: a source of kind {kind}: all of its {len(videos)} videos validate; see split, names")
         return KINDS[kind](videos.subset(kept), **arguments), weight
     except TypeError as error:  # an unknown setting
         raise ConfigError(f"train: a source of kind {kind}: {error}") from None

@@ -87,8 +87,13 @@ def settings(asked: str, changes: Sequence[str] = ()) -> tuple[DetectorConfig, S
             raise ValueError(f"settings are changed by name=value, got {change!r}")
         values[name] = yaml.safe_load(value)
     for field in (*fields(Schedule), *fields(DetectorConfig)):
-        if field.type in ("int", "float") and isinstance(values.get(field.name), str):  # YAML takes 1e-3 for a text
-            values[field.name] = float(values[field.name])
+        value = values.get(field.name)
+        if field.type in ("int", "float") and isinstance(value, (str, float)):  # YAML takes 1e-3 for a text
+            values[field.name] = number = float(value)
+            if field.type == "int":
+                if not number.is_integer():
+                    raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+                values[field.name] = int(number)
     schedule = Schedule(**{field.name: values.pop(field.name) for field in fields(Schedule) if field.name in values})
     return DetectorConfig.preset(values.pop("preset", "small"), **values), schedule
 
@@ -272,7 +277,12 @@ def train(
     examples = find_examples(data, pseudo)
     learned = left_in(examples, (*held_out, *leave_out))
     checked = [example for example in examples if example.video.name in held_out][::5]
-    run = _Run(config, schedule, Path(out), minutes, init, backbone, open_device(device))
+    inputs = {
+        "data": _absolute(data), "pseudo": _absolute(pseudo), "held_out": sorted({*held_out}), "leave_out": sorted({*leave_out}),
+        "init": init if init in (None, "small", "coco") else _absolute([init])[0],
+        "backbone": None if backbone is None else _absolute([backbone])[0],
+    }  # fmt: skip
+    run = _Run(config, schedule, Path(out), minutes, init, backbone, open_device(device), inputs)
     batches = Batches(learned, schedule, picture_size(config))
     rest = torch.utils.data.Subset(batches, range(run.step, schedule.steps))
     loader = torch.utils.data.DataLoader(rest, batch_size=None, num_workers=workers)
@@ -287,8 +297,12 @@ def train(
     return run.last_row()
 
 
+def _absolute(paths: Iterable[str | os.PathLike]) -> list[str]:
+    return [os.path.abspath(path) for path in paths]
+
+
 class _Run:
-    """Network, optimiser, clock and files of a training."""
+    """Network, optimiser, clock and files of a training. inputs: what it learns from, which its state keeps."""
 
     def __init__(
         self,
@@ -299,8 +313,10 @@ class _Run:
         init: Any,
         backbone: Any,
         device: torch.device,
+        inputs: dict[str, Any],
     ):
         self.config, self.schedule, self.out, self.minutes, self.device = config, schedule, out, minutes, device
+        self.inputs = inputs
         self.step, self.seconds = 0, 0.0
         self.sums: Counter[str] = Counter()  # of losses and steps since the curve's last row
         torch.manual_seed(schedule.seed)
@@ -329,7 +345,8 @@ class _Run:
         return self.part >= 1.0
 
     def learn(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
-        rate = self.schedule.rate * min(1.0, (self.step + 1) / self.schedule.warmup) * (1 + math.cos(math.pi * self.part)) / 2
+        warm = min(1.0, (self.step + 1) / max(1, self.schedule.warmup))
+        rate = self.schedule.rate * warm * (1 + math.cos(math.pi * self.part)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(self.schedule.seed * SEEDS + self.step)  # torchvision samples anchors and regions at random
@@ -374,15 +391,19 @@ class _Run:
         for name, weight in self.weights.items():
             for kind in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{kind}.{name}"] = self.optimizer.state[weight][kind]
-        notes = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict(), "schedule": asdict(self.schedule)}
-        write_tensors(self.out / STATE, tensors, notes)
+        write_tensors(self.out / STATE, tensors, {"step": self.step, "seconds": self.seconds, **self._asked()})
+
+    def _asked(self) -> dict[str, dict[str, Any]]:
+        """What must be the same when it goes on."""
+        return {"config": self.config.to_dict(), "schedule": asdict(self.schedule), "inputs": self.inputs}
 
     def _resume(self) -> None:
         path = self.out / STATE
         with safe_open(path, "pt") as file:
             notes = json.loads(file.metadata()["dmm_fast"])
-        for name, own in (("config", self.config.to_dict()), ("schedule", asdict(self.schedule))):
-            changed = {key: (notes[name].get(key), value) for key, value in own.items() if notes[name].get(key) != value}
+        for name, own in self._asked().items():
+            before = notes.get(name, own)  # a state of an earlier version has no inputs
+            changed = {key: (before.get(key), value) for key, value in own.items() if before.get(key) != value}
             if changed:
                 raise ValueError(f"{path}: was trained with other settings (there, now): {changed}; take another --out")
         tensors = load_file(path, str(self.device))

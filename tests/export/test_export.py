@@ -339,6 +339,24 @@ def test_command(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_as_many_proposals_as_the_network_keeps(tmp_path, monkeypatch):
+    """A live step chooses among as many as a step with proposals."""
+    from dmm_fast.proposals.detector import packaged_detector
+
+    with pytest.raises(ExportError, match="detector's top must be at most the network's, 50, got 60"):
+        export("torchscript", make("iou"), tmp_path, detector=packaged_detector(top=60))
+    given = []
+
+    def note(kind, net, out, *, detector, **options):
+        given.append((net.config.top, detector.top))
+        return Manifest(kind, {}, {})
+
+    monkeypatch.setattr("dmm_fast.export.export", note)
+    command = ["export", "--format", "pt2", "--height", "240", "--width", "360", "--out", str(tmp_path), "--proposals"]
+    assert cli.main([*command, "100"]) == cli.main([*command, "20"]) == 0
+    assert given == [(100, 100), (50, 20)]
+
+
 # ---- the networks in the package ----
 
 

@@ -82,6 +82,31 @@ def test_regions_are_read_where_they_lie():
     assert torch.equal(pooled[2], pooled[3]) and ((pooled[0] - pooled[1]).abs().amax((1, 2, 3)) > 0.9).all()
 
 
+def test_strides_may_round_down(detector):
+    """As ConvNeXt's do: what an odd level's last row lies in is missing, the rows before have theirs as where there is padding."""
+    network, nowhere = detector.network, [0] * 4
+    counts = [block[0].in_channels for block in network.fpn.inner_blocks]
+    levels = [torch.rand(1, count, 16 >> level, 24 >> level) for level, count in enumerate(counts)]
+    with torch.no_grad():
+        whole = network.pyramid(levels, nowhere, nowhere)
+        part = network.pyramid(
+            [rows[:, :, : 15 >> level, : 23 >> level] for level, rows in enumerate(levels)], nowhere, nowhere
+        )
+    assert [tuple(rows.shape[2:]) for rows in part] == [(15, 23), (7, 11), (3, 5), (1, 2)]
+    torch.testing.assert_close(part[0][:, :, :7, :15], whole[0][:, :, :7, :15])
+
+
+def test_where_nothing_is_found_there_are_no_parts(frame):
+    """Of the padding that a step then looks at neither."""
+    net = Segmenter()._inference
+    masks, valid = torch.zeros((2, 240, 427), dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    masks[0, 60:180, 150:300] = masks[1, :40, :40] = True
+    with torch.no_grad():
+        live = Live(net, packaged_detector(threshold=1.0).network, True)
+        found, output, _ = live(frame, net.start(frame, masks, valid))
+    assert len(found.scores) == 0 and output.lost.all() and output.parts.shape == (2, 0)
+
+
 def test_frames_smaller_than_the_detectors_are_its_own(detector, frame):
     """It enlarges them, the network does not."""
     net = Segmenter()._inference

@@ -133,6 +133,21 @@ def test_what_it_learns_from(pond, tmp_path):
     assert read_config("youtube-vos", ["detector.batch=2", "detector.data=[DIR]"]).detector == Beside(batch=2, data=("DIR",))
 
 
+def test_processes_divide_the_pictures(pond, tmp_path, monkeypatch):
+    """Together they have those of one process."""
+    config = from_dict(settings(pond, tmp_path / "run", batch=4))
+    companion = Companion(build_net(config)[0], config.detector, config, Team("cpu"))
+    whole, shares = next(companion.pictures(1, 2, [])), []
+    monkeypatch.setattr(companion.team, "size", 2)
+    for rank in range(2):
+        monkeypatch.setattr(companion.team, "rank", rank)
+        shares.append(next(companion.pictures(1, 2, [])))
+    for rank, (images, targets) in enumerate(shares):
+        assert len(images) == len(targets) == 2
+        assert all(map(torch.equal, images, whole[0][rank::2]))
+        assert all(torch.equal(mine["masks"], its["masks"]) for mine, its in zip(targets, whole[1][rank::2]))
+
+
 def test_workers_change_nothing(pond, whole, tmp_path):
     values = settings(pond, tmp_path / "run")
     values["data"] |= {"workers": 1}

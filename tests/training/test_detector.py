@@ -122,6 +122,10 @@ def test_settings_from_a_file_and_changes(tmp_path):
     assert config == DetectorConfig(fpn=32, box=64) and schedule == Schedule(steps=9, rate=1e-3)
     with pytest.raises(ValueError, match="name=value, got 'box'"):
         settings("small", ["box"])
+    schedule = settings("small", ["steps=1e4", "warmup=2.0e+1"])[1]
+    assert (repr(schedule.steps), repr(schedule.warmup)) == ("10000", "20")
+    with pytest.raises(ValueError, match="steps must be a whole number, got 1.5"):
+        settings("small", ["steps=1.5"])
 
 
 def test_weights_load_strictly(tmp_path, weights):
@@ -306,6 +310,29 @@ def test_a_training_that_was_cut_short_goes_on_the_same(dataset, tmp_path, monke
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     with pytest.raises(ValueError, match=r"other settings .*'rate': \(0.0006, 0.1\)"):
         train(config, settings("small", changes(steps=6, every=2, rate=0.1))[1], [dataset], tmp_path / "cut")
+
+
+def test_a_training_goes_on_with_what_it_began_with_alone(dataset, tmp_path):
+    """Without a warm-up too."""
+    config, schedule = settings("small", changes(steps=1, batch=1, every=1, warmup=0))
+    row = train(config, schedule, [dataset], tmp_path, held_out=["b"])
+    assert train(config, schedule, [dataset], tmp_path, held_out=("b",)) == row
+    for more, told in (
+        ({"held_out": ["a"]}, r"\{'held_out': \(\['b'\], \['a'\]\)\}"),
+        ({"held_out": ["b"], "leave_out": ["b"]}, "'leave_out'"),
+        ({"held_out": ["b"], "init": "small"}, r"'init': \(None, 'small'\)"),
+        ({"held_out": ["b"], "backbone": "net.safetensors"}, "'backbone'"),
+    ):
+        with pytest.raises(ValueError, match=f"other settings .*{told}"):
+            train(config, schedule, [dataset], tmp_path, **more)
+    with pytest.raises(ValueError, match="other settings .*'data'"):
+        train(config, schedule, [dataset, dataset], tmp_path, held_out=["b"])
+    state = tmp_path / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        notes = json.loads(file.metadata()["dmm_fast"])
+    del notes["inputs"]  # as earlier versions wrote it
+    save_file(load_file(state), state, {"dmm_fast": json.dumps(notes)})
+    assert train(config, schedule, [dataset], tmp_path, held_out=["a"]) == row
 
 
 def test_training_goes_on_from_the_packaged_network(dataset, tmp_path, capsys):

@@ -180,6 +180,23 @@ def test_runs_that_cannot_begin(pond, tmp_path, changes, told):
         train(config_of(pond, tmp_path / "run", **changes), progress=False)
 
 
+def test_no_source_has_the_videos_that_validate(pond, tmp_path):
+    """Those of a split neither, where the sources name no split of their own."""
+    for part in ("JPEGImages", "Annotations"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "480p").symlink_to(pond / part)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("two\n")
+    data = {"path": str(tmp_path), "layout": "davis2017", "val_split": "val", "sources": [{"kind": "clips"}]}
+    clips, videos = open_data(config_of(pond, tmp_path / "run", data=data))
+    assert videos.names == ["two"] and {clips[index].name for index in range(8)} == {"one"}
+    elsewhere = {"kind": "clips", "path": str(pond), "layout": "folder"}  # another data set, whose videos are called the same
+    clips, _ = open_data(config_of(pond, tmp_path / "run", data=data | {"sources": [elsewhere]}))
+    assert {clips[index].name for index in range(8)} == {"one", "two"}
+    with pytest.raises(ConfigError, match="a source of kind clips: all of its 1 videos validate"):
+        open_data(config_of(pond, tmp_path / "run", data=data | {"sources": [{"kind": "clips", "split": "val"}]}))
+
+
 def test_rates():
     config = read_config("small", ["epochs=10", "optim.schedule=cosine", "optim.warmup=4", "optim.floor=0.1"])
     cosine = [rate(config, step, 10) for step in range(100)]
