@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dmm_fast.kernels.paste_combine import _launchable
+from dmm_fast.kernels.launch import launch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -55,7 +55,8 @@ def bias_clamp(x: Tensor, bias: Tensor, residual: Tensor | None, low: float, hig
     added = x if residual is None else residual.contiguous(memory_format=layout)
     out = torch.empty_like(added if N == 1 else x)
     if out.numel() > 0:
-        _launchable(_finish_kernel)[(triton.cdiv(out.numel(), _BLOCK),)](
+        launch(
+            _finish_kernel, (triton.cdiv(out.numel(), _BLOCK),),
             x, bias.contiguous(), added, out, out.numel(), C, 1 if last else H * W, x.numel(), added.numel(), low, high,
             ADD=residual is not None, BLOCK=_BLOCK, COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from dmm_fast.kernels.paste_combine import _launchable
+from dmm_fast.kernels.launch import launch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -101,7 +101,8 @@ def decode_runs(runs: Tensor, height: int, width: int, rows: int, columns: int) 
     places = F.pad(runs, (0, runs.shape[1] % 2), value=total).clamp(0, total).contiguous()  # [M, 2K]
     before = F.pad((places[:, 1::2] - places[:, ::2]).cumsum(1), (1, 0)).contiguous()  # [M, K + 1] int64
     grid = (triton.cdiv(columns, _TILE_C), triton.cdiv(rows, _TILE_R), runs.shape[0])
-    _launchable(_share_kernel)[grid](
+    launch(
+        _share_kernel, grid,
         places, before, share, places.shape[1], height, width, rows, columns, (width + columns - 1) // columns + 1,
         TILE_R=_TILE_R, TILE_C=_TILE_C,
     )  # fmt: skip

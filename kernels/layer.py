@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from dmm_fast.kernels.gradient import Gradient
+from dmm_fast.kernels.launch import accumulate_dtype, launch
 from torch import Tensor
-from torch.library import wrap_triton
 
 MAX_ELEMENTS = 1 << 16  # of a problem, padded: they live in registers
 MAX_SCRATCH = 1 << 28  # bytes of a backward, for all programs together, as long as one program fits
@@ -38,10 +39,6 @@ def sizes_of(num_templates, num_proposals, b, N, M, RAGGED_N: tl.constexpr, RAGG
     return tl.where(empty, 0, n), tl.where(empty, 0, m), outside
 
 
-def _launchable(kernel):
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel  # or the interpreter's
-
-
 def check(
     op: str, cost, init, num_templates, num_proposals, lr_tensor, n_grad: int, n_proj: int, lr: float, unmatched_cost
 ) -> None:
@@ -62,7 +59,7 @@ def check(
     each = ((N,), (B, N)) if cost.dim() == 3 else ((N,),)
     if unmatched_cost is not None and tuple(unmatched_cost.shape) not in each:
         raise RuntimeError(f"{op}: unmatched_cost must have shape [{N}] or [{B}, {N}], got {list(unmatched_cost.shape)}")
-    accumulate = _accumulate_dtype(cost)
+    accumulate = accumulate_dtype(cost)
     given = {
         "init": (init, cost.dtype), "num_templates": (num_templates, torch.int64), "num_proposals": (num_proposals, torch.int64),
         "lr_tensor": (lr_tensor, accumulate), "unmatched_cost": (unmatched_cost, accumulate),
@@ -78,15 +75,11 @@ def check(
         if value < 1:
             raise RuntimeError(f"{op}: {name} must be at least 1, got {value}")
     block_n, block_m = _blocks(cost)
-    if block_n * block_m > MAX_ELEMENTS:
+    if cost.numel() > 0 and block_n * block_m > MAX_ELEMENTS:
         raise RuntimeError(
             f"{op}: the Triton backend takes problems of up to {MAX_ELEMENTS} elements, N and M rounded up to powers "
             f"of two, got {list(cost.shape)}; the native backend takes any size"
         )
-
-
-def _accumulate_dtype(cost: Tensor) -> torch.dtype:
-    return torch.float64 if cost.dtype == torch.float64 else torch.float32
 
 
 def _blocks(cost: Tensor) -> tuple[int, int]:
@@ -98,7 +91,7 @@ def _arguments(problem: tuple, starts: bool):
     cost, init, num_templates, num_proposals, lr_tensor, _, _, lr, own = problem
     cost = cost.contiguous()
     if lr_tensor is None:  # a float argument of a kernel would be rounded to single precision
-        lr_tensor = torch.full((), lr, dtype=_accumulate_dtype(cost), device=cost.device)
+        lr_tensor = torch.full((), lr, dtype=accumulate_dtype(cost), device=cost.device)
     tensors = (
         cost,
         *([cost if init is None else init.contiguous()] if starts else []),
@@ -132,7 +125,7 @@ def forward(kernel, op: str, problem: tuple, options: dict[str, bool], starts: b
     out = torch.empty_like(cost, memory_format=torch.contiguous_format)
     if cost.numel() > 0:
         tensors, sizes, constants = _arguments(problem, starts)
-        _launchable(kernel)[(sizes[0],)](*tensors, out, *sizes, n_grad, n_proj, **options, **constants)
+        launch(kernel, (sizes[0],), *tensors, out, *sizes, n_grad, n_proj, **options, **constants)
     return out
 
 
@@ -146,48 +139,23 @@ def backward(
     if grad.shape != cost.shape or grad.dtype != cost.dtype or grad.device != cost.device:
         raise RuntimeError(f"{op}: grad must have the shape, dtype and device of cost, got {list(grad.shape)}, {grad.dtype}")
     grads = [torch.empty_like(cost, memory_format=torch.contiguous_format) for _ in range(1 + starts)]
-    dtype = _accumulate_dtype(cost)
+    dtype = accumulate_dtype(cost)
     grad_lr = cost.new_zeros(cost.shape[0] if cost.dim() == 3 else 1, dtype=dtype)
     if cost.numel() > 0:
         tensors, sizes, constants = _arguments(problem, starts)
         size = scratch(constants["BLOCK_N"], constants["BLOCK_M"])
         programs = min(sizes[0], max(1, MAX_SCRATCH // (size * dtype.itemsize)))
         memory = cost.new_empty(programs * size, dtype=dtype)
-        _launchable(kernel)[(programs,)](
-            grad.contiguous(), *tensors, *grads, grad_lr, memory, size, *sizes, n_grad, n_proj, **options, **constants
-        )
+        launch(
+            kernel, (programs,), grad.contiguous(), *tensors, *grads, grad_lr, memory, size, *sizes, n_grad, n_proj,
+            **options, **constants,
+        )  # fmt: skip
     return *grads, grad_lr
 
 
-def make_differentiable(op, backward_op, name: str, tensors: int, differentiable: tuple[int, ...]) -> None:
-    """Give ``op`` the gradient that ``backward_op(grad, *args of op)`` computes, once.
-
-    The first ``tensors`` arguments are tensors or None, and so is the last, ``unmatched_cost``, whose gradient follows from the
-    cost's; ``backward_op`` returns the gradients of those in ``differentiable``,
-    one number per problem for the step size (summed if it is a single one).
-    """
-
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:tensors], inputs[-1])
-        ctx.options = inputs[tensors:-1]
-
-    def backward(ctx, grad: Tensor) -> tuple:
-        *saved, unmatched = ctx.saved_tensors
-        grads = [None] * (tensors + len(ctx.options) + 1)
-        results = backward_op(grad, *saved, *ctx.options, unmatched)
-        for i, g in zip(differentiable, results, strict=True):
-            if saved[i] is not None:
-                grads[i] = g.sum() if saved[i].dim() == 0 else g
-        if unmatched is not None:
-            rows = results[0].sum(-1, dtype=unmatched.dtype)
-            grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
-        return tuple(grads)
-
-    def no_double_backward(ctx, *grads):
-        raise RuntimeError(
-            f"dmm::{name}_backward: the matching layer is differentiable once; a gradient of its gradient "
-            f"(create_graph=True) is not available. Use dmm_fast.{name}(..., backend='reference') for that."
-        )
-
-    op.register_autograd(backward, setup_context=setup_context)
-    backward_op.register_autograd(no_double_backward)
+def make_differentiable(op, backward_op, gradient: Gradient) -> None:
+    """Give ``op`` the gradient that ``backward_op(grad, *args of op)`` computes, once."""
+    op.register_autograd(
+        lambda ctx, grad: gradient.backward(lambda args: backward_op(*args), ctx, grad), setup_context=gradient.setup_context
+    )
+    backward_op.register_autograd(gradient.refuse_second)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dmm_fast.kernels.launch import launch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 _BLOCK_N, _BLOCK_M, _BLOCK_PIXELS, _BLOCKS_PER_PROGRAM = 16, 64, 128, 8
 
@@ -44,9 +45,6 @@ def _count_kernel(
         tl.atomic_add(counts + N * (M + 1) + m, area_b, mask=m < M)
 
 
-_launchable = wrap_triton if isinstance(_count_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
-
-
 @triton_op("dmm::mask_iou_triton", mutates_args={})
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
     """``dmm_fast.mask_iou`` (shapes, errors and result are those of ``torch.ops.dmm.mask_iou``)."""
@@ -68,7 +66,8 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
     tiles = triton.cdiv(N, _BLOCK_N) * triton.cdiv(M, _BLOCK_M)
     if B * tiles * pixels > 0:
         grid = (triton.cdiv(pixels, _BLOCK_PIXELS * _BLOCKS_PER_PROGRAM), tiles, B)
-        _launchable(_count_kernel)[grid](
+        launch(
+            _count_kernel, grid,
             a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8), counts, N, M, pixels,
             BLOCK_N=_BLOCK_N, BLOCK_M=_BLOCK_M, BLOCK_PIXELS=_BLOCK_PIXELS, BLOCKS=_BLOCKS_PER_PROGRAM,
         )  # fmt: skip

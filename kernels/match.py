@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from dmm_fast.kernels import layer
+from dmm_fast.kernels.gradient import Gradient
 from dmm_fast.kernels.layer import less_unmatched, sizes_of
 from torch import Tensor
 from torch.library import triton_op
@@ -242,7 +243,7 @@ def _match_backward(
     return layer.backward(_backward_kernel, "dmm::match_backward", grad, problem, options, True, scratch)
 
 
-layer.make_differentiable(_match, _match_backward, "match", tensors=5, differentiable=(0, 1, 4))
+layer.make_differentiable(_match, _match_backward, Gradient("match", tensors=5, differentiable=(0, 1, 4)))
 
 
 def match(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from dmm_fast.kernels import layer
+from dmm_fast.kernels.gradient import Gradient
 from dmm_fast.kernels.layer import less_unmatched, sizes_of
 from torch import Tensor
 from torch.library import triton_op
@@ -200,7 +201,7 @@ def _match_prices_backward(
     return layer.backward(_backward_kernel, "dmm::match_prices_backward", grad, problem, dict(LAST=last), False, scratch)
 
 
-layer.make_differentiable(_match_prices, _match_prices_backward, "match_prices", tensors=4, differentiable=(0, 3))
+layer.make_differentiable(_match_prices, _match_prices_backward, Gradient("match_prices", tensors=4, differentiable=(0, 3)))
 
 
 def match_prices(

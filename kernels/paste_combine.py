@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dmm_fast.kernels.launch import accumulate_dtype, launch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 _TILE_H, _TILE_W = 16, 64
 _BLOCK_X = 128
@@ -131,13 +132,6 @@ def _backward_kernel(
     tl.store(grad_masks + (j * S + s) * S + cell, cells.to(grad_masks.dtype.element_ty), mask=cell < S)
 
 
-_launchable = wrap_triton if isinstance(_forward_kernel, triton.JITFunction) else lambda kernel: kernel  # or the interpreter
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check(op: str, assignment: Tensor, masks: Tensor, boxes: Tensor, height: int, width: int) -> None:
     """The checks of csrc/paste_combine.h."""
     if assignment.dim() != 2:
@@ -149,7 +143,7 @@ def _check(op: str, assignment: Tensor, masks: Tensor, boxes: Tensor, height: in
         raise RuntimeError(f"{op}: boxes must have shape [M, 4] with M = {M}, got {list(boxes.shape)}")
     if assignment.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise RuntimeError(f"{op}: assignment must be float32, float64, float16 or bfloat16, got {assignment.dtype}")
-    for name, tensor, dtype in (("masks", masks, assignment.dtype), ("boxes", boxes, _compute_dtype(assignment.dtype))):
+    for name, tensor, dtype in (("masks", masks, assignment.dtype), ("boxes", boxes, accumulate_dtype(assignment))):
         if tensor.dtype != dtype:
             raise RuntimeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != assignment.device:
@@ -168,7 +162,8 @@ def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, height: int,
         return out.zero_()
     if out.numel() > 0:
         grid = (triton.cdiv(width, _TILE_W), triton.cdiv(height, _TILE_H), N)
-        _launchable(_forward_kernel)[grid](
+        launch(
+            _forward_kernel, grid,
             assignment.contiguous(), masks.contiguous(), boxes.contiguous(), out, M, masks.shape[-1], height, width,
             TILE_H=_TILE_H, TILE_W=_TILE_W, COMPUTE=tl.float64 if assignment.dtype == torch.float64 else tl.float32,
         )  # fmt: skip
@@ -184,7 +179,8 @@ def paste_combine_backward(grad: Tensor, assignment: Tensor, masks: Tensor, boxe
     parts = boxes.new_zeros(M, S, N)
     grad_masks = masks.new_empty(M, S, S)
     if M * S > 0:
-        _launchable(_backward_kernel)[(M, S)](
+        launch(
+            _backward_kernel, (M, S),
             grad.contiguous(), assignment.contiguous(), masks.contiguous(), boxes.contiguous(), parts, grad_masks,
             N, M, S, height, width, BLOCK_X=_BLOCK_X, CELLS=triton.next_power_of_2(S),
             COMPUTE=tl.float64 if assignment.dtype == torch.float64 else tl.float32,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dmm_fast.kernels.paste_combine import _axis, _compute_dtype, _launchable, _position, _tap
+from dmm_fast.kernels.launch import accumulate_dtype, launch
+from dmm_fast.kernels.paste_combine import _axis, _position, _tap
 from torch import Tensor
 from torch.library import triton_op
 
@@ -53,8 +54,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: 
         raise RuntimeError(f"{op}: boxes must have shape [M, 4] with M = {M}, got {list(boxes.shape)}")
     if masks.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise RuntimeError(f"{op}: masks must be float32, float64, float16 or bfloat16, got {masks.dtype}")
-    if boxes.dtype != _compute_dtype(masks.dtype):
-        raise RuntimeError(f"{op}: boxes must be {_compute_dtype(masks.dtype)}, got {boxes.dtype}")
+    if boxes.dtype != accumulate_dtype(masks):
+        raise RuntimeError(f"{op}: boxes must be {accumulate_dtype(masks)}, got {boxes.dtype}")
     if boxes.device != masks.device:
         raise RuntimeError(f"{op}: boxes must be on the device of masks")
     if not 1 <= samples <= 64:
@@ -67,7 +68,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, rows: int, columns: int, samples: 
         return cover.zero_()
     if cover.numel() > 0:
         grid = (triton.cdiv(columns, _TILE_C), triton.cdiv(rows, _TILE_R), M)
-        _launchable(_cover_kernel)[grid](
+        launch(
+            _cover_kernel, grid,
             masks.contiguous(), boxes.contiguous(), cover, S, rows, columns, samples, TILE_R=_TILE_R, TILE_C=_TILE_C,
             COMPUTE=tl.float64 if masks.dtype == torch.float64 else tl.float32,
         )  # fmt: skip

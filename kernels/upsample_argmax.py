@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dmm_fast.kernels.paste_combine import _launchable
+from dmm_fast.kernels.launch import launch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -71,7 +71,9 @@ def upsample_argmax(logits: Tensor, rank: Tensor, height: int, width: int) -> Te
         raise RuntimeError(f"{op}: height and width must be in [0, 2^24), got {height} and {width}")
     labels = logits.new_empty(height, width, dtype=torch.uint8)
     if labels.numel() > 0:
-        _launchable(_label_kernel)[(triton.cdiv(width, _TILE_W), triton.cdiv(height, _TILE_H))](
+        grid = (triton.cdiv(width, _TILE_W), triton.cdiv(height, _TILE_H))
+        launch(
+            _label_kernel, grid,
             logits.contiguous(), rank.contiguous(), labels, N, h, w, height, width, TILE_H=_TILE_H, TILE_W=_TILE_W,
             COMPUTE=tl.float64 if logits.dtype == torch.float64 else tl.float32,
         )  # fmt: skip

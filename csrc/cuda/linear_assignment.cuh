@@ -43,6 +43,9 @@ struct Candidate {
 
 class Team {
  public:
+  using OfWarps = Candidate[2][kMaxThreads / kOneWarp];
+  static constexpr int64_t kOwnBytes = sizeof(OfWarps);  // static shared memory
+
   int32_t rows = 0, columns = 0;
   bool chooses = false;
 
@@ -150,7 +153,7 @@ class Team {
   __device__ __forceinline__ Candidate reduce(Candidate best) {
     best = reduce_warp(best);
     if (threads() > kOneWarp) {
-      __shared__ Candidate of_warps[2][kMaxThreads / kOneWarp];
+      __shared__ OfWarps of_warps;
       Candidate* const buffer = of_warps[turn_];
       turn_ ^= 1;
       const int32_t lane = thread() % kOneWarp;
@@ -248,7 +251,7 @@ void solve(const OnDevice& p, cudaStream_t stream, const Allocate& allocate) {
   const bool shared = sizes.bytes() <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048;
   if (!shared) blocks = std::clamp<int64_t>(kScratchLimit / sizes.bytes(), 1, blocks);
   auto* const scratch = static_cast<unsigned char*>(shared ? nullptr : allocate(blocks * sizes.bytes()));
-  launch(assignment_kernel, blocks, threads, 0, shared ? sizes.bytes() : 0, stream, p, sizes, scratch);
+  launch(assignment_kernel, blocks, threads, Team::kOwnBytes, shared ? sizes.bytes() : 0, stream, p, sizes, scratch);
 }
 
 }  // namespace dmm::cuda::assignment

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmm_fast.ops import library, reference
-from dmm_fast.ops.layer import _merge_batch
+from dmm_fast.ops.layer import _merge_batch, _split_batch
 
 library.refuse_without_cuda("linear_assignment", "linear_assignment_duals")
 
@@ -125,7 +125,7 @@ def _choice(cost, unmatched_cost=None, num_templates=None, num_proposals=None):
 @torch.library.register_fake("dmm::linear_assignment_duals")
 def _choice_and_prices(cost, unmatched_cost=None, num_templates=None, num_proposals=None):
     choice = _choice(cost)
-    dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    dtype = reference.accumulate_dtype(cost)
     return choice, cost.new_empty(choice.shape, dtype=dtype), cost.new_empty((*cost.shape[:-2], cost.shape[-1]), dtype=dtype)
 
 
@@ -135,8 +135,8 @@ def _vmap(op):
         merged, batch = _merge_batch(info, (*in_dims, *[None] * (4 - len(in_dims))), tensors, (2, 1, 0, 0))
         results = op(*merged)
         if isinstance(results, Tensor):
-            return results.unflatten(0, (info.batch_size, batch)) if batch else results, 0
-        return tuple(r.unflatten(0, (info.batch_size, batch)) if batch else r for r in results), (0, 0, 0)
+            return _split_batch(info, batch, results), 0
+        return tuple(_split_batch(info, batch, result) for result in results), (0, 0, 0)
 
     return rule
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmm_fast.ops import library
+from dmm_fast.kernels.gradient import Gradient
+from dmm_fast.ops import library, reference
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _in_functorch = torch._C._are_functorch_transforms_active
@@ -21,9 +22,7 @@ class Layer:
 
     ``item_dims`` gives the dimensions that each leading tensor argument has per problem: 2 for the cost, 0 for a number per
     problem. Options follow, and last comes ``unmatched_cost``, a number per template, which the cost is less by.
-    ``differentiable`` lists the leading tensors that get a gradient: the cost first, the step size (one number per problem) last.
-    The backward op takes the gradient and the op's arguments, and returns gradients in that order; that of ``unmatched_cost``
-    follows from the cost's.
+    ``differentiable`` lists the leading tensors that get a gradient, as `Gradient` has it.
     """
 
     def __init__(self, name: str, item_dims: tuple[int, ...], differentiable: tuple[int, ...]):
@@ -34,6 +33,7 @@ class Layer:
         self.defaults = tuple(argument.default_value for argument in self.op._schema.arguments)
         self.item_dims = item_dims
         self.differentiable = differentiable
+        self._gradient = Gradient(name, len(item_dims), differentiable)
         self._function = self._functions()
         self._register()
 
@@ -46,30 +46,6 @@ class Layer:
                     return self._function[_in_functorch()].apply(*args)
         return _call(self.op, args)
 
-    def _setup_context(self, ctx, inputs, output):
-        tensors = len(self.item_dims)
-        ctx.options = inputs[tensors:-1]
-        ctx.save_for_backward(*inputs[:tensors], inputs[-1])
-
-    def _backward(self, call, ctx, grad: Tensor) -> tuple:
-        """The gradients of all the op's arguments, through ``call(args of the backward op)``."""
-        *saved, unmatched = ctx.saved_tensors
-        grads = [None] * len(self.defaults)
-        results = call((grad, *saved, *ctx.options, unmatched))
-        for i, g in zip(self.differentiable, results, strict=True):
-            if saved[i] is not None:
-                grads[i] = g.sum() if saved[i].dim() == 0 else g
-        if unmatched is not None and ctx.needs_input_grad[len(grads) - 1]:
-            rows = results[0].sum(-1, dtype=unmatched.dtype)
-            grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
-        return tuple(grads)
-
-    def _no_double_backward(self, ctx, *grads):
-        raise RuntimeError(
-            f"dmm::{self.name}_backward: the matching layer is differentiable once; a gradient of its gradient "
-            f"(create_graph=True) is not available. Use dmm_fast.{self.name}(..., backend='reference') for that."
-        )
-
     def _functions(self) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
         """The gradient in eager mode, outside and inside torch.func; compiled and exported graphs use the op's own."""
         layer = self
@@ -77,7 +53,7 @@ class Layer:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):
-                layer._setup_context(ctx, args, None)
+                layer._gradient.setup_context(ctx, args, None)
                 return _call(layer.op, args)
 
             @staticmethod
@@ -87,13 +63,13 @@ class Layer:
                         return BackwardFunction.apply(*args)
                     return _call(layer.backward_op, args)
 
-                return layer._backward(call, ctx, grad)
+                return layer._gradient.backward(call, ctx, grad)
 
         class TransformableFunction(Function):
             """In the form that torch.func asks for (twice as slow to enter)."""
 
             generate_vmap_rule = True
-            setup_context = staticmethod(self._setup_context)
+            setup_context = staticmethod(self._gradient.setup_context)
 
             @staticmethod
             def forward(*args):
@@ -101,7 +77,7 @@ class Layer:
 
         class BackwardFunction(torch.autograd.Function):
             generate_vmap_rule = True
-            backward = staticmethod(self._no_double_backward)
+            backward = staticmethod(self._gradient.refuse_second)
 
             @staticmethod
             def forward(*args):
@@ -119,10 +95,10 @@ class Layer:
         torch.library.register_fake(backward_name, self._fake_backward)
         torch.library.register_autograd(
             name,
-            lambda ctx, grad: self._backward(lambda args: self.backward_op(*args), ctx, grad),
-            setup_context=self._setup_context,
+            lambda ctx, grad: self._gradient.backward(lambda args: self.backward_op(*args), ctx, grad),
+            setup_context=self._gradient.setup_context,
         )
-        torch.library.register_autograd(backward_name, self._no_double_backward)
+        torch.library.register_autograd(backward_name, self._gradient.refuse_second)
         for device in ("cpu", "cuda"):  # like softmax: float32 inside autocast
             torch.library.register_autocast(name, device, torch.float32)
         torch.library.register_vmap(name, self._vmap)
@@ -135,13 +111,12 @@ class Layer:
         return torch.empty_like(cost, memory_format=torch.contiguous_format)
 
     def _fake_backward(self, grad: Tensor, cost: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
-        accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
         like_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
         batch = cost.shape[0] if cost.dim() == 3 else 1
         others = [torch.empty_like(like_cost) for _ in self.differentiable[1:-1]]
-        return like_cost, *others, cost.new_empty(batch, dtype=accumulate)
+        return like_cost, *others, cost.new_empty(batch, dtype=reference.accumulate_dtype(cost))
 
-    def _merge(self, info, in_dims: tuple, args: tuple, item_dims: tuple[int, ...]) -> tuple[tuple, int]:
+    def _merge(self, info, in_dims: tuple, args: tuple, item_dims: tuple[int, ...]) -> tuple[tuple, int | None]:
         """The arguments of one of the ops for all of vmap's problems at once, and their batch, as `_merge_batch` has it."""
         count = len(self.defaults) + len(item_dims) - len(self.item_dims)
         missing = count - len(args)  # torch leaves out what has its default
@@ -155,14 +130,13 @@ class Layer:
     def _vmap(self, info, in_dims, *args):
         args, batch = self._merge(info, in_dims, args, self.item_dims)
         x = self.op(*args)
-        return x.unflatten(0, (info.batch_size, batch)) if batch else x, 0
+        return _split_batch(info, batch, x), 0
 
     def _vmap_backward(self, info, in_dims, *args):
         args, batch = self._merge(info, in_dims, args, (2, *self.item_dims))
         *grads, grad_lr = self.backward_op(*args)
-        if batch:
-            grads = [g.unflatten(0, (info.batch_size, batch)) for g in grads]
-        grads.append(grad_lr.unflatten(0, (info.batch_size, max(batch, 1))))
+        grads = [_split_batch(info, batch, g) for g in grads]
+        grads.append(_split_batch(info, 1 if batch is None else batch, grad_lr))
         return tuple(grads), (0,) * len(grads)
 
 
@@ -175,18 +149,24 @@ def _call(op, args: tuple):
         return op(*args)
 
 
-def _merge_batch(info, in_dims: tuple, tensors: tuple, item_dims: tuple) -> tuple[list, int]:
-    """vmap's dimension V joined with the batch B: every tensor as ``[V * B, ...]``, and B (0: the problems had no batch)."""
+def _merge_batch(info, in_dims: tuple, tensors: tuple, item_dims: tuple) -> tuple[list, int | None]:
+    """vmap's dimension V joined with the batch B: every tensor as ``[V * B, ...]``, and B (None: the problems had no batch)."""
     shape = list(tensors[0].shape)
     if in_dims[0] is not None:
         del shape[in_dims[0]]
-    batch = shape[0] if len(shape) == 3 else 0
+    batch = shape[0] if len(shape) == 3 else None
+    problems = 1 if batch is None else batch
     merged = []
     for tensor, dim, item in zip(tensors, in_dims, item_dims):
         if tensor is not None:
             tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
             if tensor.dim() == item + 1:  # no batch in it: [V, ...] -> [V, B, ...]
-                tensor = tensor.unsqueeze(1).expand(-1, max(batch, 1), *tensor.shape[1:])
-            tensor = tensor.reshape(info.batch_size * max(batch, 1), *tensor.shape[2:])
+                tensor = tensor.unsqueeze(1).expand(-1, problems, *tensor.shape[1:])
+            tensor = tensor.reshape(info.batch_size * problems, *tensor.shape[2:])
         merged.append(tensor)
     return merged, batch
+
+
+def _split_batch(info, batch: int | None, result: Tensor) -> Tensor:
+    """A result for all of vmap's problems, ``[V * B, ...]``, as ``[V, B, ...]`` if there is a batch."""
+    return result if batch is None else result.unflatten(0, (info.batch_size, batch))

@@ -81,7 +81,9 @@ def let_triton_serve(*ops: str) -> None:
 
         def serve(*args, op=op):
             importlib.import_module(f"dmm_fast.kernels.{ops[0]}")
-            return getattr(torch.ops.dmm, f"{op}_triton")(*args)
+            arguments = getattr(torch.ops.dmm, op).default._schema.arguments
+            left_out = [argument.default_value for argument in arguments[len(args) :]]  # by torch, at the end
+            return getattr(torch.ops.dmm, f"{op}_triton")(*args, *left_out)
 
         torch.library.impl(f"dmm::{op}", "cuda", serve)
 

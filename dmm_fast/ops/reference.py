@@ -110,10 +110,13 @@ def match(
     With ``unmatched_cost`` c, a number, ``[N]`` or ``[B, N]``, row sums are at most 1, and the cost is C - c.
     Ragged batches: problem ``b`` is ``cost[b, :num_templates[b], :num_proposals[b]]``; the rest of its result is 0.
     A problem with a non-finite cost, start, lr or unmatched_cost is NaN throughout and leaves the others alone.
+    Half precision is computed in float32.
     """
     if dykstra not in DYKSTRA or output not in OUTPUT:
         raise ValueError(f"match: dykstra must be one of {DYKSTRA} and output one of {OUTPUT}, got {dykstra!r}, {output!r}")
-    start = init if init is None or init.dim() == 3 else init[None]  # [B, N, M]
+    start = None
+    if init is not None:
+        start = (init if init.dim() == 3 else init[None]).to(accumulate_dtype(cost))  # [B, N, M]
     rows = project_rows if unmatched_cost is None else project_rows_at_most
 
     def solve(b: int, c: Tensor, step) -> Tensor:
@@ -147,10 +150,10 @@ def _stack_problems(
     unmatched_cost: float | Tensor | None, solve,
 ) -> Tensor:  # fmt: skip
     """``solve(b, cost [n, m] less what staying alone costs, lr) -> X [n, m]`` for every problem b of a possibly ragged batch; 0
-    elsewhere, differentiable."""
+    elsewhere, differentiable. Half precision is solved in float32."""
     if not isinstance(lr, Tensor) and not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr:g}")
-    batched = cost if cost.dim() == 3 else cost[None]  # [B, N, M]
+    batched = (cost if cost.dim() == 3 else cost[None]).to(accumulate_dtype(cost))  # [B, N, M]
     B, N, M = batched.shape
     own = _alone(name, batched, unmatched_cost)
     steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
@@ -166,7 +169,8 @@ def _stack_problems(
         else:
             x = solve(b, c, steps[b])
             results.append(F.pad(x, (0, M - columns[b], 0, N - rows[b])))
-    return torch.stack(results).reshape(cost.shape) if B else batched.clone().reshape(cost.shape)
+    x = torch.stack(results) if B else batched.clone()
+    return x.reshape(cost.shape).to(torch.result_type(cost, 1.0))  # whole numbers become fractions
 
 
 def match_prices(
@@ -397,7 +401,8 @@ def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None, unma
     rows = assignment.sum(-1) - 1  # [B, N]
     rows = rows.clamp(min=0) if unmatched else rows.abs()
     if num_templates is not None:
-        rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < num_templates[:, None], 0)
+        counts = num_templates.reshape(*rows.shape[:-1], 1)  # [B, 1], or [1] for a single problem
+        rows = rows.where(torch.arange(rows.shape[-1], device=rows.device) < counts, 0)
     columns = (assignment.sum(-2) - 1).clamp(min=0)  # [B, M]
     signs = (-assignment).clamp(min=0).flatten(-2)  # [B, N * M]
     return {name: F.pad(value, (0, 1)).amax(-1) for name, value in (("rows", rows), ("columns", columns), ("sign", signs))}

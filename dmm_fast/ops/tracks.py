@@ -24,7 +24,8 @@ class Tracks(NamedTuple):
 
     choice: Tensor  # [W, N] int64: the proposal of each template in each frame, -1 for none
     cost: Tensor  # [] of the tracks
-    bound: Tensor  # [] no tracks cost less: cost - bound is the gap, about 0 where the tracks are proven to be the best
+    bound: Tensor  # [] no tracks cost less, or without unmatched_cost none with as many proposals: cost - bound is the gap,
+    # about 0 where the tracks are proven to be the best
     assignment: Tensor  # [W, N, M] soft, differentiable
 
 
@@ -50,7 +51,7 @@ def match_tracks(
         template_costs: C, ``[W, N, M]``, float32 or float64. What is not finite is forbidden.
         link_costs: L, ``[W - 1, M, M]``: what it costs to go from a proposal of frame w to one of frame w + 1, same dtype, finite.
         unmatched_cost: c, a finite number, ``[N]`` or ``[W, N]``: what it costs a template to have no proposal in a frame; links from and to
-            there cost nothing. None: templates have a proposal wherever there are enough.
+            there cost nothing. None: templates have a proposal wherever there are enough; to have none costs nothing.
         num_proposals: int64 ``[W]``: frame w has the first so many. Padding may hold anything.
         rounds: at most so many; fewer where the gap closes.
         temperature: of the soft form, in units of cost: how much worse a path may be and still count.
@@ -67,11 +68,16 @@ def match_tracks(
     """
     _check(template_costs, link_costs, num_proposals, rounds, temperature)
     W, N, M = template_costs.shape
+    if num_proposals is not None:
+        num_proposals = num_proposals.to(template_costs.device)
     with torch.no_grad():
         unary, link = _states(template_costs.double(), link_costs.double(), unmatched_cost, num_proposals)
         state, multipliers, bound = _decompose((unary, link), rounds)
         cost = _cost(state, (unary, link))
         choice = torch.where(state < M, state, -1)
+        if unmatched_cost is None:  # take out what made that the last resort
+            penalty = unary[..., M].where(choice < 0, 0).sum()
+            cost, bound = cost - penalty, bound - penalty
     soft = _soft(template_costs, link_costs, unmatched_cost, num_proposals, multipliers, temperature, n_grad, lr)
     dtype = template_costs.dtype
     return Tracks(choice, cost.to(dtype), torch.minimum(bound, cost).to(dtype), soft)
@@ -113,7 +119,7 @@ def _states(C: Tensor, L: Tensor, own: float | Tensor | None, counts: Tensor | N
     W, N, M = C.shape
     allowed = torch.isfinite(C)
     if counts is not None:
-        allowed = allowed & (torch.arange(M, device=C.device) < counts.to(C.device)[:, None])[:, None]
+        allowed = allowed & (torch.arange(M, device=C.device) < counts[:, None])[:, None]
         L = L.where(_linked(L, counts), 0)
     if own is None:  # more than all else can cost: to have none is the last resort
         span = C.where(allowed, 0).abs().amax() + 2 * (L.abs().amax() if L.numel() else 0) + 1
@@ -254,7 +260,7 @@ def _soft(
     alone = torch.eye(N, dtype=torch.bool, device=C.device)
     columns = torch.where(alone, total[..., M:], dear)  # [W, N, N]
     joined = torch.cat([columns, total[..., :M]], 2)
-    counted = None if counts is None else counts.to(C.device) + N
+    counted = None if counts is None else counts + N
     return match_prices(joined, n_grad=n_grad, lr=lr, output="average", num_proposals=counted)[..., N:]
 
 

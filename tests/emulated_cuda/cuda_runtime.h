@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -58,6 +59,8 @@ inline Block block;
 inline struct Device {
   int processors = 3, shared_bytes = 99 << 10;  // a small device: blocks must take turns
   bool last_thread_first = false;               // the order in which threads run to their next barrier
+  int64_t static_bytes = 0;                     // of a kernel's shared memory, where the driver knows it
+  std::map<const void*, int64_t> granted;       // dynamic bytes that a kernel has asked for
 } device;
 
 inline void wait(Barrier& barrier) {
@@ -226,13 +229,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > emulated::device.shared_bytes) throw std::runtime_error("emulated CUDA: too much shared memory");
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  if (bytes + emulated::device.static_bytes > emulated::device.shared_bytes)
+    throw std::runtime_error("emulated CUDA: too much shared memory");
+  emulated::device.granted[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  const auto granted = emulated::device.granted.find(reinterpret_cast<const void*>(kernel));
+  const int64_t most = granted == emulated::device.granted.end() ? (48 << 10) - emulated::device.static_bytes : granted->second;
+  if (static_cast<int64_t>(config->dynamicSmemBytes) > most)
+    throw std::runtime_error("emulated CUDA: more shared memory than a kernel may have without asking");
   ::gridDim = config->gridDim;
   ::blockDim = config->blockDim;
   for (unsigned z = 0; z < config->gridDim.z; ++z)

@@ -8,6 +8,7 @@ extern "C" void linear_assignment(const void* cost, const void* unmatched, int64
                                   int64_t* choice, void* template_prices, void* proposal_prices) {
   using dmm::cuda::Element;
   const auto given = static_cast<Element>(element);
+  emulated::device.static_bytes = dmm::cuda::assignment::Team::kOwnBytes;
   std::memset(dmm::cuda::shared_memory, 0xff, sizeof(dmm::cuda::shared_memory));
   dmm::cuda::assignment::solve({{cost, unmatched, unmatched_stride, num_templates, num_proposals, sizes[0], sizes[1], sizes[2],
                                  choice, template_prices, proposal_prices},

@@ -34,6 +34,9 @@ def test_assign_and_feasibility_know_what_is_there():
     residual = dmm_fast.feasibility(x, num_templates=counts["num_templates"])
     assert residual["rows"][0] < 0.05 and residual["columns"].shape == (3,) and residual["sign"][0] == 0
     assert dmm_fast.feasibility(torch.zeros(0, 4))["rows"] == 0
+    single = dmm_fast.feasibility(x[0], num_templates=counts["num_templates"][:1])
+    assert {name: value.shape for name, value in single.items()} == dict.fromkeys(("rows", "columns", "sign"), ())
+    assert single["rows"] == residual["rows"][0]
 
 
 def test_peers_solve_what_they_should():

@@ -60,6 +60,16 @@ def test_half_precision_is_computed_in_float32(layer, dtype, device):
     assert torch.equal(ours, theirs.to(dtype))
 
 
+@layers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_computes_half_precision_in_float32(layer, dtype):
+    cost = torch.rand(5, 50).to(dtype) + 300  # float16 cannot hold the sum
+    starts = [torch.rand(5, 50).to(dtype)] if layer.starts else []
+    x = layer.function(cost, *starts, backend="reference")
+    expected = layer.reference(cost.float(), *(start.float() for start in starts))
+    assert x.dtype == dtype and x.isfinite().all() and torch.equal(x, expected.to(dtype))
+
+
 @on_devices
 @few
 def test_strides(layer, sample, device):
@@ -342,6 +352,15 @@ def test_vmap_over_the_batch(layer):
     torch.testing.assert_close(torch.func.vmap(layer.function, in_dims=1, out_dims=1)(twice), expected)  # batches inside
     last = torch.func.vmap(layer.function, in_dims=3, out_dims=3)(twice.movedim(0, 3))
     torch.testing.assert_close(last.movedim(3, 0), expected)
+
+
+@layers
+def test_vmap_over_empty_batches(layer):
+    cost = torch.rand(3, 0, 5, 50, requires_grad=True)
+    x = torch.func.vmap(layer.function)(cost)
+    assert x.shape == (3, 0, 5, 50)
+    x.sum().backward()
+    assert cost.grad.shape == cost.shape
 
 
 @layers

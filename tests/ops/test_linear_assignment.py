@@ -279,6 +279,8 @@ def test_vmap():
         assert torch.equal(result.flatten(0, 1), flat)
     single = torch.vmap(dmm_fast.linear_assignment, in_dims=2)(cost[0].movedim(0, 2))
     assert torch.equal(single, dmm_fast.linear_assignment(cost[0]))
+    results = torch.vmap(lambda c: dmm_fast.linear_assignment(c, return_duals=True))(torch.rand(3, 0, 4, 9))
+    assert [result.shape for result in results] == [(3, 0, 4), (3, 0, 4), (3, 0, 9)]
 
 
 def test_the_reference_is_exact_too():

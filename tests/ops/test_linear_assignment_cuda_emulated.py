@@ -108,6 +108,12 @@ def test_arrays_that_do_not_fit_shared_memory(device, shape):
     assert all(torch.equal(result, want) for result, want in zip(results, expected))
 
 
+def test_static_shared_memory_counts(device):
+    """A kernel must ask for more than 48 KiB, and has some before the launch adds any."""
+    cost = random(1, 74, 74)
+    assert torch.equal(device(cost, duals=False)[0], dmm_fast.linear_assignment(cost))
+
+
 @pytest.mark.parametrize("shape", [(3, 12, 40), (1, 60, 140)], ids=str)
 def test_the_order_of_threads_does_not_matter(device, shape):
     cost = tied(*shape)

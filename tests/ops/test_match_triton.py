@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from dmm_fast.kernels.launch import launch
 from helpers import triton_kernels
 from helpers.triton_kernels import DEVICE, random
 from torch import Tensor
 
 import dmm_fast
-from dmm_fast.ops import reference
+from dmm_fast.ops import library, reference
 
 kernels = triton_kernels.kernels("match")
 MODES = [dict(dykstra=dykstra, output=output) for dykstra in ("reset", "carry") for output in ("average", "last")]
@@ -103,12 +106,46 @@ def test_poison_and_counts_out_of_range_stay_in_their_problem():
         assert result[0].isfinite().all() and result[1:].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 5), (0, 300, 300)], ids=str)
 def test_empty(shape):
     cost = random(*shape).requires_grad_()
     x = dmm_fast.match(cost, backend="triton")
     x.sum().backward()
     assert x.shape == cost.grad.shape == shape
+
+
+@pytest.mark.parametrize("name", ["match", "match_prices"])
+def test_serves_where_the_cuda_library_is_absent(name, monkeypatch):
+    """torch passes on no arguments at the end that have their defaults."""
+    served = {}
+    monkeypatch.setattr(library, "CUDA_MISSING", "not built")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.library, "impl", lambda op, device, function: served.update({(op, device): function}))
+    library.let_triton_serve(name)
+    cost = random(3, 5)
+    expected = getattr(reference, name)(cost)
+    torch.testing.assert_close(served[f"dmm::{name}", "cuda"](cost), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    entered, launched = [], []
+
+    @contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append((grid, args[1:], constants, *entered))
+
+    for name in ("cuda:1", "cpu"):
+        launch(Kernel(), (3,), SimpleNamespace(device=torch.device(name)), 7, BLOCK=8)
+    assert launched == [((3,), (7,), {"BLOCK": 8}, torch.device("cuda:1")), ((3,), (7,), {"BLOCK": 8})]
 
 
 def test_errors_name_op_argument_rule_and_value():

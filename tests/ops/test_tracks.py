@@ -10,6 +10,7 @@ from scipy.sparse import lil_matrix
 from torch import Tensor
 
 import dmm_fast
+from dmm_fast.ops import tracks as tracks_module
 from dmm_fast.ops.tracks import Tracks
 
 
@@ -137,6 +138,34 @@ def test_one_frame_is_an_assignment():
     C = torch.rand(1, 4, 6)
     tracks = dmm_fast.match_tracks(C, torch.zeros(0, 6, 6), unmatched_cost=torch.full((4,), 0.2))
     assert torch.equal(tracks.choice[0], dmm_fast.linear_assignment(C[0], unmatched_cost=torch.full((4,), 0.2)))
+
+
+def test_to_be_left_over_costs_nothing():
+    """With more templates than proposals; against an integer program, in which that is the last resort."""
+    tracks = dmm_fast.match_tracks(torch.zeros(1, 2, 1), torch.zeros(0, 1, 1))
+    assert tracks.cost == tracks.bound == 0
+    for seed in range(6):
+        C, L = problem(seed, W=3, N=4, M=3)
+        tracks = dmm_fast.match_tracks(C, L)
+        least = best(C, L, torch.full((3, 4), 100.0, dtype=torch.float64)) - 3 * 100
+        assert tracks.bound.item() - 1e-6 <= least <= tracks.cost.item() + 1e-6
+        assert tracks.cost.item() == pytest.approx(paid(tracks, C, L, torch.zeros(3, 4))) and (tracks.choice < 0).sum() == 3
+
+
+@pytest.mark.parametrize("alone", [None, 0.5])
+def test_counts_may_be_on_another_device(alone, monkeypatch):
+    found = []
+
+    def prices(cost, num_proposals, **options):
+        found.append(num_proposals.device)
+        return cost
+
+    monkeypatch.setattr(tracks_module, "_check", lambda *given: None)  # which looks at values
+    monkeypatch.setattr(tracks_module, "_decompose", lambda costs, rounds: (costs[0][..., 0].long(), costs[0], costs[0].sum()))
+    monkeypatch.setattr(tracks_module, "match_prices", prices)
+    C, L = torch.rand(3, 2, 4, device="meta"), torch.rand(2, 4, 4, device="meta")
+    dmm_fast.match_tracks(C, L, unmatched_cost=alone, num_proposals=torch.tensor([4, 3, 4]))
+    assert found == [C.device]
 
 
 @pytest.mark.parametrize("alone", [False, True])

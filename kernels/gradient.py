@@ -1,0 +1,42 @@
+"""The gradient of a matching layer by its backward op, Triton's or a native one: ``dmm_fast.ops.layer`` takes it from here too."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class Gradient:
+    """What autograd needs of the op ``dmm::<name>``, which is differentiable once.
+
+    Its first ``tensors`` arguments are tensors or None, and so is the last, ``unmatched_cost``; options are between. The backward
+    op takes the gradient and the op's arguments, and returns gradients of those in ``differentiable``: the cost first, the step
+    size (one number per problem) last. That of ``unmatched_cost`` follows from the cost's.
+    """
+
+    def __init__(self, name: str, tensors: int, differentiable: tuple[int, ...]):
+        self.name = name
+        self.tensors = tensors
+        self.differentiable = differentiable
+
+    def setup_context(self, ctx, inputs, output):
+        ctx.options = inputs[self.tensors : -1]
+        ctx.save_for_backward(*inputs[: self.tensors], inputs[-1])
+
+    def backward(self, call, ctx, grad: Tensor) -> tuple:
+        """The gradients of all the op's arguments, through ``call(args of the backward op)``."""
+        *saved, unmatched = ctx.saved_tensors
+        grads = [None] * (self.tensors + len(ctx.options) + 1)
+        results = call((grad, *saved, *ctx.options, unmatched))
+        for i, g in zip(self.differentiable, results, strict=True):
+            if saved[i] is not None:
+                grads[i] = g.sum() if saved[i].dim() == 0 else g
+        if unmatched is not None and ctx.needs_input_grad[len(grads) - 1]:
+            rows = results[0].sum(-1, dtype=unmatched.dtype)
+            grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
+        return tuple(grads)
+
+    def refuse_second(self, ctx, *grads):
+        raise RuntimeError(
+            f"dmm::{self.name}_backward: the matching layer is differentiable once; a gradient of its gradient "
+            f"(create_graph=True) is not available. Use dmm_fast.{self.name}(..., backend='reference') for that."
+        )
