@@ -36,12 +36,14 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu"):
             if not torch.cuda.is_available():
                 item.add_marker(absent)
-        elif "triton" in item.path.stem or any(str(v).startswith("cuda") for v in _parameters(item)):
+        elif "triton" in item.path.stem or "cuda" in _devices(item):
             item.add_marker(pytest.mark.gpu)
 
 
-def _parameters(item) -> list:
-    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+def _devices(item) -> set[str]:
+    """The kinds of devices among a case's parameters."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {str(value).partition(":")[0] for value in values if isinstance(value, str | torch.device)}
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,13 @@ correction before it has not been followed up to it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from safetensors import safe_open
 from dmm_fast.app.clip import Clip
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import RECORDING, REPORT, UNFINISHED, RunFolder
+from dmm_fast.inference.folder import RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
 from dmm_fast.inference.report import by_object
 
 FORMAT = 1
@@ -39,6 +41,10 @@ BINS = 2000  # of the timeline
 
 class ProjectError(ValueError):
     """A project that cannot be opened or changed as asked."""
+
+
+class BusyError(ProjectError):
+    """`dmm-fast segment` is working in the project's results; later it can be changed."""
 
 
 class Project:
@@ -63,6 +69,7 @@ class Project:
         self.rows: dict[int, list[dict[str, Any]]] = {}
         self._read_journal()
         self._painted = False
+        self._holders, self._held = 0, -1  # of results/
         self._save()
 
     # ------------------------------------------------------------------------------------------------------ on disk
@@ -150,6 +157,24 @@ class Project:
     def result_file(self, index: int) -> Path:
         return self.results / f"{self.clip.stems[index]}.png"
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps `dmm-fast segment` from results/ meanwhile; BusyError where it is at work there. May be nested."""
+        with self.lock:
+            if not self._holders:
+                try:
+                    self._held = hold(self.results)
+                except RunError:
+                    raise BusyError(f"{self.results}: dmm-fast segment is working there; wait for it, or stop it") from None
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._holders -= 1
+                if not self._holders:
+                    os.close(self._held)
+
     def close(self) -> None:
         if self._painted and self.next_open() is None and not (self.results / UNFINISHED).exists():
             self._hand_back(0)  # nothing is stale, but the report does not tell of what was painted
@@ -217,7 +242,7 @@ class Project:
 
     def remove(self, label: int) -> None:
         """The object goes from all given masks and all results."""
-        with self.lock:
+        with self.lock, self.alone():
             self._known([label])
             for index in [index for index, ids in self.given.items() if label in ids]:
                 ids = self.given_ids(index)
@@ -239,7 +264,7 @@ class Project:
 
         What depends on them becomes stale: until the next frame in which each of the changed objects was given.
         """
-        with self.lock:
+        with self.lock, self.alone():
             given, ends = set(given), set(ends)
             self._known(given | ends | _labels(ids))
             given &= _labels(ids)
@@ -362,7 +387,7 @@ class Project:
 
         settings: what the saved states were made with. about: what the report says besides the frames, without "frames".
         """
-        with self.lock:
+        with self.lock, self.alone():
             with whole_file(self._made_with) as part:
                 part.write_text(json.dumps(settings) + "\n")
             if self.next_open() is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import secrets
 import shutil
@@ -31,7 +32,7 @@ from dmm_fast.app.clip import WIDTHS
 from dmm_fast.app.exports import EXPORTS
 from dmm_fast.app.guard import Guard
 from dmm_fast.app.live import DONE, FOLLOWING, Live
-from dmm_fast.app.project import Project, open_project
+from dmm_fast.app.project import BusyError, Project, open_project
 from dmm_fast.app.worker import Settings, Worker
 from dmm_fast.data.video import SUFFIXES
 from dmm_fast.inference.folder import RunError
@@ -43,6 +44,7 @@ from dmm_fast.proposals.sources import is_detector
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 SMALL_BODY = 1 << 16
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # errors that may go without the request changing
 OUTLINE = 640  # pixels of the longer side at which proposals are shown
 LEAST_SCORE, MOST = 0.05, 40  # of the proposals shown
 
@@ -172,7 +174,8 @@ async def _refused(request: Request, fault: Exception) -> Response:
 
 
 async def _wrong(request: Request, fault: Exception) -> Response:
-    return JSONResponse({"error": str(fault)}, 400)
+    status = 409 if isinstance(fault, BusyError) else 507 if isinstance(fault, OSError) and fault.errno in DISK else 400
+    return JSONResponse({"error": str(fault)}, status)
 
 
 def _studio(request: Request) -> tuple[Studio, Project, Worker]:

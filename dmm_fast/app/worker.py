@@ -145,15 +145,16 @@ class Worker:
     def _follow(self) -> bool:
         """Span by span; returns whether every frame is done."""
         self._handed = time.monotonic()
-        try:
-            while not self._stop.is_set():
-                target = self.project.next_open()
-                if target is None:
-                    return True
-                self._span(target)
-            return False
-        finally:
-            self.hand_over()
+        with self.project.alone():
+            try:
+                while not self._stop.is_set():
+                    target = self.project.next_open()
+                    if target is None:
+                        return True
+                    self._span(target)
+                return False
+            finally:
+                self.hand_over()
 
     def _span(self, target: int) -> None:
         """From `target` up to the next frame that is done; from the last saved state before it, what is between is made again."""

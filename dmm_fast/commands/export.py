@@ -71,12 +71,12 @@ def run(a: argparse.Namespace) -> int:
         raise ExportError(f"export: --only {a.only} takes every size, and no --detector; leave those options out")
     options: dict[str, Any] = {"only": a.only}
     if a.only is None:
-        options = {"detector": _detector(a)}
         if a.format != "torchscript":
             options |= {"sizes": sizes, "masks": a.masks}
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
         net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
         net.config = replace(net.config, top=max(net.config.top, a.proposals or 0))  # who runs the export keeps as many
+        options["detector"] = _detector(a, net.config.top)
     else:
         config = Config.preset(a.preset or "small")
         settings = ("layer", "n_grad", "n_proj", "lr", "dykstra")
@@ -98,8 +98,8 @@ def run(a: argparse.Namespace) -> int:
     return 0
 
 
-def _detector(a: argparse.Namespace) -> Any:
-    """The proposal network to export, or None."""
+def _detector(a: argparse.Namespace, most: int) -> Any:
+    """The proposal network to export, which finds at most so many, or None."""
     from dmm_fast.export import ExportError
     from dmm_fast.proposals.base import TOP
     from dmm_fast.proposals.sources import open_proposer
@@ -108,4 +108,4 @@ def _detector(a: argparse.Namespace) -> Any:
     name = a.detector or ("small" if own else "none")
     if name not in ("small", "none") and not name.endswith(".safetensors"):
         raise ExportError(f"export: --detector must be small, none or FILE.safetensors, got {name!r}")
-    return None if name == "none" else open_proposer(name, device=a.device, top=a.proposals or TOP)
+    return None if name == "none" else open_proposer(name, device=a.device, top=a.proposals or min(TOP, most))

@@ -328,7 +328,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
+            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PNG"):  # as older Pillows have it
                 grey = (np.asarray(upright) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, 2)
             if upright.mode in ("I", "F"):  # Pillow would cut off what is above 255

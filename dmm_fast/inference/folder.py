@@ -151,8 +151,8 @@ class RunFolder:
         if overwrite:
             return False
         if not (done := sorted(self._work.rglob("progress.json"))):
-            if made := [name for name in RESULTS if (self.path / name).exists()]:  # a stream's, which nothing goes on from
-                raise RunError(f"{self.path}: holds {made[0]} of a run that did not end; --overwrite replaces it")
+            if (self.path / RECORDING).exists():  # of a stream, which nothing goes on from
+                raise RunError(f"{self.path}: holds the {RECORDING} of a run that did not end; --overwrite replaces it")
             return False
         if not resume:
             frames = " and ".join(f"{json.loads(file.read_text())['next']} of {len(stems)} frames" for file in done)
@@ -181,23 +181,19 @@ class RunFolder:
         """Whether a saved pass has come to the first objects."""
         return any((one.checkpoint() or {}).get("started") for one in self.passes.values())
 
-    def begin(self, stems: list[str], go_on: bool) -> None:
-        """Make OUT ready for a run, and keep other runs from it until `release`."""
-        self._hold()
-        if not go_on:
-            self._clear(stems)
-        _write_json(self._settings, self.settings)
-
-    def _hold(self) -> None:
+    def begin(self, stems: list[str], go_on: bool, resume: bool, overwrite: bool) -> None:
+        """Make OUT ready for a run, and keep other runs from it until `release`. go_on: what `find` has said."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._held = os.open(self.path, os.O_RDONLY)
+        self._held = hold(self.path)
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if self.find(stems, resume, overwrite) != go_on:
+                raise RunError(f"{self.path}: another run has worked there just now; try again")
+            if not go_on:
+                self._clear(stems)
+            _write_json(self._settings, self.settings)
+        except BaseException:
             self.release()
-            raise RunError(f"{self.path}: another run is working there; wait for it, or choose another --out") from None
-        except OSError:  # a file system that does not lock folders
-            pass
+            raise
 
     def release(self) -> None:
         """Let other runs have OUT."""
@@ -261,6 +257,19 @@ class RunFolder:
         rows = ",\n".join(json.dumps(row) for row in report["frames"])  # one line a frame
         with whole_file(self.path / REPORT) as part:
             part.write_text(f'{head[:-2]},\n "frames": [\n{rows}\n]\n}}\n')
+
+
+def hold(folder: Path) -> int:
+    """Keep other runs from a folder: a descriptor, until it is closed. Raises RunError where one is working there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunError(f"{folder}: another run is working there; wait for it, or choose another --out") from None
+    except OSError:  # a file system that does not lock folders, as NFS
+        pass
+    return descriptor
 
 
 def make_out(path: Path) -> Path:

@@ -150,7 +150,7 @@ def segment_stream(
     try:
         with stream, stop_requested("ending after this frame; press again to stop at once") as stop:
             first, notes = first_masks(masks, stream, proposer)
-            folder.begin([], False)
+            folder.begin([], False, False, overwrite)
             kept = folder.passes["forward"]
             kept.begin()
             bar = tqdm(unit=" frames", disable=None if progress else True)

@@ -100,12 +100,12 @@ def segment(
         image_id_offset=image_id_offset, direction=direction, given=given.digests,
     )  # fmt: skip
     _check_out(out, source.path, given.path)
-    if video is not None:
-        check_overlay(Path(video), resume or overwrite, source.path)
     folder = RunFolder(out, settings)
     if resume and folder.finished:
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
+    if video is not None:
+        check_overlay(Path(video), go_on or overwrite, source.path)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
@@ -121,7 +121,12 @@ def segment(
     if apart is not None:
         go_on = go_on and take(out, apart)
         folder = RunFolder(apart, settings)
-    folder.begin(source.stems, go_on)
+    try:
+        folder.begin(source.stems, go_on, resume, overwrite)
+    except BaseException:
+        if apart is not None and go_on:
+            settle(apart, out)
+        raise
     try:
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
         settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}

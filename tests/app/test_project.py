@@ -16,10 +16,11 @@ from PIL import Image
 from dmm_fast.app import runs
 from dmm_fast.app.clip import Clip
 from dmm_fast.app.exports import EXPORTS
-from dmm_fast.app.project import DONE, OPEN, STALE, ProjectError, open_project
+from dmm_fast.app.project import DONE, OPEN, STALE, BusyError, ProjectError, open_project
 from dmm_fast.app.worker import Settings, Worker
 from dmm_fast.data.masks import read_mask
 from dmm_fast.data.video import VideoWriter, open_frames
+from dmm_fast.inference.folder import RunError, hold
 from dmm_fast.inference.run import segment
 
 SIZE, LENGTH = (96, 160), 12
@@ -277,6 +278,23 @@ def test_segment_does_not_follow_an_object_that_was_removed(project, demo, state
     project.close()
     assert list(resume(project, demo)["objects"]) == ["1"]
     assert all(2 not in read_mask(file) for file in project.results.glob("0*.png"))
+
+
+def test_the_page_and_segment_do_not_work_in_the_results_at_once(project, demo):
+    """While `segment` does, nothing is painted, removed or followed; while the page does, `segment` is refused."""
+    give(project, demo, 0)
+    before = project.given_ids(0)
+    descriptor = hold(project.results)
+    for change in (lambda: project.paint(0, np.zeros_like(before), []), lambda: project.remove(1)):
+        with pytest.raises(BusyError, match="dmm-fast segment is working there"):
+            change()
+    with pytest.raises(BusyError):
+        worker(project, demo)._follow()
+    assert (project.given_ids(0) == before).all() and 1 in project.names
+    os.close(descriptor)
+    with project.alone(), project.alone(), pytest.raises(RunError, match="another run is working there"):
+        resume(project, demo)
+    project.remove(1)
 
 
 def test_what_is_stale_stays_so_until_it_has_been_made_again(project, demo):

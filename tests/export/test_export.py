@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmm_fast.commands import main as cli
+from dmm_fast.commands.export import _detector
 from dmm_fast.export import Exported, ExportError, Manifest, Sizes, export, load, read
 from dmm_fast.export.flat import POOLING, Match, pool, traced
 from dmm_fast.export.loaded import verify
@@ -354,6 +356,8 @@ def test_as_many_proposals_as_the_network_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr("dmm_fast.export.export", note)
     command = ["export", "--format", "pt2", "--height", "240", "--width", "360", "--out", str(tmp_path), "--proposals"]
     assert cli.main([*command, "100"]) == cli.main([*command, "20"]) == 0
+    small = argparse.Namespace(weights=None, backbone=None, preset=None, detector=None, device="cpu", proposals=None)
+    assert [_detector(small, most).top for most in (30, 80)] == [30, 50]
     assert given == [(100, 100), (50, 20)]
 
 

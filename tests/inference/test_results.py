@@ -20,6 +20,7 @@ from dmm_fast.commands.main import main
 from dmm_fast.data.masks import read_ids, write_mask
 from dmm_fast.data.video import open_frames
 from dmm_fast.inference import results as module
+from dmm_fast.inference import run
 from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.run import segment
 from dmm_fast.proposals.coco import read_coco
@@ -225,7 +226,7 @@ def test_a_recording_of_a_run_that_did_not_end_is_kept(clip, tmp_path):
     (out / "unfinished/settings.json").write_text("{}")
     (out / "recording").mkdir()
     (out / "recording/000000.jpg").write_text("")
-    with pytest.raises(RunError, match="holds recording of a run that did not end; --overwrite replaces it"):
+    with pytest.raises(RunError, match="holds the recording of a run that did not end; --overwrite replaces it"):
         segment(**options(clip, out))
     assert (out / "recording/000000.jpg").exists()
     segment(**options(clip, out, overwrite=True))
@@ -271,6 +272,34 @@ def test_two_runs_do_not_share_a_folder(clip, tmp_path, monkeypatch):
     segment(**options(clip, tmp_path / "out"))
     assert len(told) == 2
     segment(**options(clip, tmp_path / "out", overwrite=True))
+
+
+@pytest.mark.parametrize("again", [{}, {"resume": True}], ids=["anew", "resumed"])
+def test_a_run_that_ends_while_another_begins_is_kept(clip, tmp_path, monkeypatch, again):
+    """Between a look at the folder and the work in it networks are loaded."""
+    out, load = tmp_path / "out", run._load
+
+    def late(*arguments, **more):
+        monkeypatch.setattr(run, "_load", load)
+        segment(**options(clip, out))
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(run, "_load", late)
+    with pytest.raises(RunError, match="holds a finished run"):
+        segment(**options(clip, out, **again))
+    assert (out / "report.json").exists() and not (out / "unfinished").exists()
+    segment(**options(clip, out, overwrite=True))  # nothing is held
+
+
+def test_an_unfinished_run_without_a_checkpoint_begins_again(clip, finished, tmp_path):
+    """As the page leaves one that went both ways."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "report.json").unlink()
+    (out / "unfinished").mkdir()
+    (out / "unfinished/settings.json").write_text("{}")
+    segment(**options(clip, out, resume=True))
+    assert (out / "report.json").exists() and not (out / "binary").exists()
 
 
 def test_kinds_that_cannot_be_made_are_refused_at_once(clip, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ async function ask(path, options = {}) {
   }
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({}));
-    throw new Error(told.error || `${answer.status} ${answer.statusText}`);
+    throw Object.assign(new Error(told.error || `${answer.status} ${answer.statusText}`), { status: answer.status });
   }
   return answer;
 }

@@ -132,8 +132,9 @@ function send(frame, painted) {
       if (shown === frame && unsaved === 1) app.about = about;
     },
     (error) => {
-      if (!failed.has(frame)) fail(new Error(`Not saved: ${error.message}`)); // once, not at each try
-      failed.set(frame, painted);
+      const final = error.status < 500 && error.status !== 409; // it would be refused again
+      if (final || !failed.has(frame)) fail(new Error(`Not saved: ${error.message}`)); // once, not at each try
+      if (final) failed.delete(frame); else failed.set(frame, painted);
     },
   ).finally(() => {
     unsaved--;
