@@ -238,6 +238,7 @@ def test_objects_are_named_end_and_go(browser, address, demo, tmp_path):
     page.wait_for_function("() => studio.current === 2")
     page.pick(truth(demo, 0) == 2)
     page.follow()
+    page.until("shown", str(LENGTH - 1))  # it went along, and may not have come to the end yet
     page.fill("#jump", "9")
     page.keyboard.press("Enter")
     page.until("shown", "8")
