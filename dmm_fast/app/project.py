@@ -30,7 +30,7 @@ from safetensors import safe_open
 from dmm_fast.app.clip import Clip
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
+from dmm_fast.inference.folder import GIVEN, RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
 from dmm_fast.inference.report import by_object
 
 FORMAT = 1
@@ -393,9 +393,9 @@ class Project:
             if self.next_open() is not None:
                 self._leave_unfinished(settings, about["speed"]["seconds"], about["notes"])
                 return
-            folder, rows = RunFolder(self.results, settings), self._rows_of(len(self.clip))
-            folder.adopt(rows, None, None)
-            folder.finish({**about, "frames": rows})
+            folder = RunFolder(self.results, settings)
+            folder.reopen()
+            folder.finish({**about, "frames": self._rows_of(len(self.clip))})
 
     def _hand_back(self, index: int) -> None:
         """Masks changed from this frame on: results/ again as `dmm-fast segment` leaves them, if that says that it is past it."""
@@ -409,7 +409,7 @@ class Project:
         elif report.exists():
             told = json.loads(report.read_text())
             settings, seconds, notes = told["settings"], told["speed"]["seconds"], told["notes"]
-            settings.pop("given", None)  # digests of the masks before
+            settings.pop(GIVEN, None)  # digests of the masks before
             if self.next_open() is None:
                 told.pop("results", None)  # what else was made of the masks
                 rows = self._rows_of(len(self.clip))
@@ -417,14 +417,11 @@ class Project:
                 return
         else:
             return
-        settings = {name: value for name, value in settings.items() if name not in ("device", "graph", "given")}
+        settings = {name: value for name, value in settings.items() if name not in ("device", "graph", GIVEN)}
         if settings["direction"] == "forward":
             self._leave_unfinished(settings, seconds, notes)
         else:  # it cannot go on from the states of this page, which follows forward: it begins again
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            (work / "settings.json").write_text(json.dumps(settings) + "\n")
-            report.unlink(missing_ok=True)
+            RunFolder(self.results, settings).reopen()
 
     def _leave_unfinished(self, settings: dict[str, Any], seconds: dict[str, float], notes: list[str]) -> None:
         end = self.next_open()

@@ -96,7 +96,7 @@ def run(a: argparse.Namespace) -> int:
     detector, files = split(a.detector)
     how: dict[str, Any] = {"top": a.top, "short_side": a.short_side, "device": a.device, "precision": a.precision}
     propose = open_proposer(detector, a.detector_weights, **how) if detector else None
-    whose = named_detector(a.detector, a.detector_weights, top=a.top, short_side=a.short_side)
+    whose = named_detector(a.detector, a.detector_weights, top=a.top, short_side=a.short_side, precision=a.precision)
     save_proposals(
         Path(a.out), video, propose, fresh=a.overwrite, progress=not a.quiet, batch=a.batch, files=files, top=a.top, whose=whose
     )

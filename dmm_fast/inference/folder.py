@@ -78,13 +78,12 @@ class PassFolder:
     def close(self) -> None:
         self._file.close()
 
-    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:
-        """Take over rows whose masks are there: to go on from `state`, or to be finished."""
+    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any], state: Path | None) -> None:
+        """Take over rows whose masks are there, to go on from `state`."""
         self._rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if progress is not None:
-            if state is not None:
-                shutil.copyfile(state, self.state(progress["next"]))
-            _write_json(self._progress, {**progress, "bytes": self._rows.stat().st_size})
+        if state is not None:
+            shutil.copyfile(state, self.state(progress["next"]))
+        _write_json(self._progress, {**progress, "bytes": self._rows.stat().st_size})
 
 
 class RunFolder:
@@ -231,12 +230,16 @@ class RunFolder:
         for result in [*work, *(self.path / name for name in RESULTS)]:
             shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
-    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any] | None, state: Path | None) -> None:
-        """Make OUT an unfinished run of these rows, whose masks are there: to go on from `state`, or to be finished."""
+    def reopen(self) -> None:
+        """Make OUT an unfinished run, which begins again unless it is finished at once."""
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
         (self.path / REPORT).unlink(missing_ok=True)
         _write_json(self._settings, self.settings)
+
+    def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any], state: Path | None) -> None:
+        """Make OUT an unfinished run of these rows, whose masks are there, to go on from `state`."""
+        self.reopen()
         self.passes["forward"].adopt(rows, progress, state)
 
     def finish(self, report: dict[str, Any]) -> None:
