@@ -20,6 +20,7 @@ from dmm_fast.commands.options import (
     engine_of,
     named,
     set_job,
+    stopped,
 )
 
 
@@ -57,7 +58,7 @@ def run(a: argparse.Namespace) -> int:
     try:
         result = benchmark(job, named(a.sequences), table=a.table, workers=a.workers, engine=engine, progress=not a.quiet)
     except Interrupted as stop:
-        complain(f"{str(stop).partition(';')[0]}; repeat the command to continue")
+        complain(stopped(stop, a.overwrite))
         return STOPPED
     if result is None:
         return 0  # the first process of torchrun tells

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -69,6 +71,13 @@ def check_device(name: str) -> None:
     from dmm_fast.ops.device import open_device
 
     open_device(name)
+
+
+def check_packages(*names: str) -> None:
+    """Refuse what needs a package that is not here, before the work that comes first."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def complain(message: str) -> None:
@@ -202,10 +211,12 @@ def named(sequences: str | None) -> list[str] | None:
     """The names in a text file, one a line, or in a list with commas; None for all."""
     if sequences is None:
         return None
-    if Path(sequences).is_file():
-        lines = Path(sequences).read_text().splitlines()
-        return [name for line in lines if (name := line.strip().lstrip("*"))]  # SegTrack's lists start names with "*"
-    return sequences.split(",")
+    # Path.is_file raises for a text that is longer than a file's name may be
+    lines = Path(sequences).read_text().splitlines() if os.path.isfile(sequences) else sequences.split(",")
+    names = [name for line in lines if (name := line.strip().lstrip("*"))]  # SegTrack's lists start names with "*"
+    if not names:
+        raise ValueError(f"--sequences {sequences!r} names none")
+    return names
 
 
 def set_job(a: argparse.Namespace, dataset: str, **options: Any) -> Any:
@@ -219,6 +230,13 @@ def set_job(a: argparse.Namespace, dataset: str, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def stopped(stop: Exception, overwrite: bool) -> str:
+    """What to say of an interrupted call that did a data set."""
+    again = "--overwrite would do every video again; --sequences names those that are left"
+    how = again if overwrite else "repeat the command to continue"
+    return f"{str(stop).partition(';')[0]}; {how}"
+
+
 def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: int = 20) -> None:
     """Name the videos that failed."""
     for name, why in list(failed.items())[: None if debug else most]:
@@ -229,10 +247,10 @@ def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: in
         complain(f"and {len(failed) - most} more videos failed; --debug names all")
 
 
-def add_precision(parser: Any) -> None:
+def add_precision(parser: Any, of: str = "") -> None:
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32",
-        help="of the convolutions; bfloat16 is faster on CPUs that have it (AVX-512 BF16, AMX; default: float32)",
+        help=f"of the convolutions{of}; bfloat16 is faster on CPUs that have it (AVX-512 BF16, AMX; default: float32)",
     )  # fmt: skip
 
 

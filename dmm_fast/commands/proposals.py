@@ -19,6 +19,7 @@ from dmm_fast.commands.options import (
     count,
     engine_of,
     named,
+    stopped,
 )
 
 
@@ -116,7 +117,7 @@ def _run_set(a: argparse.Namespace) -> int:
     try:
         summary = propose_set(job, named(a.sequences), engine=engine_of(a), progress=not a.quiet)
     except Interrupted as stop:
-        complain(str(stop))
+        complain(stopped(stop, a.overwrite))
         return STOPPED
     if summary is None:
         return 0  # the first process of torchrun tells

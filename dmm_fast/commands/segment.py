@@ -23,6 +23,7 @@ from dmm_fast.commands.options import (
     model_options,
     named,
     set_job,
+    stopped,
     summarise,
 )
 
@@ -198,7 +199,7 @@ def _run_set(a: argparse.Namespace) -> int:
     try:
         summary = segment_set(job, named(a.sequences), engine=engine, progress=not a.quiet)
     except Interrupted as stop:
-        complain(f"{str(stop).partition(';')[0]}; repeat the command to continue")
+        complain(stopped(stop, a.overwrite))
         return STOPPED
     if summary is None:
         return 0  # the first process of torchrun tells

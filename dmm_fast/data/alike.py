@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.data.augment import MIN_AREA, Augment, Clip, areas, seen, shrink, size_of, tight_boxes, tint
-from dmm_fast.data.clips import TOP, ClipDataset, Clips
+from dmm_fast.data.clips import TOP, ClipDataset, Clips, with_objects
 from dmm_fast.data.datasets import StillsDataset, VideoDataset
 from dmm_fast.data.paste import Layer, Path, composite, cut, painted
 from dmm_fast.data.paths import covering, drifting, leaving, passing
@@ -110,7 +110,7 @@ class AlikeClips(Clips):
         self.longer = _clips(donors or videos, frames + frames // 2, size, top=0, **settings)
 
     def make(self, index: int, rng: np.random.Generator) -> Clip:
-        ground = shrink(self.grounds.draw(index, rng), self.size)
+        ground = self._drawn(self.grounds, index, rng)
         size = size_of(ground)
         cast = self._cast(ground, rng)
         self._plan(cast, size, rng)
@@ -122,6 +122,10 @@ class AlikeClips(Clips):
         clip = composite(ground, [_paint(actor, size) for actor in pasted], rng, self.top, behind)
         clip = seen(_without_specks(clip))
         return clip if clip.masks.size(1) else ground
+
+    def _drawn(self, clips: Clips, index: int, rng: np.random.Generator) -> Clip:
+        """A clip of about the size that clips have, with objects."""
+        return with_objects(lambda index: seen(shrink(clips.draw(index, rng), self.size)), index, len(clips), rng)
 
     # ---- who takes part ----
 
@@ -145,7 +149,7 @@ class AlikeClips(Clips):
 
     def _actor(self, donors: Clips, size: tuple[int, int], rng: np.random.Generator) -> Actor:
         """An object of some video."""
-        clip = shrink(donors.draw(int(rng.integers(len(donors))), rng), self.size)
+        clip = self._drawn(donors, int(rng.integers(len(donors))), rng)
         cutout = _cutout(clip, int(rng.integers(clip.masks.size(1))))
         factor = size[0] / clip.frames.size(2) * math.exp(rng.uniform(*np.log(self.scale)))
         return Actor(cutout, _fitting(cutout, factor, size))

@@ -15,7 +15,7 @@ from dmm_fast.data.mined import SCORE, Track, mine
 from dmm_fast.data.video import ImageFrames, VideoFrames, image_size
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import TOP
-from dmm_fast.proposals.coco import ProposalFile, read_coco
+from dmm_fast.proposals.coco import ProposalFile, read_aligned
 
 
 class DataError(ValueError):
@@ -170,10 +170,13 @@ class Video:
     def _coco(self) -> ProposalFile:
         if self._proposals is None:
             raise DataError(f"{self.name}: the data set was opened without proposals; name their folder (proposals=DIR)")
-        return read_coco(self._proposals, self._top)
+        return read_aligned(self._proposals, self.stems, self._top)
 
     def proposals(self, index: int, top: int | None = None) -> Proposals:
-        """The best proposals of a frame, ``top`` at most, masks bool [M, H, W] decoded on the spot."""
+        """The best proposals of a frame, ``top`` at most, masks bool [M, H, W] decoded on the spot.
+
+        Image ids as `read_aligned` takes them.
+        """
         return self._coco.frame(self.stems[index], self.size, top)
 
     @cached_property

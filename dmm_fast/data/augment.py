@@ -98,14 +98,18 @@ class Augment:
         return cls(**still | {"size": size, "zoom": (1, 1)})
 
     def __call__(self, clip: Clip, rng: np.random.Generator) -> Clip:
-        """The transformed clip. Draws again, more gently each time, where the first frame would lose all objects."""
+        """The transformed clip. Draws again, more gently each time, where the first frame would lose all objects.
+
+        No objects are left (N = 0) where it loses them even so: what is too thin for ``size``.
+        """
         if self == Augment.none(size_of(clip)):
             return clip
         for strength in (1.0, 0.5, 0.25):
             found = seen(self._apply(clip, self._scaled(strength), rng))
             if found.masks.size(1):
                 return found
-        return self._apply(clip, Augment.none(self._size(clip)), rng)
+        size = self._size(clip)
+        return seen(self._apply(_towards(clip, size), Augment.none(size), rng))
 
     def _size(self, clip: Clip) -> tuple[int, int]:
         return self.size or size_of(clip)
@@ -158,6 +162,19 @@ class Augment:
         matrix = (brightness * contrast)[:, None, None] * matrices
         offset = np.repeat((brightness * (1 - contrast) * level)[:, None], 3, 1)
         return torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
+
+
+def _towards(clip: Clip, size: tuple[int, int]) -> Clip:
+    """The largest view of the shape of ``size`` whose middle is as near as can be to that of the first frame's largest object."""
+    if not clip.masks.size(1):
+        return clip
+    source = np.array(size_of(clip))
+    view = np.maximum(np.floor(np.array(size) * min(source / size)).astype(int), 1)
+    box = tight_boxes(clip.masks[:1, int(areas(clip.masks[0]).argmax())])[0].numpy()
+    low = np.clip((box[[1, 0]] + box[[3, 2]] - view) / 2, 0, source - view).astype(int)
+    rows, columns = (slice(start, start + side) for start, side in zip(low.tolist(), view.tolist()))
+    cut = [tight(given.masks[:, rows, columns], given.scores) for given in clip.proposals]
+    return clip._replace(frames=clip.frames[..., rows, columns], masks=clip.masks[..., rows, columns], proposals=cut)
 
 
 def _paths(rng: np.random.Generator, length: int, count: int, jitter: float) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = [
 
 TOP = 20  # proposals of a frame that training sees
 UNFOUND = 0.2  # chance that an object is one that a detector misses in most frames
+TRIES = 20  # clips in a row of which no object is left, after which it is an error
 HARD = 0.5  # chance of being missed, from which on an object that is missed isn't found in other ways either
 
 
@@ -167,10 +168,13 @@ class Clips(Dataset):
         return np.random.default_rng([self.seed, self.epoch, index])
 
     def draw(self, index: int, rng: np.random.Generator) -> Clip:
-        """A clip from ``rng``; index says which video where there is a choice."""
-        clip = self.make(index, rng)
-        if self.augment:
-            clip = self.augment(clip, rng)
+        """A clip from ``rng``; index says which video where there is a choice, unless no object is left of that one's."""
+
+        def draw(index: int) -> Clip:
+            clip = self.make(index, rng)
+            return self.augment(clip, rng) if self.augment else clip
+
+        clip = with_objects(draw, index, self.length, rng)
         if rng.random() < self.noisy:
             miss = overlooked(clip.masks.size(1), rng)
             clip = clip._replace(proposals=[noisy_proposals(masks, rng, top=self.top, miss=miss) for masks in clip.masks])
@@ -179,6 +183,17 @@ class Clips(Dataset):
     def make(self, index: int, rng: np.random.Generator) -> Clip:
         """Clip `index` before `augment` and simulated proposals; every source defines it."""
         raise NotImplementedError
+
+
+def with_objects(draw: Callable[[int], Clip], index: int, length: int, rng: np.random.Generator) -> Clip:
+    """``draw(index)``, or of another index below ``length`` where no object is left in the first frame."""
+    for _ in range(TRIES):
+        clip = draw(index)
+        if clip.masks.size(1):
+            return clip
+        index = int(rng.integers(length))
+    raise DataError(f"{clip.name}: no object is left in its first frame, nor in {TRIES - 1} other clips; "
+                    "are all objects too thin for the size of the clips?")  # fmt: skip
 
 
 class ClipDataset(Clips):

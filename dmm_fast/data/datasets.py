@@ -209,7 +209,9 @@ class YouTubeVOSDataset(VideoDataset):
         self._meta = _read_meta(self._meta_file)
         if part:
             chosen = split_names(self._meta, part, seed, counts)
-            names = chosen if names is None else [name for name in names if name in set(chosen)]
+            names = chosen if names is None else list(names)
+            if unknown := sorted(set(names) - set(chosen)):
+                raise DataError(f"{root}: no video {listed(unknown)} in {split}, of {len(chosen)}")
         super().__init__(root, names, **settings)
 
     def find(self) -> list[str]:

@@ -96,12 +96,25 @@ class ImageFrames:
             yield index, self.stems[index], read_image(self.files[index])
 
 
+class Colours(NamedTuple):
+    """Numbers of ITU-T H.273 that say what a video's Y, Cb and Cr mean."""
+
+    matrix: int
+    primaries: int = 2  # not said
+    transfer: int = 2
+
+
+RGB, BT709, BT601 = 0, 1, 6  # of Colours.matrix
+CONVERTED = {1: 1, 9: 9, 10: 9}  # a matrix -> the number that FFmpeg's scaler has for it; of all others 5, BT.601's
+HD = 720  # rows, from which on a player takes a video of which nothing is said for BT.709, and below for BT.601
+
+
 class VideoFrames:
     """A video file, decoded as a stream; frames are named 00000, 00001, ... in the order in which they are shown.
 
     A frame that cannot be decoded keeps its number: the last good picture stands for it (before the first good one, that).
     `missing` and `damaged` hold the numbers of such frames and of those decoded from damaged data, as far as they have been
-    read; `notes` says what is wrong with the file. `timeline` has the time of every frame, `aspect` the width of a pixel by its
+    read; `notes` says what is wrong with the file; `colours` what it says of its own. `timeline` has the time of every frame, `aspect` the width of a pixel by its
     height, `turns` the quarter turns counter-clockwise that stand a frame upright; frames are read upright.
     """
 
@@ -121,7 +134,9 @@ class VideoFrames:
             stream = container.streams.video[0]
             start = Fraction(container.start_time or 0, 1_000_000)  # in microseconds
             self.begin = max(start, Fraction(0))  # the time stamp of the file's first second
-            aspect = Fraction(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+            context = stream.codec_context
+            aspect = Fraction(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+            self.colours = Colours(context.colorspace, context.color_primaries, context.color_trc)
         self.aspect = 1 / aspect if self.turns % 2 else aspect
         self.stems = [f"{index:05d}" for index in range(len(self.timeline.times))]
 
@@ -276,10 +291,19 @@ class VideoFrames:
         return int(places[np.abs(places - index).argmin()]) if len(places) else index
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
-        wanted = set(indices)
-        for index, (stem, frame) in enumerate(self.read()):
-            if index in wanted:
-                yield index, stem, frame
+        """Decodes from the key frame before the first of them to the last, and `notes` knows of no other."""
+        left = set(indices)
+        if not left:
+            return
+        before, image = None, np.empty(0)
+        for number, picture in self.shown(min(left), seek=True):
+            if number in left:
+                if picture is not before:
+                    before, image = picture, self.upright(picture, number)
+                yield number, f"{number:05d}", image
+                left.discard(number)
+                if not left:
+                    return
 
 
 def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
@@ -425,7 +449,7 @@ class VideoWriter:
     like: a video whose frames these are, one by one; their times, the shape of its pixels and its sound are kept, and `notes`
     says what of the sound was not. Else there are `fps` frames a second. The file appears under its name when the writer closes
     without an error. Odd sizes lose no pixels: the last row or column is doubled, since the video formats store colour for 2x2
-    pixels.
+    pixels. Colours are written, and said to be, as those of `like`; else as BT.709 from 720 rows on, as BT.601 below.
     """
 
     def __init__(
@@ -462,6 +486,10 @@ class VideoWriter:
                 self._stream.height = 2 * round(self._stream.height / min(like.aspect, 1) / 2)
             elif like and like.aspect != 1:
                 self._stream.codec_context.sample_aspect_ratio = like.aspect
+            own = like.colours if like and like.colours.matrix != RGB else Colours(BT709 if height >= HD else BT601)
+            self._stream.codec_context.colorspace, self._stream.codec_context.color_range = own.matrix, 1  # 16 to 235
+            self._stream.codec_context.color_primaries, self._stream.codec_context.color_trc = own.primaries, own.transfer
+            self._matrix = CONVERTED.get(own.matrix, 5)
             jumps = like is not None and bool(like.timeline.jumps)
             self._sound = Sound(like.path, self._container, self._times.origin) if like and not jumps else None
         except BaseException:
@@ -477,7 +505,9 @@ class VideoWriter:
         shape = (*self.size, 4 if self._alpha else 3)
         if frame.shape != shape or frame.dtype != np.uint8:
             raise ValueError(f"frame must be uint8 {shape}, got {frame.dtype} {frame.shape}")
+        stream = self._stream
         picture = av.VideoFrame.from_ndarray(np.pad(frame, self._pad, mode="edge"), format="rgba" if self._alpha else "rgb24")
+        picture = picture.reformat(stream.width, stream.height, stream.pix_fmt, dst_colorspace=self._matrix, dst_color_range=1)
         picture.pts = self._last = max(self._times(self._index), self._last + 1)  # rounded, two may coincide
         picture.time_base = self._unit
         self._index += 1

@@ -6,16 +6,18 @@ An engine takes a job and the names of its videos and does each once. `Alone` do
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from dmm_fast.data.datasets import VideoDataset
-from dmm_fast.inference.folder import RunError
+from dmm_fast.inference.folder import RunError, hold
 from dmm_fast.inference.passes import Interrupted
 
 RUNNING = ".running-"  # folders in OUT while a call with several processes works there
@@ -102,21 +104,31 @@ def failure(name: str, error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
 
 
-def begin_running(out: Path) -> Path:
-    """A new folder in OUT that every process of this call must see; those of calls that were killed go."""
-    end_running(out)
-    folder = out / f"{RUNNING}{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
-    return folder
+@contextmanager
+def running_in(out: Path) -> Iterator[Path]:
+    """A new folder in OUT that every process of this call must see; those of calls that were killed go.
+
+    Raises RunError where another call is working in OUT.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    held = hold(out)
+    try:
+        _clear(out)
+        folder = out / f"{RUNNING}{secrets.token_hex(4)}"
+        folder.mkdir()
+        yield folder
+    finally:
+        _clear(out)
+        os.close(held)
 
 
-def end_running(out: Path) -> None:
+def _clear(out: Path) -> None:
     for folder in out.glob(f"{RUNNING}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_shared(running: Path, within: float = 60) -> None:
-    """Raise RunError where the folder of `begin_running` is not seen: results would be written to another disk.
+    """Raise RunError where the folder of `running_in` is not seen: results would be written to another disk.
 
     within: seconds in which it must be seen; NFS keeps what it knows of a folder for so long.
     """
@@ -131,5 +143,5 @@ def check_shared(running: Path, within: float = 60) -> None:
 
 
 def place_in(running: Path, name: str) -> Path:
-    """A path in the folder of `begin_running` that no other process has."""
+    """A path in the folder of `running_in` that no other process has."""
     return running / f"{name}.{secrets.token_hex(4)}"

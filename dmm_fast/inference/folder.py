@@ -16,6 +16,7 @@ from dmm_fast.inference.segmenter import Segmenter
 
 REPORT, SHEET, UNFINISHED, RECORDING = "report.json", "contact-sheet.png", "unfinished", "recording"
 EXPLAINED = "explain.html"
+FILES = "files"  # among a run's settings: a digest of each file of weights or proposals that it reads, by path
 GIVEN = "given"  # among a run's settings: a digest of the masks of each frame
 RESULTS = (RECORDING, "binary", "cutout", "alpha.mov", "alpha.webm", "tracks.json", "tracks-youtube-vis.json", EXPLAINED)
 
@@ -97,7 +98,7 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, settings
         self._work = path / UNFINISHED
-        self._settings = self._work / "settings.json"
+        self._settings, self._overlay = self._work / "settings.json", self._work / "overlay.txt"
         self._held: int | None = None  # a descriptor of OUT while this run works there
         direction = settings["direction"]
         self.passes: dict[str, PassFolder] = {}
@@ -116,6 +117,15 @@ class RunFolder:
     @property
     def tuned_proposer(self) -> Path:
         return self._work / "online-proposals.safetensors"
+
+    def claim(self, video: Path) -> None:
+        """Keep in mind that this overlay is the run's own."""
+        with whole_file(self._overlay) as part:
+            part.write_text(str(video.resolve()))
+
+    def writes(self, video: Path) -> bool:
+        """Whether an unfinished run has claimed this overlay."""
+        return self._overlay.exists() and self._overlay.read_text() == str(video.resolve())
 
     @property
     def finished(self) -> bool:
@@ -212,8 +222,12 @@ class RunFolder:
                            "--overwrite starts again")  # fmt: skip
 
     def _check_settings(self, before: dict[str, Any], kind: str) -> None:
+        was = before.get(FILES, {})
+        for file, digest in self.settings.get(FILES, {}).items():
+            if was.get(file, digest) != digest:
+                raise RunError(f"{self.path}: {file} is not what it was for the {kind} run there; --overwrite starts again")
         for name, value in self.settings.items():
-            if name != GIVEN and before.get(name) != value:
+            if name not in (FILES, GIVEN) and before.get(name) != value:
                 differ = f"has {name} = {before.get(name)!r}, this one {value!r}"
                 advice = "resume with the same settings, or --overwrite"
                 raise RunError(f"{self.path}: the {kind} run there {differ}; {advice}")

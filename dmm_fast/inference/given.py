@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from dmm_fast.data.masks import MaskWarning, read_first_masks, read_mask, without_strays
 from dmm_fast.data.video import ImageFrames, VideoFrames
+from dmm_fast.files import digest
 from dmm_fast.inference.folder import RunError
 
 MASK_SUFFIXES = (".png", ".bmp")
@@ -34,6 +34,8 @@ class GivenMasks:
         if path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() in MASK_SUFFIXES and file.name[0] != "."]
         by_stem, stems = {file.stem: file for file in files}, set(frames.stems)
+        if twice := [file for file in sorted(files) if by_stem[file.stem] != file and file.stem in stems]:
+            raise RunError(f"{path}: {twice[0].name} and {by_stem[twice[0].stem].name} are masks of one frame; leave one out")
         self._files = {stem: file for stem, file in by_stem.items() if stem in stems}
         if not self._files:
             self._files = {frames.stems[0]: path}
@@ -74,7 +76,7 @@ class GivenMasks:
 
 def _digest(path: Path) -> str:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in MASK_SUFFIXES) if path.is_dir() else [path]
-    return blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
+    return digest(*files)
 
 
 def span(stems: list[str]) -> str:

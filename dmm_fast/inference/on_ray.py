@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dmm_fast.inference.engines import Job, Outcome, Took, begin_running, check_shared, do_one, end_running
+from dmm_fast.inference.engines import Job, Outcome, Took, check_shared, do_one, running_in
 from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.passes import Interrupted, stop_requested
 
@@ -55,12 +55,11 @@ class OnRay:
         already = ray.is_initialized()
         if not already:
             _connect(ray, self.address)
-        running = begin_running(Path(job.out))
         try:
-            self._check_size(ray)
-            self._run(ray, job, names, running.resolve(), took, progress)
+            with running_in(Path(job.out)) as running:
+                self._check_size(ray)
+                self._run(ray, job, names, running.resolve(), took, progress)
         finally:
-            end_running(Path(job.out))
             if not already:
                 ray.shutdown()
 
@@ -94,9 +93,10 @@ class OnRay:
                         name = due.pop(one)
                         try:
                             outcome: Outcome = ray.get(one)
-                        except ray.exceptions.RayTaskError as error:  # a fault of ours, or nothing can work there
-                            raise (error.cause if isinstance(error.cause, RunError) else error) from None
                         except ray.exceptions.RayError as error:
+                            fault = isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, Interrupted)
+                            if fault:  # of ours, or nothing can work there; a task that is interrupted got a signal there
+                                raise (error.cause if isinstance(error.cause, RunError) else error) from None
                             tries[name] += 1
                             why = f"its process was killed ({type(error).__name__})"
                             if tries[name] <= self.retries:
@@ -124,8 +124,11 @@ def _task(job: Job, name: str, running: Path, folder: str, threads: int) -> Outc
     try:
         if _kept is None or _kept[0] != job:
             _kept = None  # its memory first
-            if Path(folder).is_dir():
-                os.chdir(folder)  # where names without a leading / begin
+            if not Path(folder).is_dir():
+                raise RunError(
+                    f"there is no {folder}, in which the command was started; have it in a folder that all machines share"
+                )
+            os.chdir(folder)  # where names without a leading / begin
             check_shared(running)
             kept = job.keep()
             job.check(kept)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dmm_fast.inference.engines import Job, Outcome, Took, begin_running, check_shared, do_one, end_running
+from dmm_fast.inference.engines import Job, Outcome, Took, check_shared, do_one, running_in
 from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.passes import Interrupted, stop_requested
 
@@ -55,15 +55,11 @@ class Torchrun:
         return {"engine": "torchrun", "processes": self.size}
 
     def share(self, job: Job, names: list[str], kept: Any, took: Took, *, progress: bool, label: Callable[[str], str]) -> None:
-        running = begin_running(Path(job.out))
-        try:
-            with self._list as shared:
-                shared.publish(names, running)
-                shared.collect(took)
-                shared.work(job, kept)
-                shared.wait()
-        finally:
-            end_running(Path(job.out))
+        with running_in(Path(job.out)) as running, self._list as shared:
+            shared.publish(names, running)
+            shared.collect(took)
+            shared.work(job, kept)
+            shared.wait()
 
     def help(self, job: Job) -> None:
         with self._list as shared:

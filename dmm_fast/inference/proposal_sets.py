@@ -15,7 +15,7 @@ from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.inference.engines import Engine, place_in
 from dmm_fast.inference.models import Models
-from dmm_fast.inference.proposing import mark_detector, save_proposals
+from dmm_fast.inference.proposing import mark_detector, named_detector, save_proposals, unusual
 from dmm_fast.inference.videos import each_video
 from dmm_fast.proposals.base import TOP
 from dmm_fast.proposals.sources import renamed, split
@@ -68,11 +68,16 @@ class ProposalsJob:
     def finished(self, name: str) -> bool:
         return not self.overwrite and self.path(name).exists()
 
-    def prepare(self) -> None:
+    def prepare(self, names: list[str]) -> None:
+        mark_detector(Path(self.out), self.whose, names, self.overwrite)
+
+    @property
+    def whose(self) -> str:
+        """What `detector.txt` says."""
         top = self.top if self.top != TOP else None
-        precision = self.precision if self.precision != "float32" else None
-        how = {"top": top, "short_side": self.short_side, "precision": precision}
-        mark_detector(Path(self.out), self.detector, self.weights, self.overwrite, **how)
+        return named_detector(
+            self.detector, self.weights, top=top, short_side=self.short_side, precision=unusual(self.precision)
+        )
 
     def do(
         self, name: str, kept: Kept, *, apart: Path | None = None, progress: bool = False, label: str | None = None
@@ -85,7 +90,7 @@ class ProposalsJob:
             files = split(renamed(self.detector, lambda folder: Path(folder) / path.name))[1]
             save_proposals(
                 path, video.source, propose, fresh=self.overwrite, progress=progress, label=label, apart=work, batch=self.batch,
-                files=files, top=self.top,
+                files=files, top=self.top, whose=self.whose,
             )  # fmt: skip
             seconds = time.perf_counter() - began
         return {

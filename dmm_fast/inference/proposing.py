@@ -17,7 +17,7 @@ from dmm_fast.inference.folder import RunError, make_out
 from dmm_fast.model import Proposals, load_weights, read_weights
 from dmm_fast.model.weights import write_tensors
 from dmm_fast.proposals.base import TOP, merge
-from dmm_fast.proposals.coco import CocoWriter, ProposalFile, read_coco
+from dmm_fast.proposals.coco import PART, CocoWriter, ProposalFile, read_coco
 from dmm_fast.proposals.sources import open_proposer, propose_all, split
 
 DETECTOR = "detector.txt"  # in a folder of proposals: whose they are
@@ -133,13 +133,25 @@ def named_detector(detector: str, weights: str | os.PathLike, **how: Any) -> str
                      *(f"{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None)])  # fmt: skip
 
 
-def mark_detector(folder: Path, detector: str, weights: str | os.PathLike, overwrite: bool, **how: Any) -> None:
-    """Make a folder of proposals that says whose they are; RunError where they are another detector's.
+def unusual(precision: str) -> str | None:
+    """A precision, if it must be told."""
+    return precision if precision != "float32" else None
 
-    how: further settings of the detector; those that are None are its own.
+
+def mark_detector(folder: Path, whose: str, names: Sequence[str], overwrite: bool) -> None:
+    """Make a folder of proposals that says whose they are (`named_detector`); RunError where they are another detector's.
+
+    names: of the videos whose proposals are to come. overwrite: another detector's of these are removed; none may be left of others.
     """
-    asked = named_detector(detector, weights, **how)
     mark = make_out(folder) / DETECTOR
-    if not overwrite and mark.exists() and (before := mark.read_text().strip()) != asked:
-        raise RunError(f"{folder}: holds proposals of the detector {before}, not {asked}; --overwrite replaces them")
-    mark.write_text(f"{asked}\n")
+    if mark.exists() and (before := mark.read_text().strip()) != whose:
+        if not overwrite:
+            raise RunError(f"{folder}: holds proposals of the detector {before}, not {whose}; --overwrite replaces them")
+        ours = {f"{name}.json{part}" for name in names for part in ("", PART)}
+        there = sorted(file.name for file in folder.iterdir() if file.name.endswith((".json", f".json{PART}")))
+        if others := [name for name in there if name not in ours]:
+            raise RunError(f"{folder}: holds proposals of the detector {before}, not {whose}, also {', '.join(others[:3])}"
+                           f"{', ..' * (len(others) > 3)}, which would not be replaced; choose another --out")  # fmt: skip
+        for name in there:
+            (folder / name).unlink()
+    mark.write_text(f"{whose}\n")

@@ -21,7 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, check_video_name, open_frames
-from dmm_fast.inference.folder import RESULTS, UNFINISHED, RunError, RunFolder, direction_of, settle, take
+from dmm_fast.files import digest
+from dmm_fast.inference.folder import FILES, RESULTS, UNFINISHED, RunError, RunFolder, direction_of, settle, take
 from dmm_fast.inference.given import GivenMasks, span
 from dmm_fast.inference.joining import Join, backward_from, join
 from dmm_fast.inference.models import Models
@@ -105,7 +106,7 @@ def segment(
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
     if video is not None:
-        check_overlay(Path(video), go_on or overwrite, source.path)
+        check_overlay(Path(video), overwrite or (go_on and folder.writes(Path(video))), source.path)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
@@ -128,9 +129,12 @@ def segment(
             settle(apart, out)
         raise
     try:
+        if video is not None:
+            folder.claim(Path(video))
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
         settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}
         report = _report(source, folder, given, passes, settings, progress) | {"results": kinds}
+        report |= {"overlay": str(Path(video).resolve())} if video is not None else {}
         report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
         folder.finish(report)
         if apart is not None:
@@ -242,6 +246,7 @@ def run_settings(
     **model: Any,
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
+    read = [*sources(proposals), *(str(file) for file in (weights, detector_weights) if file is not None)]
     return {
         "frames": str(frames.resolve()),
         "masks": str(masks.resolve()),
@@ -249,6 +254,7 @@ def run_settings(
         **model,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
         "detector_weights": str(detector_weights) if "torchvision" in sources(proposals) else None,
+        FILES: {str(Path(name).resolve()): digest(Path(name)) for name in read if Path(name).is_file()},
     }
 
 
@@ -258,13 +264,16 @@ def _finished(
     """The report of a run that has ended; results that are asked for only now are made from its masks."""
     report = folder.report()
     kinds = [kind for kind in kinds if kind not in report.get("results", [])]
-    wanted = Path(video) if video is not None and not Path(video).exists() else None
+    wanted = Path(video) if video is not None else None
+    if wanted and wanted.exists():
+        check_overlay(wanted, report.get("overlay") == str(wanted.resolve()), frames.path)
+        wanted = None
     if kinds or wanted:
         notes = write_results(frames, folder, report, kinds, wanted, progress)
         report["results"] = [*report.get("results", []), *kinds]
         report["notes"] += notes
-        if kinds or notes:
-            folder.write_report(report)
+        report |= {"overlay": str(wanted.resolve())} if wanted else {}
+        folder.write_report(report)
     return report
 
 

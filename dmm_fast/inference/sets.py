@@ -23,9 +23,9 @@ from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.masks import write_mask
 from dmm_fast.files import whole_file
 from dmm_fast.inference.engines import Engine, place_in
-from dmm_fast.inference.folder import REPORT, UNFINISHED, make_out
+from dmm_fast.inference.folder import REPORT, UNFINISHED, RunError, make_out
 from dmm_fast.inference.models import Models
-from dmm_fast.inference.proposing import mark_detector, save_proposals
+from dmm_fast.inference.proposing import mark_detector, named_detector, save_proposals, unusual
 from dmm_fast.inference.run import check_options, segment
 from dmm_fast.inference.videos import each_video
 from dmm_fast.proposals.sources import is_detector, renamed, split
@@ -87,13 +87,19 @@ class SetJob:
         out = self.folder(name)
         return not self.overwrite and (out / REPORT).exists() and not (out / UNFINISHED).exists()
 
-    def prepare(self) -> None:
+    def prepare(self, names: list[str]) -> None:
         """Kept proposals must be this detector's."""
         out = make_out(Path(self.out))
         if self.keep_proposals:
-            mark_detector(out / KEPT, self.proposals, self.options.get("detector_weights", "DEFAULT"), self.overwrite)
+            mark_detector(out / KEPT, self.whose, names, self.overwrite)
         for torn in (out / GIVEN).glob(".*.tmp"):  # of a process that was killed
             shutil.rmtree(torn, ignore_errors=True)
+
+    @property
+    def whose(self) -> str:
+        """What is said of the detector whose proposals are kept."""
+        precision = unusual(self.options.get("precision", "float32"))
+        return named_detector(self.proposals, self.options.get("detector_weights", "DEFAULT"), precision=precision)
 
     def do(
         self, name: str, kept: Kept, *, apart: Path | None = None, progress: bool = False, label: str | None = None
@@ -187,10 +193,8 @@ def _check_name(name: str) -> None:
 
 
 def _give(video: Video, folder: Path, keep: bool) -> Path:
-    """The video's first masks as files, whole or not at all. keep: those that are there. The same ones are not written again, since
-    another process may be reading them."""
-    if keep and folder.is_dir():
-        return folder
+    """The video's first masks as files, whole or not at all. The same ones are not written again, since another process may be
+    reading them. keep: a run has followed those that are there; RunError where they are others."""
     masks = video.first_masks()
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
@@ -199,6 +203,9 @@ def _give(video: Video, folder: Path, keep: bool) -> Path:
         for index, ids in masks.items():
             write_mask(part / f"{video.stems[index]}.png", ids)
         if _contents(folder) != _contents(part):
+            if keep and folder.is_dir():
+                raise RunError(f"{folder}: the run there has followed these masks, and the data set's are others by now; "
+                               "--overwrite starts again")  # fmt: skip
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
     finally:
@@ -219,7 +226,9 @@ def _keep(job: SetJob, video: Video, models: Models, apart: Path | None, progres
         detector = models.detector(job.proposals, options.get("detector_weights", "DEFAULT"), **how)
         label = f"{label or video.name}: proposals"
         work = place_in(apart, path.name) if apart is not None else None
-        save_proposals(path, video.source, detector, fresh=job.overwrite, progress=progress, label=label, apart=work)
+        save_proposals(
+            path, video.source, detector, fresh=job.overwrite, progress=progress, label=label, apart=work, whose=job.whose
+        )
     return str(path)
 
 

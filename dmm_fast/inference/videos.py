@@ -27,8 +27,8 @@ class Job(engines.Job, Protocol):
     def look(self, name: str, dataset: VideoDataset) -> Video:
         """Open a video; raise what can be seen before it is done."""
 
-    def prepare(self) -> None:
-        """Make OUT, before anything is computed."""
+    def prepare(self, names: list[str]) -> None:
+        """Make OUT for these videos, before anything is computed."""
 
     def write(self, dataset: VideoDataset, names: list[str], done: dict, failed: dict, processes: dict) -> dict[str, Any]:
         """Keep, and return, what there is to say of all: done and failed by name, how many processes for how long."""
@@ -63,7 +63,7 @@ def each_video(
     names = choose(kept.dataset, sequences)
     if not all(map(job.finished, names)):  # what no video could work with is not a matter of one
         engine.check(job, kept)
-    job.prepare()
+    job.prepare(names)
     told, began = _Progress(names, progress, every=not engine.in_order), time.monotonic()
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, dict[str, str]] = {}

@@ -25,6 +25,10 @@ class ProposalError(ValueError):
     """A proposals file or a detector that cannot be used; the message says why."""
 
 
+class ProposalWarning(UserWarning):
+    """Proposals that are used, but not as the file says."""
+
+
 def real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
     """Proposals without the padding behind them, which has scores of -inf."""
     count = int(torch.isfinite(scores).sum())

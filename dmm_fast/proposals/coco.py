@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from dmm_fast.files import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import NO_RUN
-from dmm_fast.proposals.base import TOP, ProposalError, full_masks
+from dmm_fast.proposals.base import TOP, ProposalError, ProposalWarning, full_masks
 
 # ---------------------------------------------------------------------------------------------- COCO results files
 
@@ -36,6 +37,19 @@ def read_coco(path: str | os.PathLike, top: int = TOP) -> ProposalFile:
     Raises ProposalError for a file that is missing, cut short or neither of these.
     """
     return ProposalFile(path, top)
+
+
+def read_aligned(path: str | os.PathLike, stems: list[str], top: int = TOP) -> ProposalFile:
+    """`read_coco` for the frames of these names; a file without proposals will do.
+
+    Raises ProposalError for a file of which no image id is a frame's. One whose ids are off by a constant is read so, with a
+    ProposalWarning (see `ProposalFile.align`).
+    """
+    file = read_coco(path, top)
+    notes = file.align(stems) if len(file) else []
+    if file._of:
+        warnings.warn(f"{path}: {notes[0]}", ProposalWarning, stacklevel=2)
+    return file
 
 
 class ProposalFile:
@@ -102,15 +116,15 @@ class ProposalFile:
             if fitting:
                 raise ProposalError(
                     f"{self.path}: image ids {lowest} to {highest} for frames {stems[0]} to {stems[-1]}: they are off by a constant, "
-                    f"but {_listed(fitting)} would all do; --image-id-offset N says which is added to them (-1 for ids that count "
-                    f"from 1, 0 to take them as they are)"
+                    f"but {_listed(fitting)} would all do; --image-id-offset N of dmm-fast segment says which is added to them "
+                    f"(-1 for ids that count from 1, 0 to take them as they are)"
                 )
         if not found:
             raise ProposalError(f"{self.path}: no proposals for these frames: image ids {min(numbers)} to {max(numbers)}, frames "
-                                f"{stems[0]} to {stems[-1]}; image_id must be a frame's name or number (--image-id-offset N is added to them)")  # fmt: skip
+                                f"{stems[0]} to {stems[-1]}; image_id must be a frame's name or number (--image-id-offset N of dmm-fast segment is added to them)")  # fmt: skip
         return [
             *self._left(stems),
-            f"{self.path.name}: if image ids count from another number than the frames, --image-id-offset N is added to them",
+            f"{self.path.name}: if image ids count from another number than the frames, --image-id-offset N of dmm-fast segment is added to them",
         ]
 
     def _shift(self, names: dict[Any, str], offset: int, stems: list[str], why: str) -> list[str]:
@@ -356,6 +370,9 @@ def write_coco(path: str | os.PathLike, frames: Mapping[str, Proposals], size: t
             writer.add(stem, proposals)
 
 
+PART = ".part"  # of a file that is not whole yet
+
+
 class CocoWriter:
     """Writes a COCO results file frame by frame.
 
@@ -367,7 +384,7 @@ class CocoWriter:
 
     def __init__(self, path: str | os.PathLike, size: tuple[int, int], fresh: bool = False, whose: str = ""):
         self.path, self.size, self.whose = Path(path), (size[0], size[1]), whose
-        self._part = self.path.with_name(self.path.name + ".part")
+        self._part = self.path.with_name(self.path.name + PART)
         lines = [] if fresh else list(self._finished_lines())
         self.done = {json.loads(line)["stem"] for line in lines}
         self._part.write_text("".join(lines))

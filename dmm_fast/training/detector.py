@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from dmm_fast.model.weights import load_weights, packaged, write_tensors
 from dmm_fast.ops.device import open_device
 from dmm_fast.ops.vision import mask_iou
 from dmm_fast.proposals.base import full_masks
-from dmm_fast.proposals.coco import read_coco
+from dmm_fast.proposals.coco import ProposalFile, read_aligned
 from dmm_fast.proposals.detector import shared_body
 from dmm_fast.proposals.layers import DetectorConfig
 from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
@@ -122,14 +122,16 @@ class Example(NamedTuple):
         """Ground truth, then the proposals of at least `score` that show none of the objects before them."""
         masks = self.objects()
         if self.pseudo is not None:
-            found = _proposals_of(self.pseudo).frame(self.video.stems[self.index], self.video.size)
+            found = _proposals_of(self.pseudo, self.video).frame(self.video.stems[self.index], self.video.size)
             for mask in found.masks[found.scores >= score]:
                 if len(masks) == 0 or mask_iou(mask[None], masks).max() < SAME:
                     masks = torch.cat([masks, mask[None]])
         return masks
 
 
-_proposals_of = lru_cache(maxsize=None)(partial(read_coco, top=MOST))
+@cache
+def _proposals_of(file: Path, video: Video) -> ProposalFile:
+    return read_aligned(file, video.stems, MOST)
 
 
 def find_examples(roots: Iterable[str | os.PathLike], pseudo: Sequence[str | os.PathLike] = ()) -> list[Example]:

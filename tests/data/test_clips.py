@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dmm_fast
+from dmm_fast.data.alike import AlikeClips
 from dmm_fast.data.annotated import DataError
 from dmm_fast.data.augment import MIN_SHARE, Augment, Clip, areas, tight
 from dmm_fast.data.clips import HARD, ClipDataset, Mixture, StillClips, SyntheticClips, noisy_proposals, overlooked
@@ -286,6 +289,57 @@ def test_stills_move(stills):
     overlap = torch.cat(overlap)
     assert (overlap < 1).all() and 0.2 < overlap.median() < 0.97
     assert (StillClips(stills, 2, motion=0, augment=Augment(blur=0))[0].frames.diff(dim=0) == 0).all()
+
+
+@pytest.fixture
+def portraits(tmp_path):
+    """Upright pictures whose object lies at the upper edge, where a view of a wide shape from the middle does not come."""
+    for part in ("JPEGImages", "Annotations"):
+        (tmp_path / part).mkdir()
+    for number in range(2):
+        ids = np.zeros((200, 120), np.uint8)
+        ids[2:14, 10 + 40 * number : 40 + 40 * number] = 1
+        Image.fromarray(np.repeat(ids[..., None] * 200, 3, 2)).save(tmp_path / f"JPEGImages/{number}.png")
+        write_mask(tmp_path / f"Annotations/{number}.png", ids)
+    return open_dataset(tmp_path, "stills")
+
+
+@pytest.mark.parametrize("kind", [StillClips, PasteClips, AlikeClips])
+def test_no_clip_loses_its_objects(portraits, kind):
+    clips = kind(portraits, 3, size=SIZE, length=30)
+    for index in range(30):
+        clip = clips[index]
+        assert clip.masks.size(1) and (areas(clip.masks[0]) >= MIN_SHARE * clip.masks[0, 0].numel()).all()
+
+
+def test_what_is_too_thin_for_the_size(tmp_path):
+    for part in ("JPEGImages", "Annotations"):
+        (tmp_path / part).mkdir()
+    ids = np.zeros((400, 800), np.uint8)
+    ids[37, :] = 1
+    Image.fromarray(np.repeat(ids[..., None] * 200, 3, 2)).save(tmp_path / "JPEGImages/line.png")
+    write_mask(tmp_path / "Annotations/line.png", ids)
+    with pytest.raises(DataError, match="line: no object is left in its first frame, nor in 19 other clips"):
+        StillClips(open_dataset(tmp_path, "stills"), 2, size=(50, 100))[0]
+
+
+def test_proposals_are_aligned_with_the_frames(folder, tmp_path):
+    """Image ids that count from 1 are read as `segment` reads them; those of another video are refused."""
+    from dmm_fast.proposals.base import ProposalError, ProposalWarning
+
+    shutil.copytree(folder / "proposals", tmp_path / "proposals")
+    file = tmp_path / "proposals/red.json"
+    entries = json.loads(file.read_text())
+    given = open_dataset(folder, proposals=folder / "proposals").video("red").proposals(5)
+    file.write_text(json.dumps([entry | {"image_id": int(entry["image_id"]) + 1} for entry in entries]))
+    with pytest.warns(ProposalWarning, match="red.json: image ids do not count as the frames do; -1 is added to each"):
+        moved = open_dataset(folder, proposals=tmp_path / "proposals").video("red").proposals(5)
+    assert (moved.masks == given.masks).all() and (moved.scores == given.scores).all()
+    file.write_text(json.dumps([entry | {"image_id": f"red/{entry['image_id']}"} for entry in entries]))
+    with pytest.raises(ProposalError, match="no proposals for these frames"):
+        open_dataset(folder, proposals=tmp_path / "proposals").video("red").proposals(5)
+    file.write_text("[]")
+    assert len(open_dataset(folder, proposals=tmp_path / "proposals").video("red").proposals(5).scores) == 0
 
 
 def test_ponds():

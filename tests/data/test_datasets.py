@@ -178,6 +178,10 @@ def test_youtube_all_frames(youtube):
 def test_youtube_parts_of_train(youtube):
     parts = {part: open_dataset(youtube, split=f"train-{part}", counts=(1, 1)).names for part in ("train", "val")}
     assert sorted(parts["train"] + parts["val"]) == ["003234408d", "0043f083b5"]
+    (name,) = parts["train"]
+    assert open_dataset(youtube, split="train-train", counts=(1, 1), names=[name]).names == [name]
+    with pytest.raises(DataError, match=f"no video {name} in train-val, of 1"):
+        open_dataset(youtube, split="train-val", counts=(1, 1), names=[name])
     with pytest.raises(DataError, match="need 3200, the data set has 2"):
         open_dataset(youtube, split="train-train")
 

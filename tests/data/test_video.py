@@ -247,6 +247,49 @@ def test_frame_times_are_kept(tmp_path, name, times):
     assert shown(tmp_path / name) == pytest.approx(shown(source), abs=1e-3)
 
 
+@pytest.mark.parametrize("name, alpha", [("o.mp4", False), ("o.mov", True), ("o.webm", True)])
+@pytest.mark.parametrize("matrix", [None, 1, 9])
+def test_colours_mean_what_they_did(tmp_path, matrix, name, alpha):
+    """The Y, Cb and Cr of a video that is written are those of the video it was read from, and said to be of the same kind."""
+    import av
+
+    source = open_frames(make_video(tmp_path / "clip.mp4", matrix=matrix))
+    frames = [frame for _, frame in source.read()]
+    with VideoWriter(tmp_path / name, source.size, like=source, alpha=alpha) as writer:
+        for frame in frames:
+            writer.write(np.concatenate([frame, np.full((*frame.shape[:2], 1), 255, np.uint8)], 2) if alpha else frame)
+    found = []
+    for path in (tmp_path / "clip.mp4", tmp_path / name):
+        with av.open(str(path)) as container:
+            picture = next(container.decode(video=0))
+            found.append((picture.colorspace, *(p[14:26, 4:16].mean() for p in picture.to_ndarray(format="yuv444p"))))
+    said = matrix or (6 if name == "o.mov" else 2)  # ProRes says BT.601 where nothing was said, and so it was read
+    assert found[0][0] == (matrix or 2) and found[1][0] == said and np.allclose(found[0][1:], found[1][1:], atol=3)
+
+
+@pytest.mark.parametrize("rows, matrix", [(720, 1), (718, 6)])
+def test_colours_of_pictures_are_those_that_players_expect(tmp_path, rows, matrix):
+    import av
+
+    with VideoWriter(tmp_path / "o.mp4", (rows, 64)) as writer:
+        writer.write(np.full((rows, 64, 3), (199, 39, 40), np.uint8))
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        picture = next(container.decode(video=0))
+    assert picture.colorspace == matrix and np.abs(picture.to_ndarray(format="rgb24")[9, 9] - [199.0, 39, 40]).max() <= 3
+
+
+def test_one_frame_costs_what_lies_before_it_to_its_key_frame(tmp_path, monkeypatch):
+    frames = open_frames(make_video(tmp_path / "clip.mp4"))
+    turned, decoded = [], []
+    upright, shown = frames.upright, frames.shown
+    monkeypatch.setattr(frames, "upright", lambda picture, number: turned.append(number) or upright(picture, number))
+    monkeypatch.setattr(frames, "shown", lambda *where, **how: (decoded.append(one[0]) or one for one in shown(*where, **how)))
+    want = [frame for _, frame in frames.read()]
+    turned.clear(), decoded.clear()
+    (picked,) = frames.pick([9])
+    assert picked[:2] == (9, "00009") and (picked[2] == want[9]).all() and turned == decoded == [9]
+
+
 def test_an_avi_holds_one_rate_only(tmp_path):
     make_video(tmp_path / "even.mp4")
     copied(tmp_path / "even.mp4", tmp_path / "even.avi")

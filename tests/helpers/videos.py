@@ -20,7 +20,9 @@ def pictures(count: int = 12, size: tuple[int, int] = SIZE) -> list[np.ndarray]:
     return frames
 
 
-def make_video(path: Path, times=None, *, aspect=None, sound=None, gop=4, codec="libx264", options=None) -> Path:
+def make_video(
+    path: Path, times=None, *, aspect=None, sound=None, gop=4, codec="libx264", options=None, matrix=None
+) -> Path:
     """12 frames shown at `times` (in UNIT; default: 12 a second), a key frame every `gop`, a second of sound in a codec."""
     import av
 
@@ -31,9 +33,13 @@ def make_video(path: Path, times=None, *, aspect=None, sound=None, gop=4, codec=
         stream.codec_context.time_base, stream.codec_context.gop_size = UNIT, gop
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
+        if matrix:
+            stream.codec_context.colorspace = matrix
         voice = container.add_stream(sound, rate=48000, layout="mono") if sound else None
         for frame, time in zip(pictures(len(times)), times):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if matrix:
+                picture = picture.reformat(format="yuv420p", dst_colorspace=matrix)
             picture.pts, picture.time_base = time, UNIT
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

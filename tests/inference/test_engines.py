@@ -19,7 +19,7 @@ import pytest
 from dmm_fast.commands.main import main
 from dmm_fast.inference import on_torchrun
 from dmm_fast.inference.demo import make_clip
-from dmm_fast.inference.engines import begin_running, check_shared
+from dmm_fast.inference.engines import check_shared, running_in
 from dmm_fast.inference.folder import REPORT, SHEET, RunError, settle, take
 from dmm_fast.inference.on_ray import OnRay
 from dmm_fast.inference.passes import Interrupted
@@ -281,6 +281,12 @@ def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are
     with pytest.raises(RunError, match="no machine of the cluster has 64 CPUs and 0 GPUs.*--cpus-per-video"):
         segment_set(job(zoo, last), engine=OnRay(cluster.address, cpus=64))
 
+    # A worker that is asked to end, not killed: the video goes on elsewhere.
+    end = in_thread(lambda: os.kill(working_on(tmp_path / "asked", ["dog"])[0], signal.SIGTERM))
+    assert not segment_set(job(zoo, tmp_path / "asked"), ["dog"], engine=engine, progress=True)["failed"]
+    end()
+    assert "dog: its process was killed" in capsys.readouterr().err
+
     # Proposals, and what is wrong on a worker's machine alone.
     for number, engine in enumerate((None, OnRay(cluster.address))):
         propose_set(ProposalsJob(str(zoo / "data"), str(tmp_path / f"p{number}")), ["ant", "cat"], engine=engine)
@@ -296,14 +302,15 @@ def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are
 
 def test_of_two_processes_with_one_video_each_leaves_it_whole(zoo, alone, tmp_path):
     out = tmp_path / "out"
-    running, done = begin_running(out), []
-    threads = [threading.Thread(target=lambda: done.append(segment_one(job(zoo, out), "bee", apart=running))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(done) == 2 and not list(running.iterdir())
-    shutil.rmtree(running)
+    done = []
+    with running_in(out) as running:
+        work = lambda: done.append(segment_one(job(zoo, out), "bee", apart=running))  # noqa: E731
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(done) == 2 and not list(running.iterdir())
     assert made(out) == {name: value for name, value in made(alone).items() if "bee" in name}
 
 
@@ -320,10 +327,13 @@ def test_a_folder_takes_anothers_place(tmp_path):
 
 
 def test_results_that_lie_on_another_disk(tmp_path):
-    running = begin_running(tmp_path / "out")
-    check_shared(running, 0)
-    again = begin_running(tmp_path / "out")  # what a killed call has left goes
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [again.name]
+    (tmp_path / "out/.running-killed").mkdir(parents=True)
+    with running_in(tmp_path / "out") as running:
+        check_shared(running, 0)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [running.name]  # what a killed call has left goes
+        with pytest.raises(RunError, match="another run is working there"), running_in(tmp_path / "out"):
+            pass
+        check_shared(running, 0)
     with pytest.raises(RunError, match="--out must be storage that all machines share"):
         check_shared(running, 0)
 
@@ -332,7 +342,8 @@ def test_overwriting_apart(zoo, tmp_path):
     """The old result stays until the new one is whole; after an error none is left."""
     out = tmp_path / "out"
     segment_set(job(zoo, out), ["ant"])
-    before, running = (out / "ant" / REPORT).stat().st_ino, begin_running(out)
+    before, running = (out / "ant" / REPORT).stat().st_ino, out / ".running-0"
+    running.mkdir()
     assert segment_one(job(zoo, out, overwrite=True), "ant", apart=running)["frames"] == 6
     assert (out / "ant" / REPORT).stat().st_ino != before
     broken = SetJob(str(zoo / "data"), str(out), proposals=str(tmp_path), overwrite=True, options={"preset": "iou"})

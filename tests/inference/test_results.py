@@ -255,6 +255,36 @@ def test_an_overlay_takes_the_place_of_nothing_unasked(clip, tmp_path):
     assert video.read_bytes() == before and there.read_bytes() == b"mine" and not (tmp_path / "out").exists()
 
 
+def test_nor_does_that_of_a_run_that_goes_on(clip, tmp_path, monkeypatch):
+    """An overlay that is there is replaced by the run that began to write it, and by no other."""
+    there, own = tmp_path / "there.mp4", tmp_path / "own.mp4"
+    there.write_bytes(b"mine")
+    with monkeypatch.context() as broken:
+        broken.setattr(module.Tracks, "__exit__", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(OSError, match="the disk is full"):
+            segment(**options(clip, tmp_path / "out", save=["tracks"], video=own))
+    own.write_bytes(b"as a killed run may leave it")
+    with pytest.raises(RunError, match="there.mp4: is there already"):
+        segment(**options(clip, tmp_path / "out", save=["tracks"], video=there, resume=True))
+    segment(**options(clip, tmp_path / "out", save=["tracks"], video=own, resume=True))
+    made = own.read_bytes()
+    assert len(made) > 1000
+    segment(**options(clip, tmp_path / "out", video=own, resume=True))  # finished: its overlay is there
+    with pytest.raises(RunError, match="there.mp4: is there already"):
+        segment(**options(clip, tmp_path / "out", video=there, resume=True))
+    assert own.read_bytes() == made and there.read_bytes() == b"mine"
+    segment(**options(clip, tmp_path / "out", video=tmp_path / "further.mp4", resume=True))
+    assert (tmp_path / "further.mp4").exists()
+
+
+def test_two_masks_of_one_frame(clip, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for suffix in (".png", ".bmp"):
+        Image.open(clip / "first.png").convert("L").save(tmp_path / f"masks/00000{suffix}")
+    with pytest.raises(RunError, match="00000.bmp and 00000.png are masks of one frame|00000.png and 00000.bmp are masks of"):
+        segment(**options(clip, tmp_path / "out", masks=tmp_path / "masks"))
+
+
 def test_two_runs_do_not_share_a_folder(clip, tmp_path, monkeypatch):
     """A second one that begins while the first is at work is told so, and a later one is not."""
     told = []

@@ -25,8 +25,9 @@ from dmm_fast.data.submission import SubmissionError, write_submission
 from dmm_fast.inference import passes, sets
 from dmm_fast.inference.benchmark import TABLES, benchmark
 from dmm_fast.inference.demo import make_clip
-from dmm_fast.inference.folder import SHEET
+from dmm_fast.inference.folder import SHEET, RunError
 from dmm_fast.inference.passes import Interrupted
+from dmm_fast.inference.proposal_sets import ProposalsJob, propose_set
 from dmm_fast.inference.run import segment
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.inference.sets import SetJob, segment_one, segment_set
@@ -526,6 +527,34 @@ def test_a_detectors_proposals_are_kept(davis, tmp_path, capsys):
     other = [*command, "--out", tmp_path / "out", "--keep-proposals", "--proposals", "torchvision"]
     assert main([str(word) for word in other]) == 2
     assert "holds proposals of the detector small, not torchvision" in capsys.readouterr().err
+
+
+def test_a_folder_holds_proposals_of_one_detector(davis, tmp_path):
+    """--overwrite with another detector leaves none of the one before, also where it is cut short."""
+    out = tmp_path / "p"
+    propose_set(ProposalsJob(str(davis), str(out), split="val"), ["carp", "koi"])
+    other = ProposalsJob(str(davis), str(out), split="val", short_side=120, overwrite=True)
+    with pytest.raises(RunError, match="small, not small short-side 120, also koi.json, which would not be replaced"):
+        propose_set(other, ["carp"])
+    assert everything(out) == ["carp.json", "detector.txt", "koi.json"]
+    other.prepare(list(NAMES))
+    assert everything(out) == ["detector.txt"] and (out / "detector.txt").read_text() == "small short-side 120\n"
+
+
+def test_inputs_that_change_under_their_names(davis, proposals, tmp_path, capsys):
+    """A finished video is not taken for one of other proposals, or other first masks."""
+    proposals = shutil.copytree(proposals, tmp_path / "own")
+    done = segment_set(job(davis, tmp_path / "out", proposals))
+    assert segment_set(job(davis, tmp_path / "out", proposals))["videos"] == done["videos"]
+    entries = json.loads((proposals / "koi.json").read_text())
+    (proposals / "koi.json").write_text(json.dumps(entries[1:]))
+    mask = davis / "Annotations/480p/carp/00000.png"
+    write_mask(mask, np.where(read_ids(mask) == 1, read_ids(mask), 0).astype(np.uint8))
+    summary = segment_set(job(davis, tmp_path / "out", proposals))
+    assert sorted(summary["failed"]) == ["carp", "koi"] and list(summary["videos"]) == ["trout"]
+    assert "koi.json is not what it was for the finished run there; --overwrite" in summary["failed"]["koi"]["error"]
+    assert "the data set's are others by now; --overwrite" in summary["failed"]["carp"]["error"]
+    assert not segment_set(job(davis, tmp_path / "out", proposals, overwrite=True))["failed"]
 
 
 # ------------------------------------------------------------------------------------------------------------ benchmark
