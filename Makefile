@@ -48,7 +48,7 @@ tidy: $(VENV)/.installed
 	$(BIN)/clang-tidy -quiet $(wildcard csrc/cpu/*.cpp) -- -std=c++17 -mavx2 -mfma -DDMM_ISA=avx2 -DTORCH_STABLE_ONLY \
 		-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include
 
-bench: $(VENV)/.built
+bench: $(VENV)/.built $(VENV)/.runtime
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # PEERS="--peer cutie=FOLDER": further peers.
@@ -105,4 +105,4 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize_readers.py
 
 clean:
-	rm -rf build dist .cache *.egg-info dmm_fast/lib demo
+	rm -rf build dist .cache *.egg-info dmm_fast/lib demo $(VENV)/.built $(VENV)/.runtime

@@ -77,8 +77,10 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DDMM_CUDA={'ON' if with_cuda else 'OFF'}",
         ]  # fmt: skip
-        if not (build / "CMakeCache.txt").exists() and shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        cache, ninja = build / "CMakeCache.txt", shutil.which("ninja")
+        if ninja and (not cache.exists() or "CMAKE_GENERATOR:INTERNAL=Ninja\n" in cache.read_text()):
+            # each time: pip deletes the ninja of its build environment, which the cache names
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if with_cuda:
             configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DDMM_CUDA_ARCHITECTURES={architectures}"]
         subprocess.run(configure, check=True)

@@ -1,10 +1,11 @@
-"""A whole step, eager against C++ on the same export: ``pytest benchmarks/bench_segment.py``.
+"""A whole step in C++ (``make runtime``) against eager: ``pytest benchmarks/bench_segment.py``.
 
-Both must first agree on every frame's ids. ``dmm-fast bench`` tells the stages apart and compiles .pt2 too.
+Both must first agree on every frame's ids. Wall-clock time, all of torch's threads. ``dmm-fast bench`` tells the stages apart and compiles .pt2 too.
 """
 
 from __future__ import annotations
 
+import core
 import numpy as np
 import pytest
 
@@ -17,8 +18,7 @@ from dmm_fast.proposals.coco import read_coco
 
 
 @pytest.mark.parametrize("objects", [1, 5, 10, 20])
-@pytest.mark.parametrize("runtime", ["eager", "c++"])
-def bench_step(benchmark, runtime, objects, tmp_path):
+def bench_step(benchmark, objects, tmp_path):
     from dmm_fast.runtime import Segmenter as Native
 
     _make_clip(tmp_path, objects, 6, (255, 448), 50)
@@ -33,5 +33,6 @@ def bench_step(benchmark, runtime, objects, tmp_path):
             eager.start(frame, ids), native.start(frame, ids)
         else:
             assert np.array_equal(eager.step(frame, found).ids, native.step(frame, arrays).ids)
-    step, given = (eager.step, found) if runtime == "eager" else (native.step, arrays)
-    benchmark(step, frame, given)
+    functions = {"c++": lambda: native.step(frame, arrays), "eager": lambda: eager.step(frame, found)}
+    times = core.compare(functions, core.wall_time, rounds=5, sample=0.1)
+    core.record(benchmark, times["c++"], *core.rows_of(f"step, {objects} objects", times))

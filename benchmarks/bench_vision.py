@@ -8,6 +8,8 @@ agree with ours.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmm_fast.ops import reference
-from dmm_fast.ops.vision import NO_RUN, decode_runs, mask_iou, paste_combine, paste_masks, upsample_argmax
+from dmm_fast.ops.vision import decode_runs, mask_iou, paste_combine, paste_masks, upsample_argmax
+from dmm_fast.proposals.coco import read_coco
 
 N, M, S, SIZE = 10, 50, 28, (480, 854)
 FRAMES = {"240p": (240, 427), "1080p": (1080, 1920), "4K": (2160, 3840)}
@@ -181,7 +184,7 @@ def paste_masks_case(device: str, frame: str) -> Case:
 
 
 def decode_runs_case(device: str, frame: str) -> Case:
-    """A file's masks on the grid. Ours starts from the places that the code's text was parsed to, pycocotools from the text."""
+    """A file's masks on the grid, from the text of their codes, which ours parses in Python."""
     from pycocotools import mask as coco
 
     height, width = FRAMES[frame]
@@ -190,19 +193,25 @@ def decode_runs_case(device: str, frame: str) -> Case:
     half = (1 - ((2 * x + 1 - x0 - x1) / (x1 - x0)).square()).clamp(min=0).sqrt() * (y1 - y0) / 2  # of an ellipse, [M, W]
     ends = torch.stack([(y0 + y1) / 2 - half, (y0 + y1) / 2 + half], -1).round().clamp(0, height).long()
     places = [(mask + x[:, None] * height)[mask[:, 0] < mask[:, 1]].flatten() for mask in ends]
-    runs = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=NO_RUN).int().to(device)
     lengths = [torch.cat([p[:1], p.diff(), height * width - p[-1:]]).tolist() for p in places]
     codes = coco.frPyObjects([{"size": [height, width], "counts": counts} for counts in lengths], height, width)
+
+    segmentations = [{"size": [height, width], "counts": code["counts"].decode()} for code in codes]
+    entries = [{"image_id": 0, "score": 1, "bbox": [0, 0, 1, 1], "segmentation": each} for each in segmentations]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as written:
+        json.dump(entries, written)
+        written.flush()
+        file = read_coco(written.name, top=M)
 
     def decoded(some: slice) -> Tensor:
         masks = torch.from_numpy(coco.decode(codes[some])).permute(2, 1, 0).to(device)  # [m, W, H], as they lie in memory
         return F.adaptive_avg_pool2d(masks.float(), GRID[::-1]).mT
 
     functions = {
-        "dmm_fast": lambda: decode_runs(runs, height, width, *GRID),
+        "dmm_fast": lambda: decode_runs(file.runs("0").masks.to(device), height, width, *GRID),
         "pycocotools, area": lambda: in_parts(decoded, device),
     }
-    return Case(f"decode_runs, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
+    return Case(f"decode_runs from text, {M} of a frame of {frame} to {GRID[0]}x{GRID[1]}", functions, apart=5e-3)
 
 
 def upsample_argmax_case(device: str, frame: str, content: str) -> Case:

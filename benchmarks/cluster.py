@@ -25,8 +25,11 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
+from dmm_fast.inference.folder import SHEET
 from dmm_fast.inference.on_ray import OnRay
 from dmm_fast.inference.sets import SetJob, segment_set
+
+MADE = "made-by-cluster.py"  # in a folder that this script may delete
 
 
 def cut(source: Path, to: Path, videos: int, frames: int) -> None:
@@ -41,8 +44,21 @@ def cut(source: Path, to: Path, videos: int, frames: int) -> None:
                     (to / part / name / file.name).symlink_to(file.resolve())
 
 
+def make_anew(work: Path) -> None:
+    """An empty folder; SystemExit where there is one with things in it that are not of this script."""
+    if work.exists() and any(work.iterdir()) and not (work / MADE).exists():
+        raise SystemExit(
+            f"cluster.py: {work} is not empty and was not made by this script: choose another --work, or delete it"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / MADE).touch()
+
+
 def masks(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("*/0*.png")}
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.glob("*/*.png") if path.name != SHEET}
+    assert found, f"{out}: no masks"
+    return found
 
 
 def by_command(job: SetJob, processes: int) -> dict[str, Any]:
@@ -115,7 +131,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cluster"))
     a = parser.parse_args()
     proposals = a.proposals or a.dataset / "proposals"
-    shutil.rmtree(a.work, ignore_errors=True)
+    make_anew(a.work)
     cut(a.dataset, a.work / "data", a.videos, a.frames)
     cut(a.dataset, a.work / "more", 4 * a.videos, 2 * a.frames)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from text import microseconds, table  # noqa: F401  the suites take them from here
+from text import commit, microseconds, table  # noqa: F401  the suites take them from here
 
 import dmm_fast
 from dmm_fast.ops import library as _library
@@ -217,19 +217,6 @@ def machine(device: str) -> dict[str, str]:
         facts["CPU"] = _cpu_model()
         facts["instructions"] = _library.cpu_capability()
     return facts
-
-
-def commit(folder: Path = Path(__file__).parent.parent) -> str:
-    """The commit, with a + where files that git knows differ from it (docs/ aside); "unknown" outside a clone."""
-    git = ["git", "-C", str(folder)]
-    try:
-        name = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
-        return name + "+" * bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _cpu_model() -> str:

@@ -5,8 +5,8 @@
 Needs torch and pytest with pytest-benchmark, and to build also nvcc, a C++ compiler, cmake and ninja; no network. With
 --wheel it installs a wheel that was built elsewhere for this GPU.
 
-Every stage has a time limit; the limits add up to --minutes. Called again with the same DIR, it measures the rows that are
-missing there, and repeats only the tests and checks that have not passed with the same sources. DIR gets results.jsonl
+Every stage has a time limit; the limits add up to --minutes. Called again with the same DIR, at the same commit, it measures the rows
+that are missing there, and repeats only the tests and checks that have not passed with the same sources. DIR gets results.jsonl
 (one row a line), performance_gpu.md (the tables) and the logs. It prints its tables however it ends. ``--dry-run`` goes
 through all stages on the CPU with tiny sizes and builds nothing: it checks this script, no speed.
 """
@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_tables import append_row, read_results, render  # noqa: E402  they import nothing that must be installed
+from gpu_tables import append_row, check_machine, read_results, render  # noqa: E402  they import nothing that must be installed
+from text import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ROOT / "benchmarks" / "gpu_stages.py"
@@ -118,10 +119,11 @@ def lines_of(log: Path) -> list[str]:
 def sources() -> str:
     """A digest of the sources: also where there is no commit to name, or changes beside it."""
     digest = hashlib.sha256()
+    paths = [ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "setup.py")]
     for folder in ("csrc", "dmm_fast", "kernels", "model", "tests", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+        paths += [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")]
+    for path in paths:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -298,6 +300,7 @@ def main() -> None:
     if args.wheel and not args.wheel.is_file():
         parser.error(f"--wheel: no such file: {args.wheel}")
     report = Report(args)
+    check_machine(report.out, commit=commit())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_report: terminated"))
     try:
         measure(report)

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_stages.py STAGE --out DIR [--seconds N] [--quick] [--dry-run]
 
-A row that is there already is not measured again, so a second run goes on where the first was cut off.
+A row that is there already is not measured again, so a second run goes on where the first was cut off, at the same commit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # core and the suites, also under PYTHONSAFEPATH
-from gpu_tables import append_row, read_results  # noqa: E402
+from gpu_tables import append_row, check_machine, read_results  # noqa: E402
 
 SIZES = {"240p": (240, 427), "480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
 
@@ -49,12 +49,13 @@ class Run:
         print({key: value for key, value in row.items() if key not in ("peers", "skipped", "text")}, flush=True)
 
     def machine(self) -> None:
-        """What the rows belong to; a second line where a later call found another commit or GPU."""
+        """What the rows belong to."""
         import core
 
-        facts = {"table": "machine", **core.machine(self.device)}
-        if not self.has(**facts):
-            self.write(**facts)
+        facts = core.machine(self.device)
+        check_machine(self.out, commit=facts["commit"], GPU=facts.get("GPU"))
+        if not self.has(table="machine", **facts):
+            self.write(table="machine", **facts)
 
 
 # ---- sanitizer ----
@@ -400,8 +401,8 @@ def decisions(run: Run) -> None:
         return torch.from_numpy(np.stack(columns)).to(cost.device)
 
     ways: dict[str, Callable] = {
-        "scipy, copied": scipy, "hungarian": dmm_fast.hungarian, "assign": dmm_fast.assign, "greedy": dmm_fast.greedy,
-        "match_prices": dmm_fast.match_prices,
+        "scipy, copied": scipy, "hungarian": dmm_fast.hungarian, "match, assign": lambda cost: dmm_fast.assign(dmm_fast.match(cost)),
+        "greedy": dmm_fast.greedy, "match_prices": dmm_fast.match_prices,
     }  # fmt: skip
     if importlib.util.find_spec("torch_linear_assignment"):
         from torch_linear_assignment import batch_linear_assignment
@@ -413,8 +414,7 @@ def decisions(run: Run) -> None:
         if run.late:
             break
         cost = torch.rand(batch, 5, 50, generator=torch.Generator().manual_seed(batch)).to(run.device)
-        soft = dmm_fast.match(cost)
-        calls = {name: (lambda way=way, given=soft if name == "assign" else cost: way(given)) for name, way in ways.items()}
+        calls = {name: (lambda way=way, cost=cost: way(cost)) for name, way in ways.items()}
         times = core.medians(core.compare(calls, timer, rounds=1 if run.dry_run else 5, sample=0.001 if run.dry_run else 0.02))
         run.write(table="decisions", batch=batch, seconds={name: value / batch for name, value in times.items()})
 

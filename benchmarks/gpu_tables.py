@@ -40,6 +40,27 @@ def append_row(out: Path, row: dict) -> None:
         results.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
+def check_machine(out: Path, **facts: str | None) -> None:
+    """SystemExit where the rows so far are of another commit or GPU: a row itself does not say of which it is."""
+    for row in read_results(out):
+        if row["table"] == "machine" and any(row.get(key) != value for key, value in facts.items()):
+            theirs = {key: row.get(key) for key in facts}
+            raise SystemExit(f"{out}: its rows are of {described(theirs)}, this is {described(facts)}: choose another --out")
+
+
+def machine_of(path: Path, rows: list[dict]) -> dict:
+    """What the rows of a file belong to. SystemExit where they do not say, or are of several commits."""
+    machines = [{key: value for key, value in row.items() if key != "table"} for row in rows if row["table"] == "machine"]
+    commits = {row["commit"] for row in machines}
+    if len(commits) != 1:
+        raise SystemExit(f"{path}: rows of {len(commits)} commits, not of one: is it results.jsonl of gpu_report.py?")
+    return machines[-1]
+
+
+def described(facts: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+
+
 def merged(rows: list[dict]) -> list[dict]:
     """One row per case of the layer: peers measured in a later part of the plan join the first."""
     cases: dict[str, dict] = {}

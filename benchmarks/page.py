@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_tables import merged, read_rows  # noqa: E402
+from gpu_tables import machine_of, merged, read_rows  # noqa: E402
 from page_text import DATA, PAGE, SECTIONS, page  # noqa: E402
 
 Measured = dict[str, Any]  # "rows", "versions", "notes" and what else belongs to the machine
@@ -328,13 +328,10 @@ def gpu(args: argparse.Namespace) -> int:
     if not args.results.is_file():
         raise SystemExit(f"page.py: no such file: {args.results}")
     rows = read_rows(args.results)
-    machines = [row for row in rows if row["table"] == "machine"]
+    facts = machine_of(args.results, rows)
     layers = [row for row in merged(rows) if (row["n"], row["m"], row["n_grad"]) == (5, 50, 40)]
-    if not machines or not layers:
-        raise SystemExit(
-            f"page.py: {args.results}: no rows of the layer, or none of the machine: is it results.jsonl of gpu_report.py?"
-        )
-    facts = {key: value for key, value in machines[-1].items() if key != "table"}
+    if not layers:
+        raise SystemExit(f"page.py: {args.results}: no rows of the layer: was the run cut off before?")
     kept = ("case", "batch", "backward", "kernel", "call", "peers")
     stored = {
         "date": args.date or "not stored",
@@ -347,10 +344,15 @@ def gpu(args: argparse.Namespace) -> int:
             for row in rows
             if row["table"] == "step"
         ],
+        # no stage times another system's frames: such rows come from scripts of their own
         "peers": [{key: row[key] for key in ("name", "size", "objects", "ms")} for row in rows if row["table"] == "peer"],
         "memory": [{key: value for key, value in row.items() if key != "table"} for row in rows if row["table"] == "memory"],
         "notes": args.note,
-        "vision": [cells_of(line) for row in rows if row["table"] == "vision" for line in row["text"].splitlines()[2:]],
+        "vision": [
+            cells_of(line)
+            for row in [row for row in rows if row["table"] == "vision"][-1:]  # a later one is of the whole suite again
+            for line in row["text"].splitlines()[2:]
+        ],
     }
     store("gpu", stored, args.out)
     return 0

@@ -53,12 +53,11 @@ def measure_cpu() -> dict:
 
 
 def read_gpu(path: Path) -> dict:
-    from gpu_tables import merged
+    from gpu_tables import machine_of, merged, read_rows
 
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    machine = next({key: row[key] for key in row if key != "table"} for row in rows if row["table"] == "machine")
+    rows = read_rows(path)
     kept = [row for row in merged(rows) if row["n_grad"] == 40]
-    return {"machine": machine, "unit": "s", "rows": kept}
+    return {"machine": machine_of(path, rows), "unit": "s", "rows": kept}
 
 
 def draw(data: dict, path: Path) -> None:

@@ -1,6 +1,9 @@
-"""How figures are written: microseconds and Markdown tables. Needs nothing that must be installed."""
+"""How figures are written: microseconds, Markdown tables, the commit they are of. Needs nothing that must be installed."""
 
 from __future__ import annotations
+
+import subprocess
+from pathlib import Path
 
 
 def microseconds(seconds: float | None) -> str:
@@ -20,3 +23,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
     rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def commit(folder: Path = Path(__file__).parent.parent) -> str:
+    """The commit, with a + where files that git knows differ from it (docs/ aside); "unknown" outside a clone."""
+    git = ["git", "-C", str(folder)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
+        return name + "+" * bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

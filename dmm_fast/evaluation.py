@@ -251,7 +251,10 @@ def _choose(sequences: Iterable[str] | str | os.PathLike | None, found: list[str
         return found
     if isinstance(sequences, (str, os.PathLike)):
         sequences = Path(sequences).read_text().splitlines()
-    names = [name for line in sequences if (name := line.strip().lstrip("*"))]  # SegTrack's lists start names with "*"
+    # each once, or it would count twice in the mean; SegTrack's lists start names with "*"
+    names = list(dict.fromkeys(name for line in sequences if (name := line.strip().lstrip("*"))))
+    if not names:
+        raise EvaluationError("sequences names none to score")
     if unknown := sorted(set(names) - set(found)):
         raise EvaluationError(f"{gt_dir}: no ground truth for {_listed(unknown)}")
     return names

@@ -71,7 +71,7 @@ class Tracker:
 
     def __post_init__(self) -> None:
         self.tracks: list[Track] = []
-        self.started = 0
+        self.started = self.last = 0  # how many tracks, and the id of the last
 
     def step(self, seen: Seen) -> np.ndarray:
         choice = self.decide(seen)
@@ -84,8 +84,12 @@ class Tracker:
         for number, (score, mask, appearance) in enumerate(zip(seen.scores, seen.masks, seen.looks)):
             new = number not in choice and score >= self.birth
             if new and (mask & taken).sum() < 0.5 * mask.sum():  # else a part of what is known, or a group
-                self.started += 1
-                self.tracks.append(Track((self.started - 1) % 254 + 1, mask, appearance))  # an id map holds 254
+                live = {track.id for track in self.tracks}
+                following = (id for id in (*range(self.last + 1, 255), *range(1, self.last + 1)) if id not in live)
+                if (free := next(following, None)) is None:  # an id map holds 254
+                    break
+                self.started, self.last = self.started + 1, free
+                self.tracks.append(Track(free, mask, appearance))
                 taken = taken | mask
         self.tracks = [track for track in self.tracks if track.unseen <= self.patience]
         now = sorted((track for track in self.tracks if track.unseen == 0), key=lambda track: int(track.mask.sum()))

@@ -52,6 +52,48 @@ def test_a_section_is_measured_and_written(tmp_path):
     assert "Not measured yet: `python benchmarks/page.py measure layer`" in page
 
 
+def test_a_run_on_a_gpu_is_stored(tmp_path):
+    machine = {"table": "machine", "dmm_fast": "1", "commit": "0123456789", "GPU": "H", "torch": "2"}
+    layer = {"table": "match", "case": "c", "batch": 1, "n": 5, "m": 50, "n_grad": 40, "backward": False, "kernel": 1, "call": 1,
+             "peers": {}, "skipped": {}}  # fmt: skip
+    suite = [
+        {
+            "table": "vision",
+            "complete": complete,
+            "text": f"| head |\n| --- |\n| mask_iou, cuda | {us} | peer | 9 | 1x | - | - |",
+        }
+        for complete, us in ((False, 3), (True, 4))
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in (machine, layer, *suite)))
+    assert run("gpu", results, "--out", tmp_path).returncode == 0
+    stored = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["us per problem"] for row in stored["vision"]] == [4] and stored["machine"]["commit"] == "0123456789"
+    with results.open("a") as file:
+        file.write(json.dumps(machine | {"commit": "another"}) + "\n")
+    result = run("gpu", results, "--out", tmp_path)
+    assert result.returncode == 1 and "rows of 2 commits" in result.stderr
+
+
+def test_the_parse_of_codes_is_told_while_figures_are_without_it(tmp_path):
+    assert (words := "without the parse of the codes' text") in (ROOT / "docs" / "benchmarks.md").read_text()
+    text = (STORED / "vision.json").read_text()
+    (tmp_path / "vision.json").write_text(text.replace('"decode_runs, ', '"decode_runs from text, '))  # as it is measured now
+    assert words not in written(tmp_path, tmp_path / "page.md")
+
+
+def test_the_study_of_clusters_deletes_and_compares_its_own_alone(tmp_path):
+    for name in ("mine/notes.txt", "out/clip/frame_7.png", "out/clip/contact-sheet.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    command = [sys.executable, ROOT / "benchmarks" / "cluster.py", tmp_path / "data", "--work", tmp_path / "mine"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 1 and "was not made by this script" in result.stderr and (tmp_path / "mine/notes.txt").exists()
+    code = f"from pathlib import Path; import cluster; print(*cluster.masks(Path({str(tmp_path / 'out')!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "benchmarks")
+    assert result.stdout == "clip/frame_7.png\n", result.stderr
+
+
 @pytest.mark.parametrize("section", ["layer", "assignment", "vision"])
 def test_a_faster_peer_is_named(section, tmp_path):
     shutil.copy(STORED / f"{section}.json", tmp_path)

@@ -286,6 +286,18 @@ def test_data_set_mean_is_over_objects(tmp_path: Path):
     assert report.summary["G"] == (report.summary["J"] + report.summary["F"]) / 2
 
 
+def test_a_sequence_counts_once_however_often_it_is_named(tmp_path: Path):
+    one = pair(tmp_path, [one_pixel(1, 2)] * 3, [one_pixel(1, 2)] * 3, "a")
+    pair(tmp_path, [one_pixel(1, 0)] * 3, [one_pixel(0, 1)] * 3, "b")
+    (tmp_path / "list.txt").write_text("a\nb\n\nb\n")
+    report = evaluate(tmp_path / "gt", tmp_path / "pred", sequences=tmp_path / "list.txt")
+    assert report.summary["J"] == pytest.approx(2 / 3)
+    assert len(evaluate(*one, sequences=["a", "a"]).objects) == 2
+    for folders in (one, (tmp_path / "gt", tmp_path / "pred")):
+        with pytest.raises(EvaluationError, match="names none to score"):
+            evaluate(*folders, sequences=[])
+
+
 def test_vos_objects(tmp_path: Path):
     """Ids from the ground truth, each from its first occurrence on either side; void is an id like any other."""
     gt = [one_pixel(8, 8), one_pixel(1, 0), one_pixel(1, 7), one_pixel(0, 255), one_pixel(1, 7), one_pixel(8, 8)]

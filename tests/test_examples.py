@@ -194,6 +194,19 @@ def test_tracks_end_when_unseen_for_too_long(tracking):
     assert ids == [1, 0, 0, 1, 0, 0, 0, 2]
 
 
+def test_no_two_live_tracks_have_one_id(tracking):
+    """One object stays while 300 others come and go; then there are more than an id map has ids for."""
+    masks = torch.eye(400, dtype=torch.bool)[:, None]  # [400, 1, 400]: a pixel each
+    looks = torch.eye(400)
+    tracker = tracking.Tracker(patience=0)
+    for other in range(1, 300):
+        both = [0, other]
+        ids = tracker.step(tracking.Seen(torch.ones(2), masks[both], looks[both]))
+        assert ids[0, 0] == 1 and ids[0, other] == (other - 1) % 253 + 2
+    ids = tracker.step(tracking.Seen(torch.ones(400), masks, looks))
+    assert len(np.unique(ids)) == 1 + 254 and len(tracker.tracks) == 254
+
+
 def test_scores_count_switches_and_the_track_of_each_object(tracking):
     true = np.repeat(np.array([[1, 1, 2, 2]], np.uint8), 4, 0)
     swapped = np.repeat(np.array([[2, 2, 1, 1]], np.uint8), 4, 0)

@@ -55,9 +55,40 @@ def test_a_second_call_measures_what_is_missing(tmp_path):
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"table": "mat')  # killed here
     second = report(out, *options)
     assert second.returncode == 0 and all(f"{name} before" in second.stdout for name in ("passed", "measured")), second.stdout
+    assert any("match, assign" in row["seconds"] for row in rows if row["table"] == "decisions")
     lines = (out / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines[: len(kept)]] == kept
     assert names([*kept, *map(json.loads, lines[len(kept) + 1 :])]) == names(rows)
+
+
+def test_a_call_at_another_commit_is_refused(tmp_path):
+    """A row does not say of which commit it is: the folder's machine line does."""
+    before = '{"table": "machine", "commit": "0123456789"}\n'
+    (tmp_path / "results.jsonl").write_text(before)
+    result = report(tmp_path, "--dry-run", "--quick")
+    assert result.returncode == 1 and "its rows are of commit 0123456789" in result.stderr, result.stderr
+    assert (tmp_path / "results.jsonl").read_text() == before
+
+
+def test_the_plot_leaves_out_a_row_that_was_cut(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import plots
+
+    (tmp_path / "results.jsonl").write_text('{"table": "machine", "commit": "0123456789"}\n{"table": "mat')  # killed here
+    assert plots.read_gpu(tmp_path / "results.jsonl") == {"machine": {"commit": "0123456789"}, "unit": "s", "rows": []}
+
+
+@pytest.mark.parametrize("name", ["CMakeLists.txt", "pyproject.toml", "setup.py"])
+def test_what_passed_counts_for_the_same_build_alone(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu_report
+
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    for each in ("CMakeLists.txt", "pyproject.toml", "setup.py"):
+        (tmp_path / each).touch()
+    before = gpu_report.sources()
+    (tmp_path / name).write_text("changed")
+    assert gpu_report.sources() != before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could build and measure")

@@ -177,6 +177,43 @@ def test_a_missing_library_says_how_to_mend_it(tmp_path):
     assert result.returncode and "libdmm_cpu.so is missing" in result.stderr and "pip install" in result.stderr
 
 
+def test_a_build_goes_on_without_the_ninja_it_began_with(tmp_path):
+    """pip installs ninja into an environment of the build, which it deletes; build/ stays and names it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ninja = shutil.which("ninja", path=path)
+    if ninja is None:
+        pytest.skip("there is no ninja")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(dmm NONE)\ninstall(FILES setup.py DESTINATION .)\n"
+    )
+    gone, environment = tmp_path / "gone", {**os.environ, "PATH": path, "FORCE_CUDA": "0"}
+    gone.symlink_to(ninja)
+    run(
+        "cmake",
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={gone}",
+        "-S",
+        tmp_path,
+        "-B",
+        tmp_path / "build" / "cpu",
+        env=environment,
+    )
+    gone.unlink()
+    run(sys.executable, "setup.py", "-q", "build_ext", cwd=tmp_path, env=environment)
+    assert list(tmp_path.glob("build/lib*/dmm_fast/lib/build.json"))
+
+
+def test_after_clean_everything_is_built_again(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for stamp in (".installed", ".built", ".runtime"):
+        (tmp_path / ".venv" / stamp).touch()
+    run("make", "clean", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / ".venv").iterdir()] == [".installed"]  # pip's packages are still there
+
+
 def test_a_cpp_program_builds_against_the_wheel(wheel, tmp_path):
     """examples/cpp by find_package(dmm), out of the tree: with the sources of an installed wheel, and this torch."""
     import numpy as np

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import PRESETS, add_command, add_precision, check_device, count
+from dmm_fast.commands.options import PRESETS, add_command, add_precision, check_device, check_packages, count
 
 SIZES = [(240, 432), (480, 854), (720, 1280), (1080, 1920), (2160, 3840)]
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
         "--detector", metavar="NAME",
         help="a live detector instead of the file: small or FILE.safetensors; with eager also torchvision, ...",
     )  # fmt: skip
-    add_precision(parser)
+    add_precision(parser, " of the runtime eager, which must then be the only one")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
 
@@ -60,6 +60,8 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.inference.segmenter import Segmenter
 
     check_device(a.device)
+    if "onnx" in a.runtimes and not a.frame_size:
+        check_packages("onnx", "onnxscript", "onnxruntime")
     if a.threads:
         torch.set_num_threads(a.threads)
     net = Segmenter(a.preset, weights=a.weights, device=a.device).net

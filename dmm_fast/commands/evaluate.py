@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import add_command
+from dmm_fast.commands.options import add_command, named
 
 
 def add(commands: Any) -> None:
@@ -42,14 +42,11 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> int:
     from dmm_fast.evaluation import evaluate
 
-    sequences = a.sequences
-    if sequences is not None and not Path(sequences).is_file():
-        sequences = sequences.split(",")
     for path in (a.json, a.csv):
         if path is not None and not Path(path).parent.is_dir():
             raise ValueError(f"{path}: there is no directory {Path(path).parent}")
     report = evaluate(
-        a.gt, a.pred, a.protocol, sequences=sequences, foreground=a.foreground, frames=a.frames,
+        a.gt, a.pred, a.protocol, sequences=named(a.sequences), foreground=a.foreground, frames=a.frames,
         pool_frames=not a.by_video, workers=a.workers, progress=not a.quiet and sys.stderr.isatty(),
     )  # fmt: skip
     if a.json is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dmm_fast.commands.options import add_command, add_network_options, check_device, count
+from dmm_fast.commands.options import add_command, add_network_options, check_device, check_packages, count
 
 FORMATS = ("torchscript", "pt2", "onnx")
 MASKS = ("soft", "runs", "full")
@@ -64,6 +64,8 @@ def run(a: argparse.Namespace) -> int:
     from dmm_fast.model import Config, DMMNet
 
     check_device(a.device)
+    if a.format == "onnx":
+        check_packages("onnx", "onnxscript", *["onnxruntime"] * (a.only is None))  # which runs what was exported
     sizes = Sizes(N=a.objects, M=a.proposals, H=a.height, W=a.width)
     if a.format == "torchscript" and (sizes.varying != list("NMHW") or a.masks):
         raise ExportError("export: a TorchScript takes every size and all kinds of masks; leave those options out")

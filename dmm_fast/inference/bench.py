@@ -56,8 +56,11 @@ def bench(
     """Measure; returns {"machine", "settings", "rows"}, one row per runtime, number of objects and stage.
 
     detector: a live one (see `open_proposer`) in place of proposals that are read from a file; exported along with the network, and
-    part of the step: a backbone that both have runs once, in "features". precision: of the runtime "eager", see `Segmenter`.
+    part of the step: a backbone that both have runs once, in "features". precision: of the runtime "eager", see `Segmenter`; ValueError
+    where another one is asked for too, which would run in float32 beside it.
     """
+    if precision != "float32" and set(runtimes) != {"eager"}:
+        raise ValueError(f"bench: precision {precision} is of the runtime eager alone: with it, --runtimes must be eager")
     device = net.mean.device
     fast, stages_of_fast = _stages_of(net, detector, precision)
     source = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +111,12 @@ def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)  # [B]
 
 
+def check_rate(cost: Tensor, radius: Tensor, lr: float) -> None:
+    """ValueError for a step size that Theorem 1 does not allow; radius: r_0 of each problem."""
+    if not bool((lr < torch.minimum(15 * radius, radius / _norm(cost))).all()):
+        raise ValueError(f"study: Theorem 1 asks for lr < r_0 / |C| = {float((radius / _norm(cost)).min()):.3g}, got {lr}")
+
+
 def bounds(cost: Tensor, run: Descent, lr: float) -> tuple[Tensor, Tensor, Tensor]:
     """What Theorem 1's proof (Eq. 16) promises after k steps, each [K, B]:
 
@@ -117,8 +124,7 @@ def bounds(cost: Tensor, run: Descent, lr: float) -> tuple[Tensor, Tensor, Tenso
 
     where delta bounds the projection error |X^i - P(Z^i)| of steps 1 .. k. It asks for lr < min(15 r_0, r_0 / |C|).
     """
-    if not bool((lr < torch.minimum(15 * run.radius, run.radius / _norm(cost))).all()):
-        raise ValueError(f"study: Theorem 1 asks for lr < r_0 / |C| = {float((run.radius / _norm(cost)).min()):.3g}, got {lr}")
+    check_rate(cost, run.radius, lr)
     k = torch.arange(1, run.gap.shape[0] + 1, dtype=cost.dtype)[:, None]  # [K, 1]
     delta = run.delta
     upper = 2 * run.radius**2 / (k * lr) + 5 * run.radius * delta / lr + 5 * k * delta**2 / lr
@@ -152,13 +158,17 @@ def study(settings: Settings) -> dict[str, Any]:
     costs = torch.rand(settings.costs, *size, generator=generator, dtype=torch.float64)
     starts = torch.rand(settings.costs * settings.starts, *size, generator=generator, dtype=torch.float64)
     cost = costs.repeat_interleave(settings.starts, 0)  # [B, N, M], B = costs * starts
+    centre = torch.full_like(costs, 1 / size[1])  # the layer's own start
+    for problem, start in ((cost, starts), (costs, centre)):
+        radius = _norm(start - hungarian(problem))
+        for lr in settings.lr:
+            check_rate(problem, radius, lr)
     steps = sorted({round(settings.n_grad ** (i / 59)) for i in range(60)})  # 1 .. n_grad, evenly on a log axis
     at = torch.tensor(steps) - 1
     runs = []
     for lr in settings.lr:
         for n_proj in settings.n_proj:
             run = descend(cost, starts, settings.n_grad, n_proj, lr)
-            bounds(cost, run, lr)  # the step size is one that the theorem allows
             same = run.average.argmax(-1) == hungarian(cost).argmax(-1)  # [B, N]
             runs.append({
                 "lr": lr, "n_proj": n_proj, "gap": _spread(run.gap[at]), "distance": float(run.distance[-1].median()),
@@ -169,7 +179,7 @@ def study(settings: Settings) -> dict[str, Any]:
     lr = max(settings.lr)
     theorem = []
     for n_proj in (max(settings.n_proj), 10 * max(settings.n_proj)):
-        run = descend(costs, torch.full_like(costs, 1 / size[1]), settings.n_grad, n_proj, lr)
+        run = descend(costs, centre, settings.n_grad, n_proj, lr)
         delta, lower, upper = bounds(costs, run, lr)
         holds = (run.distance <= delta + 1e-12) & (lower - 1e-12 <= run.gap) & (run.gap <= upper)
         theorem.append({
@@ -205,18 +215,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with figure(path, 2, 2, 9.6, 7) as (by_rate, by_rounds, projection, theorem):
         by_rate.set(title="A larger step is sooner at the optimum", xlabel="gradient steps k", ylabel=gap)
         _note(by_rate, f"n_proj = {most}")
-        gaps = [(runs[lr, most]["gap"], f"lr {lr:g}", colour) for lr, colour in zip(settings["lr"], COLOURS)]
+        gaps = [(runs[lr, most]["gap"], f"lr {lr:g}", colour) for lr, colour in zip(settings["lr"], cycle(COLOURS))]
         _bands(by_rate, steps, gaps)
 
         by_rounds.set(title="Too few rounds leave a gap", xlabel="gradient steps k", ylabel=gap)
         _note(by_rounds, f"lr = {fastest:g}")
-        gaps = [(runs[fastest, n]["gap"], f"n_proj {n}", colour) for n, colour in zip(settings["n_proj"], COLOURS)]
+        gaps = [(runs[fastest, n]["gap"], f"n_proj {n}", colour) for n, colour in zip(settings["n_proj"], cycle(COLOURS))]
         _bands(by_rounds, steps, gaps)
 
         projection.set(title="A larger step needs more rounds", xlabel="rounds of projections j", yscale="log")
         projection.set(ylabel=r"$\|Y_j - P(Z^k)\|$ in the last step k")
         ends = []
-        for lr, colour in zip(settings["lr"], COLOURS):
+        for lr, colour in zip(settings["lr"], cycle(COLOURS)):
             error = runs[lr, most]["last_error"]
             projection.plot(range(1, most + 1), error, color=colour)
             ends.append((most, error[-1], f"lr {lr:g}", colour))

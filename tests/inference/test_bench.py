@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +46,19 @@ def test_bench_with_a_live_detector(capsys):
     assert "no such file of detector weights" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "--runtimes", "tensorrt"])
+
+
+def test_bench_refuses_a_precision_that_a_runtime_would_not_have(capsys):
+    words = ["bench", "--preset", "iou", "--objects", "1", "--frames", "1", "--size", "96x128", "--threads", "1"]
+    assert main([*words, "--precision", "bfloat16"]) == 2
+    assert "precision bfloat16 is of the runtime eager alone" in capsys.readouterr().err
+    assert main([*words, "--precision", "bfloat16", "--runtimes", "eager"]) == 0
+
+
+def test_the_benchmark_of_a_step_runs():
+    """As in `make bench`; pytest-benchmark refuses to measure where it sees that a worker of xdist started it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    words = "-m pytest -p no:cacheprovider --benchmark-only benchmarks/bench_segment.py::bench_step[1]"
+    command, root = [sys.executable, *words.split()], Path(__file__).resolve().parents[2]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert result.returncode == 0 and "step, 1 objects" in result.stdout, result.stdout + result.stderr

@@ -93,6 +93,19 @@ def test_convergence_command(tmp_path, capsys):
     assert "Theorem 1 holds" in picture and "lr 0.05" in picture
 
 
+def test_step_sizes_are_checked_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(convergence, "descend", lambda *_: pytest.fail("a run"))
+    with pytest.raises(ValueError, match="Theorem 1 asks for lr"):
+        convergence.study(convergence.Settings(lr=(0.01, 5.0)))
+
+
+def test_more_step_sizes_than_colours_are_all_drawn(tmp_path):
+    rates = tuple(0.01 * k for k in range(1, 1 + len(convergence.COLOURS) + 1))
+    sizes = {"templates": 2, "proposals": 4, "costs": 1, "starts": 1, "n_grad": 3, "n_proj": (2,), "epsilon": (2.0,)}
+    convergence.draw(convergence.study(convergence.Settings(lr=rates, **sizes)), tmp_path / "study.svg")
+    assert (tmp_path / "study.svg").read_text().count(f"lr {rates[-1]:g}") >= 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"templates": 9, "proposals": 4}, "templates <= proposals"), ({"lr": (0.1, 0.0)}, "lr must be positive"),
@@ -265,6 +278,38 @@ def test_matching_command(videos: Path, tmp_path: Path, capsys, monkeypatch, net
     assert cli.main(arguments) == 0
     again = json.loads((out / "matching.json").read_text())
     assert len(again["rows"]) == 30 and again["rows"][0] == result["rows"][0]
+
+    capsys.readouterr()
+    kept = (out / "matching.json").read_bytes()
+    assert cli.main([*arguments, "--seeds", "1"]) == 0  # the first alone is told, and none is lost
+    assert " ± " in printed and " ± " not in capsys.readouterr().out
+    assert cli.main([*arguments, "--lr", "0.5"]) == 2
+    assert "has rows of other settings (lr); choose another --out" in capsys.readouterr().err
+    with (videos / "proposals" / "a.json").open("a") as file:
+        file.write("\n")
+    assert cli.main(arguments) == 2
+    assert "has rows of other settings (proposals' contents)" in capsys.readouterr().err
+    assert (out / "matching.json").read_bytes() == kept
+
+
+def test_tracks_are_made_again_where_proposals_have_changed(videos: Path, tmp_path: Path, monkeypatch):
+    made = []
+
+    def track(net: DMMNet, clip: Clip, overlap: float) -> matching.Track:
+        made.append(clip.name)
+        return matching.Track(clip.name, torch.zeros(1, 1), clip.masks[0, 0].byte(), [])
+
+    monkeypatch.setattr(matching, "track", track)
+    settings = matching.Settings(
+        str(videos), str(videos / "proposals"), ("c",), weights="small", pool="mask", clips=2, val_clips=1, val_frames=3
+    )
+    for _ in range(2):
+        matching.prepare(settings, tmp_path, progress=False)
+    assert len(made) == 2 + 1 + 1
+    with (videos / "proposals" / "a.json").open("a") as file:
+        file.write("\n")
+    matching.prepare(settings, tmp_path, progress=False)
+    assert len(made) == 2 * 4
 
 
 def test_matching_command_on_alike_objects_with_packaged_weights(videos: Path, tmp_path: Path, capsys):
