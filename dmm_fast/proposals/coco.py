@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,20 +180,21 @@ class ProposalFile:
         entries = [entry for entry in self._entries.get(self._name(stem), []) if entry["score"] >= least]
         entries = sorted(entries, key=lambda entry: -entry["score"])[: self.top if top is None else min(top, self.top)]
         codes: list[tuple[np.ndarray, tuple[int, int]]] = []
-        for entry in entries:
+        texts = [_text(entry.get("segmentation")) for entry in entries]
+        for entry, uncompressed in zip(entries, _uncompress(texts)):
             where = f"{self.path}, image_id {entry['image_id']!r}"
-            codes.append(_run_lengths(entry.get("segmentation"), size, where))
+            codes.append(_run_lengths(entry.get("segmentation"), uncompressed, size, where))
             if codes[-1][1] != codes[0][1]:
                 raise ProposalError(f"{where}: masks of different sizes, {codes[0][1]} and {codes[-1][1]}")
         return entries, codes
 
     def _boxes(self, entries: list[dict], codes: list[tuple[np.ndarray, tuple[int, int]]]) -> Tensor:
         """[M, 4]: those given, else tight ones."""
-        boxes = torch.zeros(len(entries), 4)
-        for index, (entry, (lengths, shape)) in enumerate(zip(entries, codes)):
+        boxes: list[Sequence[float]] = []
+        for entry, (lengths, shape) in zip(entries, codes):
             given = _xyxy(entry.get("bbox"), f"{self.path}, image_id {entry['image_id']!r}")
-            boxes[index] = torch.tensor(_tight_box(lengths, shape[0]) if given is None else given)
-        return boxes
+            boxes.append(_tight_box(lengths, shape[0]) if given is None else given)
+        return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 def _scores(entries: list[dict]) -> Tensor:
@@ -266,8 +267,19 @@ def _key(image_id: Any) -> str:
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
-def _run_lengths(segmentation: Any, size: tuple[int, int] | None, where: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """RLE (compressed text or a list of run lengths) or polygons -> run lengths int64, of 0 and 1 in turn, and (H, W)."""
+def _text(segmentation: Any) -> bytes:
+    """The counts of a compressed RLE; of anything else nothing."""
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    return counts.encode(errors="surrogatepass") if isinstance(counts, str) else b""
+
+
+def _run_lengths(
+    segmentation: Any, uncompressed: np.ndarray | None, size: tuple[int, int] | None, where: str
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """RLE (compressed text or a list of run lengths) or polygons -> run lengths int64, of 0 and 1 in turn, and (H, W).
+
+    uncompressed: what `_uncompress` makes of the text, if it is one.
+    """
     if isinstance(segmentation, list) and segmentation:
         if size is None:
             raise ProposalError(f"{where}: polygons need the frame's size")
@@ -279,7 +291,7 @@ def _run_lengths(segmentation: Any, size: tuple[int, int] | None, where: str) ->
     if size is not None and tuple(shape) != tuple(size):
         raise ProposalError(f"{where}: masks are {shape[1]}x{shape[0]}, the frames are {size[1]}x{size[0]}")
     if isinstance(counts, str):
-        runs = _uncompress(counts.encode(errors="surrogatepass"))
+        runs = uncompressed
     else:
         integers = isinstance(counts, list) and all(type(run) is int and abs(run) < 1 << 31 for run in counts)
         runs = np.array(counts, dtype=np.int64) if integers else None
@@ -312,23 +324,35 @@ def _fill_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def _uncompress(counts: bytes) -> np.ndarray | None:
-    """COCO's compressed counts -> run lengths, int64. Five bits a character, low bits first, bit 5 says more follow,
-    the last character's bit 4 is the sign; from the fourth run on, each is stored less the run two before it.
+def _uncompress(texts: list[bytes]) -> list[np.ndarray | None]:
+    """COCO's compressed counts, of many masks at once -> run lengths, int64; None for a text that is none. Five bits a character,
+    low bits first, bit 5 says more follow, the last character's bit 4 is the sign; from the fourth run on, each is stored less the
+    run two before it.
     """
-    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return None
+    found: list[np.ndarray | None] = [None] * len(texts)
+    there = [number for number, text in enumerate(texts) if text]
+    if not there:
+        return found
+    codes = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.cumsum([len(texts[number]) for number in there])
+    begins = np.concatenate([[0], ends[:-1]])
     last = (codes & 32) == 0
+    bad = (codes < 0) | (codes > 63)
+    bad[ends - 1] |= ~last[ends - 1]
+    last[ends - 1] = True
     starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
     shift = 5 * (np.arange(len(codes)) - np.repeat(starts, np.diff(starts, append=len(codes))))
-    if shift.max() > 30:
-        return None
+    bad |= shift > 30
+    shift = shift.clip(max=30)
     runs = np.add.reduceat((codes & 31) << shift, starts)
     runs -= np.where(codes[last] & 16, np.int64(32) << shift[last], 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
+    each = np.split(runs, np.add.reduceat(last, begins, dtype=np.int64).cumsum()[:-1])
+    for number, wrong, own in zip(there, np.logical_or.reduceat(bad, begins), each):
+        if not wrong:
+            own[1::2] = own[1::2].cumsum()
+            own[2::2] = own[2::2].cumsum()
+            found[number] = own
+    return found
 
 
 def _polygon_runs(polygons: list, size: tuple[int, int], where: str) -> np.ndarray:
@@ -337,7 +361,7 @@ def _polygon_runs(polygons: list, size: tuple[int, int], where: str) -> np.ndarr
     for polygon in polygons:
         if not (isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))):
             raise ProposalError(f"{where}: a polygon is a list of x, y, x, y, ... of three points or more")
-    runs = _uncompress(coco.merge(coco.frPyObjects(polygons, *size))["counts"])
+    (runs,) = _uncompress([coco.merge(coco.frPyObjects(polygons, *size))["counts"]])
     assert runs is not None, "pycocotools writes codes that can be read"
     return runs
 
