@@ -48,8 +48,12 @@ inline BiasClampInputs check_bias_clamp(const Tensor& x, const Tensor& bias, con
     check_same_device(op, "residual", r, "x", x);
   }
   const int64_t plane = x.size(2) * x.size(3);
-  const bool last = !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == C && x.stride(2) == C * x.size(3) &&
-                    (x.stride(0) == C * plane || x.size(0) == 1);
+  int64_t dense = 1;
+  bool last = !x.is_contiguous();
+  for (int64_t dim : {1, 3, 2, 0}) {  // as torch has it: a dimension of size 1 may have any stride
+    if (x.size(dim) != 1) last = last && x.stride(dim) == dense;
+    dense *= x.size(dim);
+  }
   const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   BiasClampInputs in{torch::stable::contiguous(x, format),
                      torch::stable::contiguous(bias),

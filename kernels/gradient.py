@@ -26,11 +26,15 @@ class Gradient:
         """The gradients of all the op's arguments, through ``call(args of the backward op)``."""
         *saved, unmatched = ctx.saved_tensors
         grads = [None] * (self.tensors + len(ctx.options) + 1)
-        results = call((grad, *saved, *ctx.options, unmatched))
+        given, own = (grad, *saved), unmatched is not None and ctx.needs_input_grad[len(grads) - 1]
+        if own:  # sums of what is rounded to half precision would be off
+            given = [t if t is None or t.dtype != grad.dtype else t.to(unmatched.dtype) for t in given]
+        results = call((*given, *ctx.options, unmatched))
         for i, g in zip(self.differentiable, results, strict=True):
             if saved[i] is not None:
                 grads[i] = g.sum() if saved[i].dim() == 0 else g
-        if unmatched is not None and ctx.needs_input_grad[len(grads) - 1]:
+                grads[i] = grads[i].to(saved[i].dtype) if own else grads[i]
+        if own:
             rows = results[0].sum(-1, dtype=unmatched.dtype)
             grads[-1] = -(rows.sum(0) if rows.dim() > unmatched.dim() else rows)
         return tuple(grads)

@@ -27,8 +27,8 @@ class Unbiased(nn.Module):
         super().__init__()
         self.convolution = convolution
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolution._conv_forward(x, self.convolution.weight, None)
+    def forward(self, input: Tensor) -> Tensor:  # named as that of a convolution
+        return self.convolution._conv_forward(input, self.convolution.weight, None)
 
 
 class Epilogue(nn.Module):
@@ -39,8 +39,8 @@ class Epilogue(nn.Module):
         self.convolution, self.low, self.high = convolution, low, high
 
     def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
-        bias = self.convolution.bias
-        assert bias is not None
+        assert self.convolution.bias is not None
+        bias = self.convolution.bias.to(y.dtype)  # another one inside autocast
         if residual is None or (residual.dtype == y.dtype and residual.shape[1:] == y.shape[1:]):
             return torch.ops.dmm.bias_clamp(y, bias, residual, self.low, self.high)
         return (y + bias[:, None, None] + residual).clamp(self.low, self.high)  # rows or channels broadcast
@@ -71,7 +71,7 @@ def with_epilogues(module: nn.Module, method: str = "forward") -> Any:
     for node in [node for node in graph.nodes if biased(node)]:
         chain, residual, limits = [node], None, (-math.inf, math.inf)
         after = follower(node)
-        if after is not None and after.target in ADDITIONS and len(after.args) == 2:
+        if after is not None and after.target in ADDITIONS and len(after.args) == 2 and not after.kwargs:
             first, second = after.args
             other = first if second is node else second
             # Of two convolutions the second takes the first, which may be one image for many.
@@ -79,13 +79,13 @@ def with_epilogues(module: nn.Module, method: str = "forward") -> Any:
                 residual = other
                 chain.append(after)
                 after = follower(after)
-        if after is not None and after.target in CLAMPS:
+        if after is not None and after.target in CLAMPS and after.kwargs.keys() <= {"input", "inplace"}:
             limits = CLAMPS[after.target]
             chain.append(after)
         name, convolution = node.name, parts[str(node.target)]
         parts |= {f"{name}_unbiased": Unbiased(convolution), f"{name}_epilogue": Epilogue(convolution, *limits)}
         with graph.inserting_after(node):  # there, as what it reads may be written in place before the end
-            y = graph.call_module(f"{name}_unbiased", node.args)
+            y = graph.call_module(f"{name}_unbiased", node.args, node.kwargs)
         with graph.inserting_after(y if len(chain) == 1 else chain[-1]):
             result = graph.call_module(f"{name}_epilogue", (y, residual))
         chain[-1].replace_all_uses_with(result)

@@ -17,6 +17,7 @@ import torch
 from dmm_fast.model import Config, DMMNet, Proposals, save_weights
 from dmm_fast.model.masks import mask_boxes
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from dmm_fast.data.masks import PALETTE, read_first_masks, read_mask, write_mask
@@ -601,6 +602,9 @@ def test_bad_sessions_are_refused(iou, neural, runtime, tmp_path):
 # ----------------------------------------------------------------------------------------------------- the readers
 
 
+XMP = ('<x:xmpmeta><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>', "<tiff:Orientation>{}</tiff:Orientation>")
+
+
 def test_frames_are_those_of_pillow(runtime, tmp_path):
     rgb = picture(0)
     exif = Image.Exif()
@@ -613,11 +617,27 @@ def test_frames_are_those_of_pillow(runtime, tmp_path):
         ("rgb.jpg", Image.fromarray(rgb), {"quality": 90}),
         ("grey.jpg", Image.fromarray(rgb[..., 0]), {}),
         ("progressive.jpg", Image.fromarray(rgb), {"progressive": True, "subsampling": 0}),
-        *((f"turned{k}.jpg", Image.fromarray(rgb), {"exif": k}) for k in range(1, 9)),
+        *((f"turned{k}.{kind}", Image.fromarray(rgb), {"exif": k}) for k in range(10) for kind in ("jpg", "png")),
+        *((f"xmp{k}.jpg", Image.fromarray(rgb), {"xmp": xmp.format(k)}) for k, xmp in zip((6, 8, 0, 9), 2 * XMP)),
+        *((f"xmp{k}.png", Image.fromarray(rgb), {"xmp": xmp.format(k)}) for k, xmp in zip((5, 7), XMP)),
+        *(
+            (f"both{k}.{kind}", Image.fromarray(rgb), {"exif": k, "xmp": XMP[0].format(6)})
+            for k in (1, 3)
+            for kind in ("jpg", "png")
+        ),
+        ("software.jpg", Image.fromarray(rgb), {"exif": None, "xmp": XMP[0].format(6)}),  # EXIF says nothing of it
     ):
         if "exif" in options:
             exif[0x0112] = options["exif"]
-            options["exif"] = exif
+            if options["exif"] is None:
+                del exif[0x0112]
+                exif[0x0131] = "a camera"
+            options["exif"] = exif.tobytes()
+        if name.endswith("png") and "xmp" in options:
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp"), zip=name == "xmp5.png")
+        elif "xmp" in options:
+            options["xmp"] = options["xmp"].encode()
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         image.save(folder / name, **options)

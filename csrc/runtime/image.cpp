@@ -25,34 +25,18 @@ void check_extent(const std::string& path, int64_t height, int64_t width) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- JPEG
+// ------------------------------------------------------------------------------------------------------- orientation
 
-struct JpegErrors {
-  jpeg_error_mgr manager;  // first, so that its address is the struct's
-  std::jmp_buf escape;
-  char message[JMSG_LENGTH_MAX];
-};
+constexpr std::string_view kExif("Exif\0\0", 6), kXmp("http://ns.adobe.com/xap/1.0/\0", 29);  // what their APP1 begin with
 
-[[noreturn]] void jpeg_failed(j_common_ptr info) {
-  auto* errors = reinterpret_cast<JpegErrors*>(info->err);
-  info->err->format_message(info, errors->message);
-  std::longjmp(errors->escape, 1);
-}
-
-void jpeg_warned(j_common_ptr info, int level) {
-  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF) jpeg_failed(info);  // the rest would be grey
-}
-
-/// The EXIF orientation (1 to 8) in an APP1 segment; 1 where it holds none.
-int orientation(std::string_view segment) {
-  if (segment.substr(0, 6) != std::string_view("Exif\0\0", 6)) return 1;
-  segment.remove_prefix(6);
-  const bool big = segment.substr(0, 2) == "MM";
+/// The orientation in EXIF (1 to 8, an invalid one is 1); 0 where it holds none.
+int exif_orientation(std::string_view tiff) {
+  const bool big = tiff.substr(0, 2) == "MM";
   const auto number = [&](uint64_t at, int bytes) -> uint64_t {  // 0 outside
     uint64_t value = 0;
-    if (at + bytes > segment.size()) return 0;
+    if (at + bytes > tiff.size()) return 0;
     for (int k = 0; k < bytes; ++k)
-      value |= uint64_t(static_cast<unsigned char>(segment[at + (big ? bytes - 1 - k : k)])) << (8 * k);
+      value |= uint64_t(static_cast<unsigned char>(tiff[at + (big ? bytes - 1 - k : k)])) << (8 * k);
     return value;
   };
   const uint64_t directory = number(4, 4), count = number(directory, 2);
@@ -63,8 +47,27 @@ int orientation(std::string_view segment) {
       return value >= 1 && value <= 8 ? int(value) : 1;
     }
   }
-  return 1;
+  return 0;
 }
+
+/// The same in XMP, of which Pillow takes the first tiff:Orientation="6" or tiff:Orientation>6.
+int xmp_orientation(std::string_view packet) {
+  constexpr std::string_view name = "tiff:Orientation";
+  for (size_t at = packet.find(name); at != packet.npos; at = packet.find(name, at + 1)) {
+    std::string_view value = packet.substr(at + name.size());
+    const size_t before = value.starts_with('>') ? 1 : value.starts_with("=\"") ? 2 : value.size();
+    value.remove_prefix(before);
+    if (!value.empty() && value[0] >= '0' && value[0] <= '9') return value[0] >= '1' && value[0] <= '8' ? value[0] - '0' : 1;
+  }
+  return 0;
+}
+
+/// An image says in two places which way up it is, each 0 where it does not; EXIF counts first.
+struct Turned {
+  int exif = 0, xmp = 0;
+
+  int orientation() const { return exif ? exif : xmp ? xmp : 1; }
+};
 
 /// The image turned upright.
 Image upright(Image image, int orientation) {
@@ -85,10 +88,28 @@ Image upright(Image image, int orientation) {
   return result;
 }
 
+// ------------------------------------------------------------------------------------------------------------- JPEG
+
+struct JpegErrors {
+  jpeg_error_mgr manager;  // first, so that its address is the struct's
+  std::jmp_buf escape;
+  char message[JMSG_LENGTH_MAX];
+};
+
+[[noreturn]] void jpeg_failed(j_common_ptr info) {
+  auto* errors = reinterpret_cast<JpegErrors*>(info->err);
+  info->err->format_message(info, errors->message);
+  std::longjmp(errors->escape, 1);
+}
+
+void jpeg_warned(j_common_ptr info, int level) {
+  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF) jpeg_failed(info);  // the rest would be grey
+}
+
 // Between setjmp and the last call of libjpeg or libpng nothing lives on the stack that has a destructor: their way out of an
 // error is longjmp, which runs none.
 bool decode_jpeg(const std::string& bytes, const std::string& path, jpeg_decompress_struct& info, JpegErrors& errors,
-                 Image& image, int& turned) {
+                 Image& image, Turned& turned) {
   if (setjmp(errors.escape)) return false;
   jpeg_mem_src(&info, reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
   jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
@@ -97,7 +118,9 @@ bool decode_jpeg(const std::string& bytes, const std::string& path, jpeg_decompr
   if (info.num_components == 4) fail(path, ": a CMYK JPEG; frames must be RGB or grey");
   info.out_color_space = JCS_RGB;
   for (auto* marker = info.marker_list; marker; marker = marker->next) {
-    turned = std::max(turned, orientation({reinterpret_cast<const char*>(marker->data), marker->data_length}));
+    const std::string_view segment(reinterpret_cast<const char*>(marker->data), marker->data_length);
+    if (segment.starts_with(kExif) && !turned.exif) turned.exif = exif_orientation(segment.substr(kExif.size()));
+    if (segment.starts_with(kXmp)) turned.xmp = xmp_orientation(segment);
   }
   jpeg_start_decompress(&info);
   image.height = int(info.output_height), image.width = int(info.output_width), image.channels = 3;
@@ -122,11 +145,11 @@ Image read_jpeg(const std::string& bytes, const std::string& path) {
     ~Decoder() { jpeg_destroy_decompress(&info); }
   } decoder;
   Image image;
-  int turned = 1;
+  Turned turned;
   if (!decode_jpeg(bytes, path, decoder.info, decoder.errors, image, turned)) {
     fail(path, ": the JPEG is damaged or cut short (", decoder.errors.message, ")");
   }
-  return upright(std::move(image), turned);
+  return upright(std::move(image), turned.orientation());
 }
 
 // -------------------------------------------------------------------------------------------------------------- PNG
@@ -154,7 +177,7 @@ void png_read_bytes(png_structp png, png_bytep out, size_t count) {
 void png_warned(png_structp, png_const_charp) {}
 
 bool decode_png(png_structp png, png_infop info, PngSource& source, const std::string& path, As as, Image& image, int& colour,
-                std::vector<png_bytep>& rows) {
+                Turned& turned, std::vector<png_bytep>& rows) {
   if (setjmp(png_jmpbuf(png))) return false;
   png_set_read_fn(png, &source, png_read_bytes);
   png_set_user_limits(png, kSide, kSide);
@@ -185,7 +208,17 @@ bool decode_png(png_structp png, png_infop info, PngSource& source, const std::s
   rows.resize(image.height);
   for (int y = 0; y < image.height; ++y) rows[y] = &image.pixels[stride * y];
   png_read_image(png, rows.data());
-  png_read_end(png, nullptr);
+  png_read_end(png, info);
+#ifdef PNG_eXIf_SUPPORTED
+  png_bytep exif;
+  png_uint_32 length;
+  if (png_get_eXIf_1(png, info, &length, &exif)) turned.exif = exif_orientation({reinterpret_cast<char*>(exif), length});
+#endif
+  png_textp text;
+  const int texts = png_get_text(png, info, &text, nullptr);
+  for (int k = 0; k < texts; ++k) {
+    if (std::string_view(text[k].key) == "XML:com.adobe.xmp") turned.xmp = xmp_orientation(text[k].text);
+  }
   return true;
 }
 
@@ -200,11 +233,13 @@ Image read_png(const std::string& bytes, const std::string& path, As as, int& co
     ~Decoder() { png_destroy_read_struct(&png, &info, nullptr); }
   } decoder(&source);
   Image image;
+  Turned turned;
   std::vector<png_bytep> rows;
-  if (!decode_png(decoder.png, decoder.info, source, path, as, image, colour, rows)) {
+  if (!decode_png(decoder.png, decoder.info, source, path, as, image, colour, turned, rows)) {
     fail(path, ": the PNG is damaged or cut short (", source.message, ")");
   }
-  return image;
+  if (as == As::stored) return image;  // as Python's masks are
+  return upright(std::move(image), turned.orientation());
 }
 
 bool is_png(const std::string& bytes) { return bytes.compare(0, 8, "\x89PNG\r\n\x1a\n") == 0; }

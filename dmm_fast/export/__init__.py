@@ -58,7 +58,7 @@ def export(
         if not overwrite:
             raise FileExistsError(f"{folder}: holds an export already; overwrite replaces it")
         (folder / NAME).unlink()
-    training = net.training
+    modes = [(module, module.training) for module in net.modules()]  # some of a network in training are frozen
     try:
         if only is not None:
             manifest = _format(kind).export_layer(net.eval(), folder, progress=progress)
@@ -79,7 +79,8 @@ def export(
                 exported = Exported(manifest, _format(kind).load(folder, manifest, str(net.mean.device)))
                 verify(exported, net, options.get("sizes", OPEN), options["masks"], options.get("live"))
     finally:
-        net.train(training)
+        for module, training in modes:
+            module.training = training
     return replace(manifest, weights=digest(net)).write(folder)
 
 

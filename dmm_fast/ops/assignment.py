@@ -25,7 +25,8 @@ def linear_assignment(
 
     Args:
         cost: C, ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals), float32, float64, float16 or bfloat16, either side
-            the longer one. Any strides. A pair whose cost is infinite or NaN is forbidden.
+            the longer one. Any strides. A pair whose cost is infinite or NaN is forbidden. Forbid with infinity, not with a huge
+            number: float64 costs above 1e307 overflow where they are added up, and may then count as forbidden.
         unmatched_cost: c, a finite number, ``[N]`` or ``[B, N]``, float32 (float64 for a float64 cost). Then any template may stay
             alone at this cost: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij). Of equally good decisions one
             with the most matches is taken. None: most matches first, then the least cost.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dmm_fast.kernels.gradient import Gradient
 from dmm_fast.ops import library, reference
@@ -15,6 +16,58 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _in_functorch = torch._C._are_functorch_transforms_active
 _in_autocast = torch.is_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+
+
+def transforming() -> bool:
+    """Whether a call is inside torch.func, which takes an op's gradient from `transformable` only."""
+    return not _is_compiling() and _in_functorch() and not (_in_autocast("cpu") or _in_autocast("cuda"))
+
+
+def transformable(op, setup, gradient) -> type[torch.autograd.Function]:
+    """An op and its gradient in the form that torch.func asks for (twice as slow to enter as the older one)."""
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
+
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+    return Function
+
+
+class _Forward(torch.autograd.Function):
+    """Nothing, but torch asks it for a derivative in forward mode where one of the tensors has a tangent, at any level."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name, *tensors):
+        return torch.zeros(())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_NO_FORWARD_MODE.format(ctx.name))
+
+
+_NO_FORWARD_MODE = (
+    "dmm::{0}: has no derivative in forward mode (forward_ad, torch.func.jvp, jacfwd). Take reverse mode (backward, torch.func.vjp, "
+    "jacrev), or dmm_fast.{0}(..., backend='reference')"
+)
+
+
+def refuse_forward_mode(name: str, given: tuple) -> None:
+    """Refuse tangents, which torch drops without a word at an op that has a backward only. given: tensors among other arguments."""
+    if forward_ad._current_level >= 0:
+        if _is_compiling():  # where who has a tangent is not known
+            raise RuntimeError(_NO_FORWARD_MODE.format(name))
+        _Forward.apply(name, *(t for t in given if isinstance(t, Tensor) and t.is_floating_point()))
 
 
 class Layer:
@@ -65,29 +118,10 @@ class Layer:
 
                 return layer._gradient.backward(call, ctx, grad)
 
-        class TransformableFunction(Function):
-            """In the form that torch.func asks for (twice as slow to enter)."""
-
-            generate_vmap_rule = True
-            setup_context = staticmethod(self._gradient.setup_context)
-
-            @staticmethod
-            def forward(*args):
-                return layer.op(*args)
-
-        class BackwardFunction(torch.autograd.Function):
-            generate_vmap_rule = True
-            backward = staticmethod(self._gradient.refuse_second)
-
-            @staticmethod
-            def forward(*args):
-                return _call(layer.backward_op, args)
-
-            @staticmethod
-            def setup_context(ctx, inputs, output):
-                pass
-
-        return Function, TransformableFunction
+        BackwardFunction = transformable(
+            lambda *args: _call(self.backward_op, args), lambda ctx, inputs, output: None, self._gradient.refuse_second
+        )
+        return Function, transformable(self.op, self._gradient.setup_context, Function.backward)
 
     def _register(self):
         name, backward_name = f"dmm::{self.name}", f"dmm::{self.name}_backward"

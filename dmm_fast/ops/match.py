@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmm_fast.ops import library, reference
-from dmm_fast.ops.layer import Layer
+from dmm_fast.ops.layer import Layer, refuse_forward_mode
 
 _match = Layer("match", item_dims=(2, 2, 0, 0, 0), differentiable=(0, 1, 4))
 _match_prices = Layer("match_prices", item_dims=(2, 0, 0, 0), differentiable=(0, 3))
@@ -54,12 +54,13 @@ def match(
         measures it); use ``mask_confident`` for the paper's soft decision and ``assign`` for a hard one.
         A problem with anything non-finite in it is NaN throughout and leaves the others alone.
 
-    Differentiable once in cost, init, lr and unmatched_cost; nothing but the inputs is kept for the backward.
+    Differentiable once in cost, init, lr and unmatched_cost, in reverse mode; nothing but the inputs is kept for the backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit, counts out of range or an unmatched_cost that is not finite (on
-            CUDA, where looking would cost a synchronisation, such a problem comes back as NaN instead). ValueError: an unknown
-            option, or a number as unmatched_cost that is not finite. TypeError: no tensor.
+            CUDA, where looking would cost a synchronisation, such a problem comes back as NaN instead), derivatives in forward
+            mode (other than with backend="reference"). ValueError: an unknown option, or a number as unmatched_cost that is not
+            finite. TypeError: no tensor.
     """
     reference.check_tensor("match", cost)
     if backend == "reference":
@@ -87,6 +88,7 @@ def match(
         output == "last",
         own,
     )
+    refuse_forward_mode("match", args)
     if backend != "auto":
         library.check_backend("match", cost, backend)
         if backend == "triton":
@@ -128,7 +130,7 @@ def match_prices(
         X, like ``cost``, contiguous. A problem with anything non-finite in it, or an lr tensor that is not positive, is NaN
         throughout and leaves the others alone.
 
-    Differentiable once in cost, lr and unmatched_cost; nothing but the inputs is kept for the backward.
+    Differentiable once in cost, lr and unmatched_cost, in reverse mode; nothing but the inputs is kept for the backward.
 
     Raises:
         RuntimeError, ValueError, TypeError: as ``match``.
@@ -145,6 +147,7 @@ def match_prices(
     rate = 0.0 if lr_tensor is not None else lr
     own = reference.unmatched_costs("match_prices", cost, unmatched_cost)
     args = (cost, num_templates, num_proposals, lr_tensor, n_grad, n_proj, rate, output == "last", own)
+    refuse_forward_mode("match_prices", args)
     if backend != "auto":
         library.check_backend("match_prices", cost, backend)
         if backend == "triton":

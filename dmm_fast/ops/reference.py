@@ -145,6 +145,19 @@ def unmatched_costs(name: str, cost: Tensor, unmatched_cost: float | Tensor | No
     return torch.full(size, unmatched_cost, dtype=accumulate_dtype(cost), device=cost.device)
 
 
+def _counts(name: str, which: str, given: Tensor | None, B: int, most: int) -> list[int]:
+    """What each problem of a ragged batch has of its templates or proposals; refused in the ops' words."""
+    if given is None:
+        return [most] * B
+    if given.shape != (B,):
+        raise RuntimeError(f"{name}: {which} must have shape [{B}], got {list(given.shape)}")
+    counts = given.tolist()
+    for b, count in enumerate(counts):
+        if not 0 <= count <= most:
+            raise RuntimeError(f"{name}: {which} must be in [0, {most}], got {count} at {b}")
+    return counts
+
+
 def _stack_problems(
     name: str, cost: Tensor, lr, num_templates: Tensor | None, num_proposals: Tensor | None,
     unmatched_cost: float | Tensor | None, solve,
@@ -157,8 +170,7 @@ def _stack_problems(
     B, N, M = batched.shape
     own = _alone(name, batched, unmatched_cost)
     steps = lr.expand(B) if isinstance(lr, Tensor) else [lr] * B
-    rows = [N] * B if num_templates is None else num_templates.tolist()
-    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    rows, columns = _counts(name, "num_templates", num_templates, B, N), _counts(name, "num_proposals", num_proposals, B, M)
     results = []
     for b in range(B):
         c = batched[b, : rows[b], : columns[b]]
@@ -337,8 +349,8 @@ def linear_assignment(
 
     batched = _batched("linear_assignment", cost)
     B, N, M = batched.shape
-    rows = [N] * B if num_templates is None else num_templates.tolist()
-    columns = [M] * B if num_proposals is None else num_proposals.tolist()
+    rows = _counts("linear_assignment", "num_templates", num_templates, B, N)
+    columns = _counts("linear_assignment", "num_proposals", num_proposals, B, M)
     choice = np.full((B, N), -1)
     for b, c in enumerate(batched.detach().double().cpu().numpy()):
         c = c[: rows[b], : columns[b]]
@@ -370,16 +382,16 @@ def sinkhorn(
     is the cost of one more column, which takes any number of rows and is left out of the result.
     """
     batched = _batched("sinkhorn", cost)  # [B, N, M]
-    valid = _valid(batched, num_templates, num_proposals)
+    valid, present = _valid(batched, num_templates, num_proposals), _valid(batched, num_templates, None)
     floor = torch.finfo(cost.dtype).min / 4
     log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
     v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
     own = _alone("sinkhorn", batched, unmatched_cost)
     if own is not None:
-        alone = torch.where(_valid(batched, num_templates, None), -own[..., None] / temperature, floor)  # [B, N, 1]
+        alone = torch.where(present, -own[..., None] / temperature, floor)  # [B, N, 1]
     for _ in range(rounds):
         scaled = log_k + v if own is None else torch.cat([log_k + v, alone], -1)
-        u = -torch.logsumexp(scaled, -1, keepdim=True)  # [B, N, 1]
+        u = torch.where(present, -torch.logsumexp(scaled, -1, keepdim=True), 0)  # [B, N, 1]; padding takes nothing
         v = (-torch.logsumexp(log_k + u, -2, keepdim=True)).clamp(max=0)  # [B, 1, M]
     return torch.where(valid, torch.exp(log_k + u + v), 0).reshape(cost.shape)
 

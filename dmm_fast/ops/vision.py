@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmm_fast.ops import library, reference
+from dmm_fast.ops.layer import refuse_forward_mode, transformable, transforming
 
 library.let_triton_serve("mask_iou")
 library.let_triton_serve("paste_combine", "paste_combine_backward")
@@ -69,20 +70,23 @@ def paste_combine(assignment: Tensor, masks: Tensor, boxes: Tensor, size: tuple[
     Returns:
         ``[N, H, W]``, the dtype of assignment; half precision is computed in float32.
 
-    Differentiable once in assignment (all entries, also those that are 0) and masks, not in boxes; the backward repeats
-    bit for bit.
+    Differentiable once in assignment (all entries, also those that are 0) and masks, not in boxes, in reverse mode; the backward
+    repeats bit for bit.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that don't fit. ValueError: an unknown backend.
+        RuntimeError: shapes, dtypes or devices that don't fit; derivatives in forward mode (other than with
+            backend="reference"). ValueError: an unknown backend.
     """
     library.check_backend("paste_combine", assignment, backend)
     if backend == "reference":
         return reference.paste_combine(assignment, masks, boxes, size)
+    refuse_forward_mode("paste_combine", (assignment, masks, boxes))
     if backend == "triton":
         from dmm_fast.kernels.paste_combine import paste_combine as paste_combine_triton
 
         return paste_combine_triton(assignment, masks, boxes, size[0], size[1])
-    return torch.ops.dmm.paste_combine(assignment, masks, boxes, size[0], size[1])
+    call = _PasteCombine.apply if transforming() else torch.ops.dmm.paste_combine
+    return call(assignment, masks, boxes, size[0], size[1])
 
 
 def paste_masks(
@@ -185,7 +189,7 @@ def bias_clamp(
 ) -> Tensor:  # fmt: skip
     """What follows a convolution, in one pass: ``clamp(x + bias[c] + residual, low, high)``.
 
-    ReLU is ``low=0``, ReLU6 ``low=0, high=6``; NaN stays. Differentiable in x, bias and residual.
+    ReLU is ``low=0``, ReLU6 ``low=0, high=6``; NaN stays. Differentiable in x, bias and residual, in reverse mode.
 
     Args:
         x: ``[N, C, H, W]``, float32, float64, float16 or bfloat16, contiguous or channels-last (else it is copied first).
@@ -198,16 +202,19 @@ def bias_clamp(
         ``[N, C, H, W]``, laid out as x; half precision is computed in float32 and rounded once.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or limits that don't fit. ValueError: an unknown backend.
+        RuntimeError: shapes, dtypes, devices or limits that don't fit; derivatives in forward mode (other than with
+            backend="reference"). ValueError: an unknown backend.
     """
     library.check_backend("bias_clamp", x, backend)
     if backend == "reference":
         return reference.bias_clamp(x, bias, residual, low, high)
+    refuse_forward_mode("bias_clamp", (x, bias, residual))
     if backend == "triton":
         from dmm_fast.kernels.bias_clamp import bias_clamp as bias_clamp_triton
 
         return bias_clamp_triton(x, bias, residual, low, high)
-    return torch.ops.dmm.bias_clamp(x, bias, residual, low, high)
+    call = _BiasClamp.apply if transforming() else torch.ops.dmm.bias_clamp
+    return call(x, bias, residual, low, high)
 
 
 # ---- what torch needs to know ----
@@ -267,12 +274,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
 
 
-def _gradient(ctx, grad):
-    grad_assignment, grad_masks = _paste_backward(grad.contiguous(), *ctx.saved_tensors)
+def _gradient(ctx, grad, backward=_paste_backward):
+    grad_assignment, grad_masks = backward(grad.contiguous(), *ctx.saved_tensors)
     return grad_assignment, grad_masks, None, None, None
 
 
 torch.library.register_autograd("dmm::paste_combine", _gradient, setup_context=_setup_context)
+for _device in ("cpu", "cuda"):  # its weights are coordinates: float32 inside autocast
+    torch.library.register_autocast("dmm::paste_combine", _device, torch.float32)
 
 
 def _setup_bias_clamp(ctx, inputs, output):
@@ -289,6 +298,7 @@ def _bias_clamp_gradient(ctx, grad):
 
 
 torch.library.register_autograd("dmm::bias_clamp", _bias_clamp_gradient, setup_context=_setup_bias_clamp)
+_BiasClamp = transformable(torch.ops.dmm.bias_clamp.default, _setup_bias_clamp, _bias_clamp_gradient)
 
 
 def _no_double_backward(ctx, *grads):
@@ -299,3 +309,7 @@ def _no_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd("dmm::paste_combine_backward", _no_double_backward)
+_PasteBackward = transformable(_paste_backward, lambda ctx, inputs, output: None, _no_double_backward)
+_PasteCombine = transformable(
+    torch.ops.dmm.paste_combine.default, _setup_context, lambda ctx, grad: _gradient(ctx, grad, _PasteBackward.apply)
+)

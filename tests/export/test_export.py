@@ -622,6 +622,15 @@ def test_resizing_is_torchs(size):
     torch.testing.assert_close(_resize(frame, list(size), False), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_each_module_keeps_its_mode(tmp_path):
+    """Frozen batch norms of a network in training stay as they are."""
+    net = make("features").train()
+    net.backbone.eval()
+    modes = [module.training for module in net.modules()]
+    export("torchscript", net, tmp_path)
+    assert [module.training for module in net.modules()] == modes and len(set(modes)) == 2
+
+
 def test_sizes_that_cannot_vary_are_named():
     net = DMMNet(Config(backbone="test_resnet", short_side=32, iou_weight=0.9)).eval()
     with pytest.raises(ExportError, match="give height and width. The features' sizes follow from the frame's"):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dmm_fast.model import Config, DMMNet, Proposals, inference, refinement
 from dmm_fast.model.epilogue import Epilogue, with_epilogues
 from dmm_fast.model.inference import folded
@@ -73,6 +74,36 @@ def test_additions():
     expected = net(x)
     for ours, theirs in zip(with_epilogues(net)(x), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Keywords(nn.Module):
+    """Calls whose keywords say what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        scaled = torch.add(self.a(x), x, alpha=2)
+        return [torch.relu(scaled), F.relu6(self.b(input=x), inplace=True), torch.relu(input=self.c(x))]
+
+
+def test_keywords():
+    net, x = Keywords(), torch.rand((2, 3, 5, 4))
+    fused = with_epilogues(net)
+    for ours, theirs in zip(fused(x), net(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert sum("relu" in str(node.target) for node in fused.graph.nodes) == 1  # that of the scaled sum
+
+
+@pytest.mark.parametrize("net", [Additions, Keywords])
+def test_fused_inside_autocast(net):
+    net, x = net(), torch.rand((2, 3, 5, 4))
+    fused = with_epilogues(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, theirs in zip(fused(x), net(x), strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0.03)  # fused is rounded once
 
 
 class Shared(nn.Module):

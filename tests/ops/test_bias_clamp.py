@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import epilogues
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmm_fast.ops import library, reference
 from dmm_fast.ops.vision import bias_clamp
@@ -59,6 +60,37 @@ def test_gradient(name):
     )
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_torch_func():
+    x, bias, residual, low, high = epilogues.inputs("one for all, relu", torch.float64)
+    x = x.nan_to_num()
+
+    def gradient(backend, residual=residual):
+        return torch.func.grad(lambda x, bias: bias_clamp(x, bias, residual, low, high, backend=backend).square().sum(), (0, 1))
+
+    for given in (residual, None):
+        torch.testing.assert_close(gradient("auto", given)(x, bias), gradient("reference", given)(x, bias))
+    several = torch.stack([x, -x])
+    ours, theirs = (torch.func.vmap(gradient(b), (0, None))(several, bias) for b in ("auto", "reference"))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(RuntimeError, match="dmm::bias_clamp: has no derivative in forward mode"):
+        torch.func.jvp(lambda b: bias_clamp(x, b, residual, low, high), (bias,), (bias,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1, 3, 2, 1), (3, 2, 1, 4), (2, 3, 4, 1), (2, 3, 1, 1), (1, 1, 3, 2), (1, 1, 1, 1)], ids=str)
+def test_a_dimension_of_one_may_have_any_stride(shape, device):
+    """As torch has it: what is compiled relies on the fake kernel's layout."""
+    N, C, H, W = shape
+    strides = [77 if size == 1 else stride for size, stride in zip(shape, (C * H * W, 1, C * W, C))]  # channels-last
+    inputs = torch.rand(N * C * H * W, device=device).as_strided(shape, strides), torch.rand(C, device=device), None, 0.0, 1.0
+    out = bias_clamp(*inputs)
+    epilogues.check(out, *inputs)
+    with FakeTensorMode() as mode:
+        fake = bias_clamp(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs))
+    ours, theirs = ([stride for stride, size in zip(t.stride(), shape) if size > 1] for t in (out, fake))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("device", DEVICES)

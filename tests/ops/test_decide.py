@@ -87,6 +87,25 @@ def test_peers_take_ragged_and_broken_batches():
         assert {tuple(pair) for pair in near[b].nonzero().tolist()} == pairs
 
 
+@pytest.mark.parametrize("own", [None, 0.2])
+@pytest.mark.parametrize("name", ["match", "match_prices", "greedy", "hungarian", "sinkhorn", "linear_assignment"])
+def test_padding_is_as_if_cut_off(name, own):
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(8, 4, 6, generator=generator, dtype=torch.float64)
+    n, m = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4]), torch.tensor([6, 6, 5, 4, 0, 1, 2, 3])
+    solve = getattr(dmm_fast, name)
+    for padding in (cost, torch.full_like(cost, torch.nan)):
+        given = cost.clone()
+        for b in range(8):
+            given[b, n[b] :], given[b, :, m[b] :] = padding[b, n[b] :], padding[b, :, m[b] :]
+        x = solve(given, num_templates=n, num_proposals=m, unmatched_cost=own)
+        for b in range(8):
+            alone = solve(cost[b, : n[b], : m[b]], unmatched_cost=own)
+            cut = x[b, : n[b]] if name == "linear_assignment" else x[b, : n[b], : m[b]]
+            torch.testing.assert_close(cut, alone)
+            assert x[b, n[b] :].eq(-1 if name == "linear_assignment" else 0).all()
+
+
 def test_peers_leave_templates_alone():
     generator = torch.Generator().manual_seed(0)
     cost, own = torch.rand(40, 4, 6, generator=generator), torch.rand(40, 4, generator=generator) * 0.4

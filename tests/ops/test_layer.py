@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.layers import DEVICES, LAYERS, Sample, alone, gradients, leaf, strided
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import dmm_fast
 from dmm_fast.ops import reference
@@ -58,6 +59,19 @@ def test_half_precision_is_computed_in_float32(layer, dtype, device):
     ours = gradients(Sample("", cost, options=layer.soft), layer.function, grad)[0]
     theirs = gradients(Sample("", cost.float(), options=layer.soft), layer.function, grad.float())[0]
     assert torch.equal(ours, theirs.to(dtype))
+
+
+@on_devices
+@layers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_unmatched_cost_learns_from_half_precision_in_float32(layer, dtype, device):
+    cost, grad = torch.rand(8, 5, 50, device=device).to(dtype), torch.rand(8, 5, 50, device=device).to(dtype)
+    for own in (torch.rand(5, device=device) * 0.1, torch.rand(8, 5, device=device) * 0.1):
+        options = dict(layer.soft, lr=torch.tensor(layer.step, device=device), unmatched_cost=own)
+        ours = gradients(Sample("", cost, options=options), layer.function, grad)
+        theirs = gradients(Sample("", cost.float(), options=options), layer.function, grad.float())
+        for mine, other in zip(ours, (theirs[0].to(dtype), *theirs[1:]), strict=True):
+            assert torch.equal(mine, other)
 
 
 @layers
@@ -245,6 +259,35 @@ def test_double_backward_is_refused_by_name(layer, path):
     (grad,) = torch.autograd.grad(x.square().sum(), cost, create_graph=True)
     with pytest.raises(RuntimeError, match=f"dmm::{layer.name}_backward: .* differentiable once"):
         grad.sum().backward()
+
+
+@layers
+def test_forward_mode_is_refused(layer):
+    """torch would take the derivative for zero."""
+    cost, own, expected = torch.rand(2, 4, 9), torch.rand(2, 4), layer.function(COST)
+
+    def scalar(c):
+        return layer.function(c, **layer.soft).square().sum()
+
+    def refused():
+        return pytest.raises(RuntimeError, match=f"dmm::{layer.name}: has no derivative in forward mode")
+
+    for call in (torch.func.jacfwd(layer.function), torch.func.hessian(scalar), torch.compile(torch.func.jacfwd(scalar))):
+        with refused():
+            call(cost)
+    with refused():
+        torch.func.jvp(torch.func.vmap(layer.function), (cost,), (cost,))
+    with refused(), torch.autocast("cpu", torch.bfloat16):
+        torch.func.jvp(lambda o: layer.function(cost, unmatched_cost=o), (own,), (own,))
+    with forward_ad.dual_level():
+        with refused():
+            layer.function(forward_ad.make_dual(cost, cost))
+        assert torch.equal(layer.function(COST), expected)  # no tangent here
+
+    def exact(c):
+        return layer.function(c, lr=layer.step, backend="reference", **layer.soft)
+
+    torch.testing.assert_close(torch.func.jacfwd(exact)(cost.double()), torch.func.jacrev(exact)(cost.double()))
 
 
 # ---- the rest of torch ----
@@ -507,6 +550,17 @@ def test_the_reference_checks_the_step_size(layer):
     for lr in (0.0, -0.1, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="lr must be positive and finite"):
             layer.function(COST, lr=lr, backend="reference")
+
+
+@layers
+def test_the_reference_checks_counts(layer):
+    for counts, message in (
+        ([1, 9], r"must be in \[0, 3\], got 9 at 1"),
+        ([-1, 1], "got -1 at 0"),
+        ([1], r"must have shape \[2\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{layer.name}: num_templates .*{message}"):
+            layer.function(COST, num_templates=torch.tensor(counts), backend="reference")
 
 
 @layers

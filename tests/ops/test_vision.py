@@ -232,6 +232,39 @@ def test_paste_combine_gradcheck(name):
     torch.autograd.gradcheck(lambda a, m: dmm_fast.paste_combine(a, m, boxes, size), (assignment, masks))
 
 
+def test_paste_combine_in_torch_func():
+    assignment, masks, boxes, size = inputs_like("many templates", torch.float64, CPU)
+    inputs = assignment.detach(), masks.detach()
+
+    def paste(backend, assignment, masks):
+        return dmm_fast.paste_combine(assignment, masks, boxes, size, backend=backend)
+
+    def gradient(backend):
+        return torch.func.grad(lambda a, m: paste(backend, a, m).square().sum(), (0, 1))
+
+    for value, expected in zip(gradient("auto")(*inputs), gradient("reference")(*inputs), strict=True):
+        assert distance(value, expected) < 1e-12
+    several = torch.stack([inputs[0], 2 * inputs[0]])
+    for value, expected in zip(*(torch.func.vmap(gradient(b), (0, None))(several, inputs[1]) for b in ("auto", "reference"))):
+        assert distance(value, expected) < 1e-12
+    with pytest.raises(RuntimeError, match="dmm::paste_combine_backward: .* differentiable once"):
+        torch.func.jacrev(gradient("auto"))(*inputs)
+    with pytest.raises(RuntimeError, match="dmm::paste_combine: has no derivative in forward mode"):
+        torch.func.jacfwd(paste, 2)("auto", *inputs)
+    assert distance(torch.func.jacfwd(paste, 2)("reference", *inputs), torch.func.jacrev(paste, 2)("auto", *inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_paste_combine_in_autocast(dtype):
+    assignment, masks, boxes, size = inputs_like("confident", dtype, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dmm_fast.paste_combine(assignment, masks.float(), boxes, size)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, dmm_fast.paste_combine(assignment.float(), masks.float(), boxes, size))
+    (grad,) = torch.autograd.grad(out.sum(), assignment)
+    assert grad.dtype == dtype and grad.abs().sum() > 0
+
+
 def test_ties_share_the_gradient():
     """mask_confident keeps every maximum; the pasted sum and its gradient follow."""
     _, masks, boxes, size = PASTES["video"]
