@@ -177,11 +177,6 @@ def vision(stored: dict[str, Any]) -> Iterator[str]:
         "at 854 x 480."
     )
     yield pairs(stored["rows"])
-    if any(row["case"].startswith("decode_runs, ") for row in stored["rows"]):  # measured since: "decode_runs from text"
-        yield (
-            "These times of `decode_runs` are without the parse of the codes' text, which pycocotools' times include and which in Python takes "
-            "longer than all that was timed of ours ([how long](performance.md#the-steps-around-the-layer))."
-        )
     yield from notes(stored)
     yield slower(
         ratios_of(stored["rows"]),

@@ -75,13 +75,6 @@ def test_a_run_on_a_gpu_is_stored(tmp_path):
     assert result.returncode == 1 and "rows of 2 commits" in result.stderr
 
 
-def test_the_parse_of_codes_is_told_while_figures_are_without_it(tmp_path):
-    assert (words := "without the parse of the codes' text") in (ROOT / "docs" / "benchmarks.md").read_text()
-    text = (STORED / "vision.json").read_text()
-    (tmp_path / "vision.json").write_text(text.replace('"decode_runs, ', '"decode_runs from text, '))  # as it is measured now
-    assert words not in written(tmp_path, tmp_path / "page.md")
-
-
 def test_the_study_of_clusters_deletes_and_compares_its_own_alone(tmp_path):
     for name in ("mine/notes.txt", "out/clip/frame_7.png", "out/clip/contact-sheet.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
