@@ -20,9 +20,7 @@ def pictures(count: int = 12, size: tuple[int, int] = SIZE) -> list[np.ndarray]:
     return frames
 
 
-def make_video(
-    path: Path, times=None, *, aspect=None, sound=None, gop=4, codec="libx264", options=None, matrix=None
-) -> Path:
+def make_video(path: Path, times=None, *, aspect=None, sound=None, gop=4, codec="libx264", options=None, matrix=None) -> Path:
     """12 frames shown at `times` (in UNIT; default: 12 a second), a key frame every `gop`, a second of sound in a codec."""
     import av
 
