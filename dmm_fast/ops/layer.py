@@ -111,6 +111,8 @@ class Layer:
 
             @staticmethod
             def backward(ctx, grad):
+                refuse_forward_mode(layer.name, (grad,))
+
                 def call(args):
                     if torch.is_grad_enabled():  # create_graph=True: record, and refuse, the second derivative
                         return BackwardFunction.apply(*args)

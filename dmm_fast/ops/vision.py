@@ -275,6 +275,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, grad, backward=_paste_backward):
+    refuse_forward_mode("paste_combine", (grad,))
     grad_assignment, grad_masks = backward(grad.contiguous(), *ctx.saved_tensors)
     return grad_assignment, grad_masks, None, None, None
 

@@ -283,6 +283,10 @@ def test_forward_mode_is_refused(layer):
         with refused():
             layer.function(forward_ad.make_dual(cost, cost))
         assert torch.equal(layer.function(COST), expected)  # no tangent here
+        learnt = cost.clone().requires_grad_()
+        after = forward_ad.make_dual(torch.ones_like(cost), cost)  # nor into the layer, but through its backward
+        with refused():
+            torch.autograd.grad((layer.function(learnt) * after).sum(), learnt)
 
     def exact(c):
         return layer.function(c, lr=layer.step, backend="reference", **layer.soft)
