@@ -63,7 +63,7 @@ def learn_online(a: argparse.Namespace) -> int:
     from dmm_fast.data.masks import read_first_masks
     from dmm_fast.data.video import read_image
     from dmm_fast.inference.segmenter import Segmenter
-    from dmm_fast.proposals.coco import read_aligned
+    from dmm_fast.proposals.coco import read_coco
 
     if a.config is not None or a.masks is None or a.out is None:
         raise ValueError("train --online takes --masks and --out, and no CONFIG")
@@ -73,8 +73,7 @@ def learn_online(a: argparse.Namespace) -> int:
     check_device(device)
     frame = read_image(a.online)
     ids, notes = read_first_masks(a.masks, frame.shape[:2])
-    stem = Path(a.online).stem
-    proposals = read_aligned(a.proposals, [stem]).frame(stem, frame.shape[:2]) if a.proposals else None
+    proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
     segmenter = Segmenter(weights=a.weights, device=device)
     steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
     segmenter.save_weights(a.out)

@@ -100,7 +100,7 @@ class Augment:
     def __call__(self, clip: Clip, rng: np.random.Generator) -> Clip:
         """The transformed clip. Draws again, more gently each time, where the first frame would lose all objects.
 
-        No objects are left (N = 0) where it loses them even so: what is too thin for ``size``.
+        Objects that it loses even so, as what is too thin for ``size``, stay with what is left of them.
         """
         if self == Augment.none(size_of(clip)):
             return clip
@@ -109,7 +109,7 @@ class Augment:
             if found.masks.size(1):
                 return found
         size = self._size(clip)
-        return seen(self._apply(_towards(clip, size), Augment.none(size), rng))
+        return self._apply(_towards(clip, size), Augment.none(size), rng)
 
     def _size(self, clip: Clip) -> tuple[int, int]:
         return self.size or size_of(clip)

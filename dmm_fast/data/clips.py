@@ -172,7 +172,7 @@ class Clips(Dataset):
 
         def draw(index: int) -> Clip:
             clip = self.make(index, rng)
-            return self.augment(clip, rng) if self.augment else clip
+            return seen(self.augment(clip, rng)) if self.augment else clip
 
         clip = with_objects(draw, index, self.length, rng)
         if rng.random() < self.noisy:

@@ -104,8 +104,8 @@ class Colours(NamedTuple):
     transfer: int = 2
 
 
-RGB, BT709, BT601 = 0, 1, 6  # of Colours.matrix
-CONVERTED = {1: 1, 9: 9, 10: 9}  # a matrix -> the number that FFmpeg's scaler has for it; of all others 5, BT.601's
+BT709, BT601 = 1, 6  # of Colours.matrix
+SCALED = {1: 1, 2: 5, 5: 5, 6: 5, 9: 9, 10: 9}  # matrices that we write, and the numbers that FFmpeg's scaler has for them
 HD = 720  # rows, from which on a player takes a video of which nothing is said for BT.709, and below for BT.601
 
 
@@ -486,10 +486,15 @@ class VideoWriter:
                 self._stream.height = 2 * round(self._stream.height / min(like.aspect, 1) / 2)
             elif like and like.aspect != 1:
                 self._stream.codec_context.sample_aspect_ratio = like.aspect
-            own = like.colours if like and like.colours.matrix != RGB else Colours(BT709 if height >= HD else BT601)
+            untold = codec == "mpeg4" and self.path.suffix.lower() == ".avi"  # which cannot say
+            own = (
+                like.colours
+                if like and like.colours.matrix in SCALED and not untold
+                else Colours(BT709 if height >= HD else BT601)
+            )
             self._stream.codec_context.colorspace, self._stream.codec_context.color_range = own.matrix, 1  # 16 to 235
             self._stream.codec_context.color_primaries, self._stream.codec_context.color_trc = own.primaries, own.transfer
-            self._matrix = CONVERTED.get(own.matrix, 5)
+            self._matrix = SCALED[own.matrix]
             jumps = like is not None and bool(like.timeline.jumps)
             self._sound = Sound(like.path, self._container, self._times.origin) if like and not jumps else None
         except BaseException:

@@ -98,7 +98,7 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, settings
         self._work = path / UNFINISHED
-        self._settings, self._overlay = self._work / "settings.json", self._work / "overlay.txt"
+        self._settings, self._overlays = self._work / "settings.json", self._work / "overlays.txt"
         self._held: int | None = None  # a descriptor of OUT while this run works there
         direction = settings["direction"]
         self.passes: dict[str, PassFolder] = {}
@@ -118,14 +118,18 @@ class RunFolder:
     def tuned_proposer(self) -> Path:
         return self._work / "online-proposals.safetensors"
 
-    def claim(self, video: Path) -> None:
-        """Keep in mind that this overlay is the run's own."""
-        with whole_file(self._overlay) as part:
-            part.write_text(str(video.resolve()))
+    @property
+    def overlays(self) -> list[str]:
+        """The overlays that the run there has written, or will: they are its own."""
+        if self._overlays.exists():
+            return self._overlays.read_text().splitlines()
+        return self._report().get("overlays", []) if (self.path / REPORT).exists() else []
 
-    def writes(self, video: Path) -> bool:
-        """Whether an unfinished run has claimed this overlay."""
-        return self._overlay.exists() and self._overlay.read_text() == str(video.resolve())
+    def claim(self, *videos: str) -> None:
+        """Keep in mind that these overlays are the unfinished run's own."""
+        claimed = dict.fromkeys([*self.overlays, *videos])
+        with whole_file(self._overlays) as part:
+            part.write_text("".join(f"{video}\n" for video in claimed))
 
     @property
     def finished(self) -> bool:
@@ -246,8 +250,10 @@ class RunFolder:
 
     def reopen(self) -> None:
         """Make OUT an unfinished run, which begins again unless it is finished at once."""
+        overlays = self.overlays
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
+        self.claim(*overlays)
         (self.path / REPORT).unlink(missing_ok=True)
         _write_json(self._settings, self.settings)
 

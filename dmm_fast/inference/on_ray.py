@@ -124,11 +124,12 @@ def _task(job: Job, name: str, running: Path, folder: str, threads: int) -> Outc
     try:
         if _kept is None or _kept[0] != job:
             _kept = None  # its memory first
-            if not Path(folder).is_dir():
+            if Path(folder).is_dir():
+                os.chdir(folder)  # where names without a leading / begin
+            elif not Path(job.out).is_absolute():
                 raise RunError(
                     f"there is no {folder}, in which the command was started; have it in a folder that all machines share"
                 )
-            os.chdir(folder)  # where names without a leading / begin
             check_shared(running)
             kept = job.keep()
             job.check(kept)

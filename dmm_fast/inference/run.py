@@ -106,7 +106,7 @@ def segment(
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
     if video is not None:
-        check_overlay(Path(video), overwrite or (go_on and folder.writes(Path(video))), source.path)
+        check_overlay(Path(video), overwrite or str(Path(video).resolve()) in folder.overlays, source.path)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
@@ -130,11 +130,10 @@ def segment(
         raise
     try:
         if video is not None:
-            folder.claim(Path(video))
+            folder.claim(str(Path(video).resolve()))
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
         settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}
-        report = _report(source, folder, given, passes, settings, progress) | {"results": kinds}
-        report |= {"overlay": str(Path(video).resolve())} if video is not None else {}
+        report = _report(source, folder, given, passes, settings, progress) | {"results": kinds, "overlays": folder.overlays}
         report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
         folder.finish(report)
         if apart is not None:
@@ -265,14 +264,14 @@ def _finished(
     report = folder.report()
     kinds = [kind for kind in kinds if kind not in report.get("results", [])]
     wanted = Path(video) if video is not None else None
-    if wanted and wanted.exists():
-        check_overlay(wanted, report.get("overlay") == str(wanted.resolve()), frames.path)
+    if wanted and wanted.exists():  # ours; reports of 0.1 do not tell
+        check_overlay(wanted, str(wanted.resolve()) in report.get("overlays", [str(wanted.resolve())]), frames.path)
         wanted = None
     if kinds or wanted:
         notes = write_results(frames, folder, report, kinds, wanted, progress)
         report["results"] = [*report.get("results", []), *kinds]
         report["notes"] += notes
-        report |= {"overlay": str(wanted.resolve())} if wanted else {}
+        report["overlays"] = [*report.get("overlays", []), *([str(wanted.resolve())] if wanted else [])]
         folder.write_report(report)
     return report
 

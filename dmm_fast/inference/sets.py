@@ -20,7 +20,7 @@ from typing import Any
 
 from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.datasets import VideoDataset, open_dataset
-from dmm_fast.data.masks import write_mask
+from dmm_fast.data.masks import read_ids, write_mask
 from dmm_fast.files import whole_file
 from dmm_fast.inference.engines import Engine, place_in
 from dmm_fast.inference.folder import REPORT, UNFINISHED, RunError, make_out
@@ -204,6 +204,8 @@ def _give(video: Video, folder: Path, keep: bool) -> Path:
             write_mask(part / f"{video.stems[index]}.png", ids)
         if _contents(folder) != _contents(part):
             if keep and folder.is_dir():
+                if _masks(folder) == _masks(part):
+                    return folder
                 raise RunError(f"{folder}: the run there has followed these masks, and the data set's are others by now; "
                                "--overwrite starts again")  # fmt: skip
             shutil.rmtree(folder, ignore_errors=True)
@@ -211,6 +213,11 @@ def _give(video: Video, folder: Path, keep: bool) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _masks(folder: Path) -> dict[str, bytes]:
+    """Without regard to how they are compressed, or to what else lies there."""
+    return {file.name: read_ids(file).tobytes() for file in folder.glob("[!.]*.png")}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

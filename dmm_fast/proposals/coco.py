@@ -43,11 +43,19 @@ def read_aligned(path: str | os.PathLike, stems: list[str], top: int = TOP) -> P
     """`read_coco` for the frames of these names; a file without proposals will do.
 
     Raises ProposalError for a file of which no image id is a frame's. One whose ids are off by a constant is read so, with a
-    ProposalWarning (see `ProposalFile.align`).
+    ProposalWarning (see `ProposalFile.align`); where some are frames' names by 1 or not at all: who asks cannot say which it is.
     """
     file = read_coco(path, top)
-    notes = file.align(stems) if len(file) else []
-    if file._of:
+    named = not {_key(stem) for stem in stems}.isdisjoint(file._entries)
+    try:
+        notes = file.align(stems) if len(file) else []
+    except ProposalError:
+        if named:
+            return file
+        raise
+    if named and abs(file.offset) > 1:
+        return read_coco(path, top)
+    if file.offset:
         warnings.warn(f"{path}: {notes[0]}", ProposalWarning, stacklevel=2)
     return file
 
@@ -58,6 +66,7 @@ class ProposalFile:
     def __init__(self, path: str | os.PathLike, top: int = TOP):
         self.path, self.top = Path(path), top
         self._entries: dict[str, list[dict]] = {}
+        self.offset = 0  # that `align` has found
         self._of: dict[str, str] = {}  # frames whose entries have another image id; see `align`
         for number, entry in enumerate(_load(self.path)):
             if not isinstance(entry, dict) or "image_id" not in entry or not _is_number(entry.get("score")):
@@ -129,6 +138,7 @@ class ProposalFile:
 
     def _shift(self, names: dict[Any, str], offset: int, stems: list[str], why: str) -> list[str]:
         """Read image id n as the frame numbered n + offset."""
+        self.offset = offset
         numbers = {int(key): key for key in self._entries if key.lstrip("-").isdigit()}
         self._of = {key: numbers.get(number - offset, "") for number, key in names.items()}
         first = next((key for key in map(_key, stems) if self._of.get(key)), None)
@@ -422,7 +432,8 @@ class CocoWriter:
                     left = json.loads(line)
                     if left["size"] != list(self.size):
                         raise ProposalError(f"{self._part}: left by a run on frames of another size; delete it first")
-                    if left.get("whose", self.whose) != self.whose:
+                    whose = left.get("whose", self.whose)
+                    if whose != self.whose and not (whose.endswith(", ") and self.whose.startswith(whose)):
                         raise ProposalError(
                             f"{self._part}: left by a run of {left['whose']}, this one is of {self.whose}; delete it first"
                         )

@@ -258,11 +258,14 @@ def test_a_correction_of_the_last_frame_leaves_a_run_finished(project, demo):
 def test_segment_begins_a_run_both_ways_again_after_a_correction(project, demo, tmp_path):
     give(project, demo, 3)
     project.close()
-    resume(project, demo)
+    overlay = tmp_path / "o.mp4"
+    resume(project, demo, video=overlay)
+    before = overlay.read_bytes()
     again = open_project(project.folder, None)
     give(again, demo, 5, objects=(2,))
     again.close()
-    assert resume(project, demo)["settings"]["direction"] == "both"
+    assert resume(project, demo, video=overlay)["settings"]["direction"] == "both"
+    assert overlay.read_bytes() != before  # its own is replaced
     resume(project, demo, tmp_path / "fresh")
     assert masks_in(project.results) == masks_in(tmp_path / "fresh")
 

@@ -338,6 +338,9 @@ def test_proposals_are_aligned_with_the_frames(folder, tmp_path):
     file.write_text(json.dumps([entry | {"image_id": f"red/{entry['image_id']}"} for entry in entries]))
     with pytest.raises(ProposalError, match="no proposals for these frames"):
         open_dataset(folder, proposals=tmp_path / "proposals").video("red").proposals(5)
+    file.write_text(json.dumps([entry | {"image_id": int(entry["image_id"]) + 4} for entry in entries]))  # some meet a frame
+    moved = open_dataset(folder, proposals=tmp_path / "proposals").video("red")
+    assert (moved.proposals(9).masks == given.masks).all() and not len(moved.proposals(0).scores)
     file.write_text("[]")
     assert len(open_dataset(folder, proposals=tmp_path / "proposals").video("red").proposals(5).scores) == 0
 

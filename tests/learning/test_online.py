@@ -14,6 +14,7 @@ from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_config, sav
 from dmm_fast.model.masks import mask_boxes
 
 from dmm_fast.commands.main import main
+from dmm_fast.data.augment import Clip, tight
 from dmm_fast.data.synthetic import Scene
 from dmm_fast.evaluation import evaluate, jaccard
 from dmm_fast.inference.demo import make_clip
@@ -22,7 +23,7 @@ from dmm_fast.inference.passes import Interrupted
 from dmm_fast.inference.run import online_budget, segment
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.learning.losses import enlarged
-from dmm_fast.learning.online import tune, tune_proposer
+from dmm_fast.learning.online import Views, tune, tune_proposer
 from dmm_fast.ops.vision import mask_iou, paste_combine
 from dmm_fast.proposals.detector import packaged_detector
 from dmm_fast.proposals.mask_rcnn import TorchvisionProposer
@@ -45,6 +46,15 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     make_clip(folder, seed=7, frames=6, size=(96, 160))
     return folder
+
+
+def test_views_keep_a_small_object():
+    """Less than training takes for an object: 1 / 1000 of the frame."""
+    masks = torch.zeros(1, 1, 200, 400, dtype=torch.bool)
+    masks[..., 3:10, 380:388] = True
+    clip = Clip(torch.zeros(1, 3, 200, 400, dtype=torch.uint8), masks, [tight(masks[0], torch.ones(1))], "ball")
+    views = [Views(clip, (120, 180), 2, seed=0)(step) for step in range(20)]
+    assert all(view.masks.size(1) == 1 and view.masks[0].any() for view in views)
 
 
 def test_a_first_frame_is_learnt(pond):
