@@ -395,7 +395,7 @@ class Project:
                 return
             folder = RunFolder(self.results, settings)
             folder.reopen()
-            folder.finish({**about, "overlays": folder.overlays, "frames": self._rows_of(len(self.clip))})
+            folder.finish({**about, "overlays": folder.overlays, "drawn": [], "frames": self._rows_of(len(self.clip))})
 
     def _hand_back(self, index: int) -> None:
         """Masks changed from this frame on: results/ again as `dmm-fast segment` leaves them, if that says that it is past it."""
@@ -412,6 +412,7 @@ class Project:
             settings.pop(GIVEN, None)  # digests of the masks before
             if self.next_open() is None:
                 told.pop("results", None)  # what else was made of the masks
+                told["drawn"] = []
                 rows = self._rows_of(len(self.clip))
                 RunFolder(self.results, settings).write_report({**told, "objects": by_object(rows), "frames": rows})
                 return

@@ -74,6 +74,8 @@ def learn_online(a: argparse.Namespace) -> int:
     frame = read_image(a.online)
     ids, notes = read_first_masks(a.masks, frame.shape[:2])
     proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
+    if proposals is not None and not len(proposals.scores):
+        notes = [*notes, f"{a.proposals}: no proposals for image id {Path(a.online).stem}; they are made of the masks"]
     segmenter = Segmenter(weights=a.weights, device=device)
     steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
     segmenter.save_weights(a.out)

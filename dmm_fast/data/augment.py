@@ -56,9 +56,9 @@ def size_of(clip: Clip) -> tuple[int, int]:
     return clip.frames.shape[2], clip.frames.shape[3]
 
 
-def seen(clip: Clip) -> Clip:
-    """Without the objects that the first frame does not show; there may be none left."""
-    keep = areas(clip.masks[0]) >= MIN_SHARE * clip.masks[0, 0].numel() if clip.masks.size(1) else torch.ones(0).bool()
+def seen(clip: Clip, least: float = MIN_SHARE) -> Clip:
+    """Without the objects that the first frame does not show, in a share of its pixels; there may be none left."""
+    keep = areas(clip.masks[0]) >= least * clip.masks[0, 0].numel() if clip.masks.size(1) else torch.ones(0).bool()
     return clip if bool(keep.all()) else clip._replace(masks=clip.masks[:, keep])
 
 
@@ -86,6 +86,7 @@ class Augment:
     grey: float = 0.03  # chance of a clip without colour
     blur: float = 0.1  # chance of a soft picture
     jitter: float = 0.15
+    least: float = MIN_SHARE  # an object that shows less in the first frame is lost
 
     def __post_init__(self) -> None:
         if not 0 < self.zoom[0] <= self.zoom[1]:
@@ -105,7 +106,7 @@ class Augment:
         if self == Augment.none(size_of(clip)):
             return clip
         for strength in (1.0, 0.5, 0.25):
-            found = seen(self._apply(clip, self._scaled(strength), rng))
+            found = seen(self._apply(clip, self._scaled(strength), rng), self.least)
             if found.masks.size(1):
                 return found
         size = self._size(clip)

@@ -253,9 +253,9 @@ class RunFolder:
         overlays = self.overlays
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
+        _write_json(self._settings, self.settings)
         self.claim(*overlays)
         (self.path / REPORT).unlink(missing_ok=True)
-        _write_json(self._settings, self.settings)
 
     def adopt(self, rows: list[dict[str, Any]], progress: dict[str, Any], state: Path | None) -> None:
         """Make OUT an unfinished run of these rows, whose masks are there, to go on from `state`."""

@@ -124,12 +124,13 @@ def _task(job: Job, name: str, running: Path, folder: str, threads: int) -> Outc
     try:
         if _kept is None or _kept[0] != job:
             _kept = None  # its memory first
-            if Path(folder).is_dir():
+            try:
                 os.chdir(folder)  # where names without a leading / begin
-            elif not Path(job.out).is_absolute():
-                raise RunError(
-                    f"there is no {folder}, in which the command was started; have it in a folder that all machines share"
-                )
+            except OSError as error:
+                if not Path(job.out).is_absolute():
+                    raise RunError(
+                        f"{error}; the command was started there: start it in a folder that all machines share"
+                    ) from None
             check_shared(running)
             kept = job.keep()
             job.check(kept)

@@ -105,8 +105,10 @@ def segment(
     if resume and folder.finished:
         return _finished(source, folder, kinds, video, progress)
     go_on = folder.find(source.stems, resume, overwrite)
+    overlays = [str(Path(video).resolve())] if video is not None else []
+    own = [] if overwrite else folder.overlays
     if video is not None:
-        check_overlay(Path(video), overwrite or str(Path(video).resolve()) in folder.overlays, source.path)
+        check_overlay(Path(video), overwrite or overlays[0] in own, source.path)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
     how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
@@ -129,11 +131,14 @@ def segment(
             settle(apart, out)
         raise
     try:
-        if video is not None:
-            folder.claim(str(Path(video).resolve()))
+        folder.claim(*own, *overlays)
         passes = _follow(source, folder, given, propose, segmenter, budget, notes, progress, label, save_every)
         settings = {**settings, "device": str(segmenter.device), "graph": segmenter.graph}
-        report = _report(source, folder, given, passes, settings, progress) | {"results": kinds, "overlays": folder.overlays}
+        report = _report(source, folder, given, passes, settings, progress) | {
+            "results": kinds,
+            "overlays": folder.overlays,
+            "drawn": overlays,
+        }
         report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
         folder.finish(report)
         if apart is not None:
@@ -263,15 +268,16 @@ def _finished(
     """The report of a run that has ended; results that are asked for only now are made from its masks."""
     report = folder.report()
     kinds = [kind for kind in kinds if kind not in report.get("results", [])]
-    wanted = Path(video) if video is not None else None
-    if wanted and wanted.exists():  # ours; reports of 0.1 do not tell
-        check_overlay(wanted, str(wanted.resolve()) in report.get("overlays", [str(wanted.resolve())]), frames.path)
-        wanted = None
+    wanted, name = (Path(video), str(Path(video).resolve())) if video is not None else (None, "")
+    if wanted and wanted.exists():  # reports of 0.1 do not tell whose it is
+        check_overlay(wanted, name in report.get("overlays", [name]), frames.path)
+        wanted = None if name in report.get("drawn", [name]) else wanted
     if kinds or wanted:
         notes = write_results(frames, folder, report, kinds, wanted, progress)
         report["results"] = [*report.get("results", []), *kinds]
         report["notes"] += notes
-        report["overlays"] = [*report.get("overlays", []), *([str(wanted.resolve())] if wanted else [])]
+        if wanted:
+            report |= {key: list(dict.fromkeys([*report.get(key, []), name])) for key in ("overlays", "drawn")}
         folder.write_report(report)
     return report
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmm_fast.data.augment import Augment, Clip, tight
+from dmm_fast.data.augment import MIN_SHARE, Augment, Clip, areas, tight
 from dmm_fast.data.clips import noisy_proposals, nothing
 from dmm_fast.learning.average import Average
 from dmm_fast.learning.losses import Loss
@@ -147,7 +147,10 @@ class Views:
             frames=clip.frames.repeat(frames, 1, 1, 1), masks=clip.masks.repeat(frames, 1, 1, 1),
             proposals=clip.proposals * frames,
         )  # fmt: skip
-        self.augment = Augment(size, zoom=(0.8, 1.35), rotate=15, warp=0.05, shift=0.12, jitter=0.5)
+        smallest = int(areas(clip.masks[0]).min()) / clip.masks[0, 0].numel()
+        self.augment = Augment(
+            size, zoom=(0.8, 1.35), rotate=15, warp=0.05, shift=0.12, jitter=0.5, least=min(MIN_SHARE, smallest / 3)
+        )
         self.seed, self.objects_only = seed, objects_only
 
     def __call__(self, step: int) -> Clip:

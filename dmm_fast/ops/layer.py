@@ -129,11 +129,12 @@ class Layer:
         name, backward_name = f"dmm::{self.name}", f"dmm::{self.name}_backward"
         torch.library.register_fake(name, self._fake)
         torch.library.register_fake(backward_name, self._fake_backward)
-        torch.library.register_autograd(
-            name,
-            lambda ctx, grad: self._gradient.backward(lambda args: self.backward_op(*args), ctx, grad),
-            setup_context=self._gradient.setup_context,
-        )
+
+        def backward(ctx, grad):
+            refuse_forward_mode(self.name, (grad,))
+            return self._gradient.backward(lambda args: self.backward_op(*args), ctx, grad)
+
+        torch.library.register_autograd(name, backward, setup_context=self._gradient.setup_context)
         torch.library.register_autograd(backward_name, self._gradient.refuse_second)
         for device in ("cpu", "cuda"):  # like softmax: float32 inside autocast
             torch.library.register_autocast(name, device, torch.float32)

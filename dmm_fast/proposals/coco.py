@@ -53,9 +53,11 @@ def read_aligned(path: str | os.PathLike, stems: list[str], top: int = TOP) -> P
         if named:
             return file
         raise
-    if named and abs(file.offset) > 1:
+    moved = [(key, number) for key, number in file._of.items() if number]
+    by_one = all(key.lstrip("-").isdigit() and abs(int(key) - int(number)) == 1 for key, number in moved)
+    if named and moved and not by_one:
         return read_coco(path, top)
-    if file.offset:
+    if moved:
         warnings.warn(f"{path}: {notes[0]}", ProposalWarning, stacklevel=2)
     return file
 
@@ -66,7 +68,6 @@ class ProposalFile:
     def __init__(self, path: str | os.PathLike, top: int = TOP):
         self.path, self.top = Path(path), top
         self._entries: dict[str, list[dict]] = {}
-        self.offset = 0  # that `align` has found
         self._of: dict[str, str] = {}  # frames whose entries have another image id; see `align`
         for number, entry in enumerate(_load(self.path)):
             if not isinstance(entry, dict) or "image_id" not in entry or not _is_number(entry.get("score")):
@@ -138,7 +139,6 @@ class ProposalFile:
 
     def _shift(self, names: dict[Any, str], offset: int, stems: list[str], why: str) -> list[str]:
         """Read image id n as the frame numbered n + offset."""
-        self.offset = offset
         numbers = {int(key): key for key in self._entries if key.lstrip("-").isdigit()}
         self._of = {key: numbers.get(number - offset, "") for number, key in names.items()}
         first = next((key for key in map(_key, stems) if self._of.get(key)), None)

@@ -255,6 +255,27 @@ def test_a_correction_of_the_last_frame_leaves_a_run_finished(project, demo):
     assert read_mask(again.result_file(LENGTH - 1)).tobytes() == read_mask(project.result_file(LENGTH - 1)).tobytes()
 
 
+@pytest.mark.parametrize("way", ["last frame", "the page follows", "segment without it"])
+def test_an_overlay_is_made_again_after_a_correction(project, demo, tmp_path, states, way):
+    overlay, frame = tmp_path / "o.mp4", LENGTH - 1 if way == "last frame" else 5
+    give(project, demo, 0)
+    project.close()
+    resume(project, demo, video=overlay)
+    before = overlay.read_bytes()
+    again = open_project(project.folder, None)
+    give(again, demo, frame, objects=(2,))
+    if way == "the page follows":
+        follow_until(again, demo, LENGTH - 1)
+    again.close()
+    if way == "segment without it":
+        resume(project, demo)
+    resume(project, demo, video=overlay)
+    made = overlay.read_bytes()
+    assert made != before
+    resume(project, demo, video=overlay)
+    assert overlay.read_bytes() == made
+
+
 def test_segment_begins_a_run_both_ways_again_after_a_correction(project, demo, tmp_path):
     give(project, demo, 3)
     project.close()

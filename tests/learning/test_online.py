@@ -55,6 +55,7 @@ def test_views_keep_a_small_object():
     clip = Clip(torch.zeros(1, 3, 200, 400, dtype=torch.uint8), masks, [tight(masks[0], torch.ones(1))], "ball")
     views = [Views(clip, (120, 180), 2, seed=0)(step) for step in range(20)]
     assert all(view.masks.size(1) == 1 and view.masks[0].any() for view in views)
+    assert len({view.masks[0].numpy().tobytes() for view in views}) > 5  # not the view from the middle alone
 
 
 def test_a_first_frame_is_learnt(pond):

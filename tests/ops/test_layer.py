@@ -287,6 +287,10 @@ def test_forward_mode_is_refused(layer):
         after = forward_ad.make_dual(torch.ones_like(cost), cost)  # nor into the layer, but through its backward
         with refused():
             torch.autograd.grad((layer.function(learnt) * after).sum(), learnt)
+        with torch.autocast("cpu", torch.bfloat16):
+            soft = layer.function(learnt)
+        with refused():
+            torch.autograd.grad((soft * after).sum(), learnt)
 
     def exact(c):
         return layer.function(c, lr=layer.step, backend="reference", **layer.soft)
