@@ -30,7 +30,7 @@ from safetensors import safe_open
 from dmm_fast.app.clip import Clip
 from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import FILES, GIVEN, RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
+from dmm_fast.inference.folder import GIVEN, RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
 from dmm_fast.inference.report import by_object
 
 FORMAT = 1
@@ -395,7 +395,7 @@ class Project:
                 return
             folder = RunFolder(self.results, settings)
             folder.reopen()
-            folder.finish({**about, "overlays": folder.overlays, "drawn": [], "frames": self._rows_of(len(self.clip))})
+            folder.finish({**about, "overlays": folder.overlays, "frames": self._rows_of(len(self.clip))})
 
     def _hand_back(self, index: int) -> None:
         """Masks changed from this frame on: results/ again as `dmm-fast segment` leaves them, if that says that it is past it."""
@@ -412,7 +412,6 @@ class Project:
             settings.pop(GIVEN, None)  # digests of the masks before
             if self.next_open() is None:
                 told.pop("results", None)  # what else was made of the masks
-                told["drawn"] = []
                 rows = self._rows_of(len(self.clip))
                 RunFolder(self.results, settings).write_report({**told, "objects": by_object(rows), "frames": rows})
                 return
@@ -440,8 +439,7 @@ class Project:
 
     def _state_for(self, settings: dict[str, Any], end: int) -> tuple[int, Path] | None:
         """The last saved state before this frame that was made with these settings and holds no object that was removed."""
-        made = json.loads(self._made_with.read_text()) if self._made_with.exists() else {}
-        if {FILES: settings.get(FILES), **made} != {FILES: made.get(FILES), **settings}:  # before 0.2 none has it
+        if not self._made_with.exists() or json.loads(self._made_with.read_text()) != settings:
             return None
         states = sorted((at, file) for at, file in self._states().items() if at < end)
         return next(((at, file) for at, file in reversed(states) if _held(file) <= self.given_until(at)), None)

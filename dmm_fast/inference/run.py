@@ -137,7 +137,6 @@ def segment(
         report = _report(source, folder, given, passes, settings, progress) | {
             "results": kinds,
             "overlays": folder.overlays,
-            "drawn": overlays,
         }
         report["notes"] += write_results(source, folder, report, kinds, Path(video) if video is not None else None, progress)
         folder.finish(report)
@@ -268,16 +267,15 @@ def _finished(
     """The report of a run that has ended; results that are asked for only now are made from its masks."""
     report = folder.report()
     kinds = [kind for kind in kinds if kind not in report.get("results", [])]
-    wanted, name = (Path(video), str(Path(video).resolve())) if video is not None else (None, "")
-    if wanted and wanted.exists():  # reports of 0.1 do not tell whose it is
-        check_overlay(wanted, name in report.get("overlays", [name]), frames.path)
-        wanted = None if name in report.get("drawn", [name]) else wanted
+    wanted = Path(video) if video is not None else None
+    if wanted is not None:
+        own = report.get("overlays", [])
+        check_overlay(wanted, str(wanted.resolve()) in own, frames.path)
+        report["overlays"] = list(dict.fromkeys([*own, str(wanted.resolve())]))
     if kinds or wanted:
         notes = write_results(frames, folder, report, kinds, wanted, progress)
         report["results"] = [*report.get("results", []), *kinds]
         report["notes"] += notes
-        if wanted:
-            report |= {key: list(dict.fromkeys([*report.get(key, []), name])) for key in ("overlays", "drawn")}
         folder.write_report(report)
     return report
 

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.masks import read_ids, write_mask
@@ -195,29 +197,25 @@ def _check_name(name: str) -> None:
 def _give(video: Video, folder: Path, keep: bool) -> Path:
     """The video's first masks as files, whole or not at all. The same ones are not written again, since another process may be
     reading them. keep: a run has followed those that are there; RunError where they are others."""
-    masks = video.first_masks()
+    masks = {f"{video.stems[index]}.png": ids for index, ids in video.first_masks().items()}
+    if keep and folder.is_dir():
+        there = {file.name: read_ids(file) for file in folder.glob("[!.]*.png")}
+        if there.keys() != masks.keys() or not all(np.array_equal(there[name], ids) for name, ids in masks.items()):
+            raise RunError(f"{folder}: the run there has followed these masks, and the data set's are others by now; "
+                           "--overwrite starts again")  # fmt: skip
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         part.mkdir()
-        for index, ids in masks.items():
-            write_mask(part / f"{video.stems[index]}.png", ids)
+        for file, ids in masks.items():
+            write_mask(part / file, ids)
         if _contents(folder) != _contents(part):
-            if keep and folder.is_dir():
-                if _masks(folder) == _masks(part):
-                    return folder
-                raise RunError(f"{folder}: the run there has followed these masks, and the data set's are others by now; "
-                               "--overwrite starts again")  # fmt: skip
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-def _masks(folder: Path) -> dict[str, bytes]:
-    """Without regard to how they are compressed, or to what else lies there."""
-    return {file.name: read_ids(file).tobytes() for file in folder.glob("[!.]*.png")}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

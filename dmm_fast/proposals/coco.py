@@ -432,8 +432,7 @@ class CocoWriter:
                     left = json.loads(line)
                     if left["size"] != list(self.size):
                         raise ProposalError(f"{self._part}: left by a run on frames of another size; delete it first")
-                    whose = left.get("whose", self.whose)
-                    if whose != self.whose and not (whose.endswith(", ") and self.whose.startswith(whose)):
+                    if left.get("whose", self.whose) != self.whose:
                         raise ProposalError(
                             f"{self._part}: left by a run of {left['whose']}, this one is of {self.whose}; delete it first"
                         )

@@ -270,10 +270,7 @@ def test_an_overlay_is_made_again_after_a_correction(project, demo, tmp_path, st
     if way == "segment without it":
         resume(project, demo)
     resume(project, demo, video=overlay)
-    made = overlay.read_bytes()
-    assert made != before
-    resume(project, demo, video=overlay)
-    assert overlay.read_bytes() == made
+    assert overlay.read_bytes() != before
 
 
 def test_segment_begins_a_run_both_ways_again_after_a_correction(project, demo, tmp_path):

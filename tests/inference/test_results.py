@@ -267,12 +267,11 @@ def test_nor_does_that_of_a_run_that_goes_on(clip, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="there.mp4: is there already"):
         segment(**options(clip, tmp_path / "out", save=["tracks"], video=there, resume=True))
     segment(**options(clip, tmp_path / "out", save=["tracks"], video=own, resume=True))
-    made = own.read_bytes()
-    assert len(made) > 1000
-    segment(**options(clip, tmp_path / "out", video=own, resume=True))  # finished: its overlay is there
+    assert len(own.read_bytes()) > 1000
+    segment(**options(clip, tmp_path / "out", video=own, resume=True))  # finished: its own is drawn again
     with pytest.raises(RunError, match="there.mp4: is there already"):
         segment(**options(clip, tmp_path / "out", video=there, resume=True))
-    assert own.read_bytes() == made and there.read_bytes() == b"mine"
+    assert len(own.read_bytes()) > 1000 and there.read_bytes() == b"mine"
     segment(**options(clip, tmp_path / "out", video=tmp_path / "further.mp4", resume=True))
     assert (tmp_path / "further.mp4").exists()
 
