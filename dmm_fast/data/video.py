@@ -189,11 +189,16 @@ class VideoFrames:
 
     def read(self, start: int = 0, seek: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         """seek: begin to decode at the key frame before `start`; `notes` then know nothing of what lies before it."""
+        for number, image in self._images(self.shown(start, seek)):
+            yield f"{number:05d}", image
+
+    def _images(self, shown: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, np.ndarray]]:
+        """What `upright` makes of each, once where one picture stands for several frames."""
         before, image = None, np.empty(0)
-        for number, picture in self.shown(start, seek):
+        for number, picture in shown:
             if picture is not before:
                 before, image = picture, self.upright(picture, number)
-            yield f"{number:05d}", image
+            yield number, image
 
     def shown(self, start: int = 0, seek: bool = False) -> Iterator[tuple[int, Any]]:
         """The number of each frame from `start` on and the av.VideoFrame that is shown for it."""
@@ -292,18 +297,17 @@ class VideoFrames:
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, str, np.ndarray]]:
         """Decodes from the key frame before the first of them to the last, and `notes` knows of no other."""
-        left = set(indices)
-        if not left:
-            return
-        before, image = None, np.empty(0)
-        for number, picture in self.shown(min(left), seek=True):
-            if number in left:
-                if picture is not before:
-                    before, image = picture, self.upright(picture, number)
-                yield number, f"{number:05d}", image
-                left.discard(number)
-                if not left:
-                    return
+        wanted = set(indices)
+        for number, image in self._images(self._shown_of(wanted)) if wanted else ():
+            yield number, f"{number:05d}", image
+
+    def _shown_of(self, wanted: set[int]) -> Iterator[tuple[int, Any]]:
+        last = max(wanted)
+        for number, picture in self.shown(min(wanted), seek=True):
+            if number in wanted:
+                yield number, picture
+            if number >= last:
+                return
 
 
 def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
