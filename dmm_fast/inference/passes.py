@@ -30,8 +30,8 @@ class Interrupted(Exception):
 class Pass:
     """The loop over the frames `order` (numbers, rising or falling), and what it counts.
 
-    company: the pass before this one. What it follows in the first frame of this one is followed here too, so that an
-    object which is not there yet does not take another's place. online: first fit the network to the first objects for so long.
+    company: the pass before this one. What it follows in the first frame of this one is followed here too: without them as
+    rivals, an object that has not appeared yet would be matched to one of their proposals. online: first fit the network to the first objects for so long.
     """
 
     def __init__(
