@@ -27,7 +27,7 @@ python benchmarks/page.py gpu out/gpu_report/results.jsonl    # what gpu_report.
 python benchmarks/page.py write                               # this page again
 ```
 
-**Ratios are a peer's time over ours, in turns in the same run: above 1 ours is faster.** Layer, assignment and the steps around the layer were compared with the
+**A ratio is a peer's time over ours, measured in turns in the same run: above 1, ours is faster.** Layer, assignment and the steps around the layer were compared with the
 peer's result or with the float64 reference before they were timed.
 """
 
@@ -39,8 +39,8 @@ CONTESTANTS = {  # of the layer, as rows
     "Listing 1": "Listing 1, the paper's code",
     "batched eager": "batched PyTorch, eager",
     "compiled": "the same, each gradient step under `torch.compile`",
-    "sinkhorn": "Sinkhorn, 50 rounds, eager: another answer",
-    "match_prices": "`match_prices`, ours too: another answer",
+    "sinkhorn": "Sinkhorn, 50 rounds, eager (another answer)",
+    "match_prices": "`match_prices` (ours too, another answer)",
 }
 KINDS = {"uniform": "uniform", "integers": "integers 0 to 9", "clustered": "clustered", "product": "i j, the longest paths"}
 NAMES = {"linear assignment": "torch-linear-assignment", "sinkhorn": "Sinkhorn", "triton": "ours in Triton"}  # on a GPU
@@ -100,8 +100,8 @@ def busy(stored: dict[str, Any]) -> Iterator[str]:
     facts = stored["machine"]
     if facts["load at the end"] > facts["threads"] + 1:
         yield (
-            f"**The machine was busy: load {facts['load at the end']} on {facts['cores']} cores, of which this was {facts['threads']}.** On a quiet one these times are "
-            "shorter, for all alike."
+            f"**The machine was busy: load {facts['load at the end']} on {facts['cores']} cores, of which this run was {facts['threads']}.** On a quiet machine all these times "
+            "are shorter."
         )
 
 
@@ -130,13 +130,13 @@ def layer(stored: dict[str, Any]) -> Iterator[str]:
     ]
     yield table(["", *cases], cells)
     yield (
-        'Batched PyTorch gives the same answer. Listing 1 as printed carries Dykstra\'s corrections from step to step (`dykstra="carry"`), which is as much work; Sinkhorn solves another problem (entropic), `match_prices` the same as `match` from '
+        'Batched PyTorch gives the same answer. Listing 1 as printed carries Dykstra\'s corrections from step to step (`dykstra="carry"`), which is as much work. Sinkhorn solves another problem (entropic), `match_prices` the same as `match` in '
         "fewer rounds ([variants](variants.md)). The C library keeps freed memory, which favours the peers."
     )
     yield from notes(stored)
     yield slower(
         [(name, CONTESTANTS[peer].replace("**", ""), ratio) for name, case in cases.items() for peer, (_, ratio) in case.items() if peer != "ours"],
-        "One thread each: with more, batched PyTorch uses them for a large batch, and so does `match`. Compiling takes seconds for every new batch size; that is not counted.",
+        "All ran on one thread. With more threads, batched PyTorch and `match` use them for a large batch. Compiling takes seconds for every new batch size; that is not counted.",
     )  # fmt: skip
 
 
@@ -173,14 +173,14 @@ def assignment(stored: dict[str, Any]) -> Iterator[str]:
 
 def vision(stored: dict[str, Any]) -> Iterator[str]:
     yield (
-        "CPU time of a call on one thread; then each peer's, and the ratio. Grids are the packaged network's; `paste_combine` is of 10 templates and 50 proposals "
+        "CPU time of a call on one thread; then each peer's, and the ratio. Grids are the packaged network's; `paste_combine` takes 10 templates and 50 proposals "
         "at 854 x 480."
     )
     yield pairs(stored["rows"])
     yield from notes(stored)
     yield slower(
         ratios_of(stored["rows"]),
-        "Peers that make whole masks (82 MB) pay for their memory: from run to run their times differ by up to twice. Ours hardly do, so the ratios change as much.",
+        "Peers that make whole masks (82 MB) depend on memory: from run to run, their times differ by up to a factor of two. Ours hardly change, so the ratios vary as much.",
     )
 
 
@@ -226,8 +226,8 @@ def segmenter(stored: dict[str, Any]) -> Iterator[str]:
         cells.append(line)
     yield table(header, cells)
     yield (
-        "1024 x 1024 is the default of SAM 2 and EdgeTAM, whatever the video's size; 320 x 320 has as many pixels as 427 x 240. They need no detector: compare them "
-        "with live. Their memories were full."
+        "1024 x 1024 is the default of SAM 2 and EdgeTAM, whatever the video's size; 320 x 320 has as many pixels as 427 x 240. The peers need no detector: compare "
+        "them with live. Their memories were full."
     )
     yield from busy(stored)
     yield from notes(stored)
@@ -247,8 +247,8 @@ def segmenter(stored: dict[str, Any]) -> Iterator[str]:
 
 def gpu(stored: dict[str, Any]) -> Iterator[str]:
     yield (
-        "**An older commit, before the packaged weights of today.** The exact assignment, `unmatched_cost`, the ops of the grid, several videos at once and what "
-        "was fixed since have not run on a GPU ([what, and what is predicted](performance.md#gpu))."
+        "**An older commit, before today's packaged weights.** The exact assignment, `unmatched_cost`, the ops of the grid, several videos at once and all "
+        "later fixes have not run on a GPU ([what, and what is predicted](performance.md#gpu))."
     )
     rows = stored["layer"]
     for row in rows:
@@ -285,7 +285,7 @@ def gpu(stored: dict[str, Any]) -> Iterator[str]:
         yield pairs(stored["vision"])
         ratios += ratios_of(stored["vision"])
     yield from notes(stored)
-    yield slower(ratios, "`match_prices`, mostly faster than `match`, is ours too and gives another answer.")
+    yield slower(ratios, "`match_prices` is mostly faster than `match`, but it is ours too and gives another answer.")
 
 
 def rivals(frames: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
@@ -356,9 +356,9 @@ def accuracy(stored: dict[str, Any]) -> Iterator[str]:
     yield from notes(stored)
     yield from published()
     lines = [f"- A better J than ours: {line}." for line in worse]
-    lines += [f"- Live proposals lose more than .01 against given ones on {', '.join(cost)}."] if cost else []
+    lines += [f"- With live proposals, J is more than .01 lower than with given ones on {', '.join(cost)}."] if cost else []
     lines.append(
-        "- The packaged network is small and was trained on 25 videos. The paper's own, of which its rows are, must be trained first: they are not reproduced here."
+        "- The packaged network is small and was trained on 25 videos. The paper's own networks must be trained first: their rows are not reproduced here."
     )
     yield "\n".join(["**What is slower or worse.**", "", *lines])
 
@@ -395,8 +395,8 @@ def published() -> Iterator[str]:
         for method, line in sorted(lines.items(), key=lambda item: item[0].lower())
     ]
     yield (
-        "**Published, on validation sets that are not here.** None of it was measured here, and no row can be compared with ours above: the videos are others. "
-        "`dmm-fast benchmark` makes a row of ours where you have the data ([how](datasets.md))."
+        "**Published, on validation sets that are not here.** None of it was measured here, and no row can be compared with ours above: the videos differ. "
+        "`dmm-fast benchmark` makes our row if you have the data ([how](datasets.md))."
     )
     yield table(["percent", *header], cells)
     yield f"{SOURCE}, Tables 1 to 3; DAVIS 2016 as the methods' authors published it."

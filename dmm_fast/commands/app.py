@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
         commands, "app", run, "make masks, run, correct and export in the browser",
         "Open a clip in a page of your browser. Click what the detector proposes, or paint, to give objects their first\n"
         "masks; run; look; correct a frame and follow again from there; export masks, a video, cut-outs or tracks.\n\n"
-        "All of it is saved in a project folder as you go. A server that was killed, or a browser that was closed, loses\n"
-        "nothing but the stroke in hand: start the command again. Other commands read the folder too:\n"
+        "All of it is saved in a project folder as you go. If the server is killed or the browser closed, you lose only the\n"
+        "current stroke: start the command again. Other commands read the folder too:\n"
         "  PROJECT/masks     the masks you gave, for segment --masks\n"
         "  PROJECT/results   a mask for every frame; segment --out PROJECT/results --resume goes on with a run\n\n"
         "Only this machine can reach the page, and only with the token in the address that is printed.\n"
@@ -37,14 +37,15 @@ def add(commands: Any) -> None:
         ("dmm-fast app", "choose a video in the browser"),
         ("dmm-fast app frames/ --device cuda --no-browser", "a directory of images, on a GPU; open the address yourself"),
         ("ssh -L 8765:127.0.0.1:8765 host dmm-fast app clip.mp4 --no-browser --port 8765",
-         "on another machine, seen from yours: the safe way to work from afar"),
+         "on another machine, with the page on yours: the safe way to work remotely"),
     )  # fmt: skip
     parser.add_argument(
         "clip", nargs="?", metavar="VIDEO|FRAMES_DIR|SOURCE",
         help="a video file, a directory of images, or a camera or stream: camera:0, /dev/video0, rtsp://.., udp://.., tcp://..",
     )  # fmt: skip
     parser.add_argument(
-        "--project", metavar="DIR", help="where everything is kept (default: the clip's name with .dmm, here; a source's with the time too)",
+        "--project", metavar="DIR",
+        help="where everything is kept (default: here, the clip's name with .dmm; for a camera or stream also the time)",
     )  # fmt: skip
     parser.add_argument(
         "--proposals", default="small", metavar="FILE|DETECTOR",
@@ -56,11 +57,11 @@ def add(commands: Any) -> None:
     server.add_argument("--no-browser", action="store_true", help="print the address only")
     server.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
-        help="listen at another address than this machine's own (default: 127.0.0.1). The token is needed all the same, but "
+        help="listen at another address than this machine's own (default: 127.0.0.1). The token is still needed, but "
         "the connection is not encrypted: prefer ssh -L, as above",
     )  # fmt: skip
     server.add_argument(
-        "--upload-limit", type=partial(count, least=1), default=4, metavar="GB", help="of a video from the browser (default: 4)"
+        "--upload-limit", type=partial(count, least=1), default=4, metavar="GB", help="limit for videos you upload (default: 4)"
     )
     add_model_options(parser)
     add_detector_options(parser)

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         commands, "bench", run, "what a frame costs on this machine: stages, objects, runtimes",
         "Follow 1, 5, 10 and 20 objects through a generated clip with each runtime, and report the median and the 99th\n"
         "percentile of decoding, proposals, features, matching, refinement and writing, in milliseconds. Proposals are read\n"
-        "from a file, which costs no detector's time, unless you give --detector. Other work on the machine changes the\n"
+        "from a file, so a detector's time is not counted, unless you give --detector. Other work on the machine changes the\n"
         "figures, so the report includes the load.\n\n"
         "pt2 takes minutes to compile first. The C++ runtimes need dmm-fast runtime --build; onnx needs ONNX Runtime.",
         ("dmm-fast bench", "the preset small in eager PyTorch and TorchScript"),
@@ -32,11 +32,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--objects", type=_counts, metavar="N,...", help="how many objects (default: 1,5,10,20)")
     parser.add_argument(
         "--runtimes", type=_runtimes, default=["eager", "torchscript"], metavar="NAME,...",
-        help=f"of {', '.join(RUNTIMES)} (default: eager,torchscript)",
+        help=f"any of {', '.join(RUNTIMES)} (default: eager,torchscript)",
     )  # fmt: skip
     parser.add_argument("--preset", default="small", choices=PRESETS, help="the network (default: small)")
     parser.add_argument("--weights", metavar="FILE|imagenet", help="its weights, if the preset has none of its own")
-    parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="of the frames (default: 255x448)")
+    parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="size of the frames (default: 255x448)")
     parser.add_argument(
         "--frame-size", type=_sizes, nargs="?", const=SIZES, metavar="HxW,...",
         help="compare frames of these sizes instead, in eager PyTorch, with the first of --objects (default: 3) "
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_precision(parser, " of the runtime eager, which must then be the only one")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=partial(count, least=1), metavar="N", help="CPU threads (default: torch's)")
 
 
 def run(a: argparse.Namespace) -> int:

@@ -26,11 +26,11 @@ from dmm_fast.commands.options import (
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "benchmark", run, "segment, score and time a data set: a row beside the paper's",
-        "Segment the videos of a data set that has ground truth, score them as its public evaluator does, and print the row\n"
-        "beside the paper's of Table 1 (YouTube-VOS), 2 (DAVIS) or 3 (SegTrack v2). OUT holds what segment --dataset writes,\n"
-        "benchmark.md and benchmark.json. Finished videos are not done again. Exit code 3: some videos failed and are not\n"
-        "in the row.",
+        commands, "benchmark", run, "segment, score and time a data set: a row next to the paper's",
+        "Segment the videos of a data set that has ground truth, score them as its public evaluator does, and print a row\n"
+        "next to those of the paper's Table 1 (YouTube-VOS), 2 (DAVIS) or 3 (SegTrack v2). OUT holds what segment --dataset\n"
+        "writes, benchmark.md and benchmark.json. Finished videos are not done again. Exit code 3: some videos failed and are\n"
+        "not in the row.",
         ("dmm-fast benchmark DAVIS --split val --proposals DAVIS/proposals --out result", "Table 2"),
         ("dmm-fast benchmark YouTubeVOS --split train-val --out result --device cuda", "the paper's own part of the training set"),
         ("dmm-fast benchmark SegTrackv2 --preset iou --out result", "Table 3, matching on mask overlap alone"),
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
                         "every frame that is scored")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="where results go")
     add_set_options(parser)
-    parser.add_argument("--table", type=int, choices=(0, 1, 2, 3), help="the paper's table beside which the row stands, 0 for none "
+    parser.add_argument("--table", type=int, choices=(0, 1, 2, 3), help="the paper's table to print the row with, 0 for none "
                         "(default: the layout's)")  # fmt: skip
     add_run_options(parser, "a folder of NAME.json, COCO results for each video", "DIR|DETECTOR")
     add_engine_options(parser)

@@ -12,7 +12,7 @@ def add(commands: Any) -> None:
     add_command(
         commands, "doctor", run, "show what is installed, what is missing, and how to fix it",
         "Show which versions and backends are installed and usable, which GPU, what is missing, and how to fix it.",
-        ("dmm-fast doctor", "to be sent along with a bug report"),
+        ("dmm-fast doctor", "its output belongs in a bug report"),
     )  # fmt: skip
 
 

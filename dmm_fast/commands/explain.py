@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "  refinement  what the refined mask loses against the proposal; below 0: what it gains\n"
         "and identity switches and lost spans are found. Without it, the page shows scores, spans in which objects were lost,\n"
         "likely switches and where forward and backward passes disagree. Both end in what to try, with the commands to type.\n\n"
-        "A run with a live detector runs it again, in the frames that have ground truth; --no-proposals leaves that out.",
+        "If the run had a live detector, it runs again, in the frames that have ground truth; --no-proposals leaves that out.",
         ("dmm-fast explain result --gt Annotations/clip", "PNGs named like the frames; not every frame needs one"),
         ("dmm-fast explain result", "without ground truth"),
         ("dmm-fast explain result --gt Annotations/clip --json explain.json --out /tmp/clip.html", "all figures, too"),
@@ -34,11 +34,11 @@ def add(commands: Any) -> None:
         "--worst", type=partial(count, least=0), default=6, metavar="N", help="frames to show as pictures (default: 6)"
     )
     parser.add_argument(
-        "--no-proposals", action="store_true", help="do not read or find the proposals again: J alone, not split"
+        "--no-proposals", action="store_true", help="do not read or find the proposals again: only J, not split"
     )
     parser.add_argument("--frames", metavar="DIR|VIDEO", help="where the run's frames are now, if they were moved")
     parser.add_argument("--proposals", metavar="FILE|DETECTOR", help="where the run's proposals are now, if they were moved")
-    parser.add_argument("--device", default="cpu", help="of a live detector: cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--device", default="cpu", help="device of a live detector: cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, nothing printed")
 
 

@@ -52,8 +52,8 @@ def add(commands: Any) -> None:
     sizes.add_argument("--proposals", type=count, metavar="M", help="proposals per frame")
     sizes.add_argument(
         "--masks", choices=MASKS,
-        help="how proposals' masks come: soft ones in their boxes, as from Mask R-CNN (the default with a detector); runs, "
-        "run-length codes as in COCO's files (else, pt2); full, masks of the frame's size (else, onnx)",
+        help="form of the proposals' masks: soft, in their boxes, as from Mask R-CNN (default with a detector); runs, "
+        "run-length codes as in COCO's files (else default for pt2); full, of the frame's size (else default for onnx)",
     )  # fmt: skip
     sizes.add_argument("--only", choices=("match",), help="the matching layer alone, cost -> assignment")
 

@@ -126,17 +126,18 @@ def add_run_options(parser: argparse.ArgumentParser, files: str = "a COCO result
     parser.add_argument(
         "--proposals", default="small", metavar=metavar,
         help=f"mask proposals: {files}, or a live detector: small (packaged, default), torchvision, FILE.safetensors from "
-        "train-proposals, hf:MODEL of the Hugging Face hub, or detectron2:CONFIG[:WEIGHTS]; or several, with commas (docs/proposals.md)",
+        "train-proposals, hf:MODEL of the Hugging Face hub, or detectron2:CONFIG[:WEIGHTS]; or several "
+        "with commas between them (docs/proposals.md)",
     )  # fmt: skip
     parser.add_argument(
         "--clean-masks", action="store_true",
-        help="give the stray ids that anti-aliasing or interpolation leaves along outlines to their neighbours; without "
-        "it, such masks are refused",
+        help="replace stray ids, which anti-aliasing or interpolation leaves along outlines, by those of their neighbours; "
+        "without this option, such masks are refused",
     )  # fmt: skip
     parser.add_argument(
         "--online", metavar="SECONDS|EPOCHS",
-        help="first fit the network to the first frame, for a number of seconds (30) or of epochs of 8 steps (20e); "
-        "safe for single objects, not for several alike ones",
+        help="first fit the network to the first frame, for so many seconds (30) or epochs of 8 steps (20e); "
+        "safe for single objects, not for several similar ones",
     )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def add_set_options(parser: Any) -> None:
     """Which videos of a data set."""
     parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, valid, test-dev, ..")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", metavar="NAME",
-                        help=f"of the data set: {', '.join(LAYOUTS)} (default: found out)")  # fmt: skip
+                        help=f"layout of the data set: {', '.join(LAYOUTS)} (default: detected)")  # fmt: skip
     parser.add_argument("--sequences", metavar="FILE|NAME,...", help="these videos only: a text file, or names")
     parser.add_argument(
         "--keep-proposals", action="store_true",
@@ -156,15 +157,15 @@ def add_engine_options(parser: Any) -> None:
     """Whose processes do the videos of a data set."""
     group = parser.add_argument_group(
         "many processes",
-        "started by torchrun, the command shares the videos out among its processes: torchrun --nproc-per-node 8 -m dmm_fast ..",
+        "Under torchrun, the processes divide the videos of the data set: torchrun --nproc-per-node 8 -m dmm_fast ..",
     )
-    group.add_argument("--engine", metavar="ray[:HOST:PORT]", help="a task of Ray for each video: on the cluster at this address, else "
-                       "the one that runs here, else one that is started on this machine")  # fmt: skip
+    group.add_argument("--engine", metavar="ray[:HOST:PORT]", help="run each video as a task of Ray, on the cluster at this "
+                       "address, else on one that runs here, else on one that is started on this machine")  # fmt: skip
     group.add_argument("--cpus-per-video", type=part, metavar="N", help="cores for a task of Ray (default: 1)")
-    group.add_argument("--gpus-per-video", type=part, metavar="N", help="GPUs for it; .25: four videos at once on a GPU (default: 1 with "
-                       "--device cuda, else 0)")  # fmt: skip
-    group.add_argument("--retries", type=lambda text: count(text, least=0), metavar="N", help="how often a task of Ray whose process was "
-                       "killed is done again (default: 3)")  # fmt: skip
+    group.add_argument("--gpus-per-video", type=part, metavar="N", help="GPUs for a task of Ray; .25: four videos at once on a "
+                       "GPU (default: 1 with --device cuda, else 0)")  # fmt: skip
+    group.add_argument("--retries", type=lambda text: count(text, least=0), metavar="N", help="how often to repeat a task "
+                       "of Ray whose process was killed (default: 3)")  # fmt: skip
 
 
 def part(text: str) -> float:
@@ -250,7 +251,7 @@ def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: in
 def add_precision(parser: Any, of: str = "") -> None:
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32",
-        help=f"of the convolutions{of}; bfloat16 is faster on CPUs that have it (AVX-512 BF16, AMX; default: float32)",
+        help=f"precision of convolutions{of}; bfloat16 is faster on CPUs that have it (AVX-512 BF16, AMX; default: float32)",
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
         ("dmm-fast proposals --dataset DAVIS --split val --out DAVIS/proposals --detector net.safetensors",
          "one file for each video"),
         ("torchrun --nproc-per-node 4 -m dmm_fast proposals --dataset DAVIS --out DAVIS/proposals --device cuda",
-         "by four processes, each with a GPU (docs/many-machines.md)"),
+         "the same in four processes, each with a GPU (docs/many-machines.md)"),
         ("dmm-fast proposals frames/ --out p.json --detector detectron2:mask_rcnn.yaml:model.pkl", "a model of your own"),
         ("dmm-fast proposals clip.mp4 --out p.json --detector small,hf:facebook/sam2.1-hiera-tiny --device cuda",
          "what either of two models finds"),
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--split", metavar="NAME", help="the part of the data set: train, val, ..")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", metavar="NAME",
-                        help=f"of the data set: {', '.join(LAYOUTS)} (default: found out)")  # fmt: skip
+                        help=f"layout of the data set: {', '.join(LAYOUTS)} (default: detected)")  # fmt: skip
     parser.add_argument("--sequences", metavar="FILE|NAME,...", help="these videos only: a text file, or names")
     parser.add_argument("--out", required=True, metavar="FILE|DIR", help="the file to write; for a data set the folder")
     parser.add_argument("--detector", default="small", metavar="NAME", help="see above (default: small)")
@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="of models of the hub and of detectron2"
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="for models of the hub and of detectron2"
     )
     parser.add_argument("--batch", type=count, metavar="N", help="frames at once in these models (default: 8 on a GPU, else 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace files, and restart interrupted runs")

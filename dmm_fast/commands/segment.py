@@ -32,11 +32,11 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "segment", run, "segment a video from its first masks, or every video of a data set",
         "Segment a video from its first masks, or every video of a data set.\n\n"
-        "Writes to OUT: one palette PNG per frame, contact-sheet.png, what --save asks for, and report.json with the matched\n"
-        "proposal, its score, the runner-up's score and whether the object was lost, for each frame and object. The report\n"
-        "is written last. If a run stops before that, repeat the command with --resume.\n\n"
-        "With --dataset, OUT has such a folder for each video, and summary.json. Finished videos are left as they are,\n"
-        "interrupted ones go on: repeat the command. A video that fails is reported and does not stop the others;\n"
+        "Writes to OUT: one palette PNG per frame, contact-sheet.png, what --save asks for, and report.json. For each frame\n"
+        "and object, the report has the matched proposal, its score, the runner-up's score and whether the object was lost.\n"
+        "It is written last. If a run stops before that, repeat the command with --resume.\n\n"
+        "With --dataset, OUT has such a folder for each video, and summary.json. Repeat the command to continue: finished\n"
+        "videos are left as they are, interrupted ones go on. A video that fails is reported and does not stop the others;\n"
         "the exit code is then 3.",
         ("dmm-fast segment frames/ --masks first.png --proposals proposals.json --out result",
          "a directory of images, its first masks as an indexed PNG, proposals in COCO's results format"),
@@ -46,39 +46,39 @@ def add(commands: Any) -> None:
          "masks/ holds PNGs named like frames, each with the objects that appear there;\n"
          "      or one PNG per object of the first frame"),
         ("dmm-fast segment clip.mp4 --masks masks/ --out result --direction both",
-         "masks/ holds PNGs of any frames, named like them: objects are followed forward and backward from there, and an\n"
-         "      object that has several is joined in between where both ways agree best"),
+         "masks/ holds PNGs of any frames, named like them: objects are followed forward and backward from there;\n"
+         "      between two masks of an object, both ways are joined where they agree best"),
         ("dmm-fast segment clip.mov --masks first.png --out result --save cutout,alpha-video,tracks",
          "also the objects without their background, and their masks as COCO JSON"),
         ("dmm-fast segment camera:0 --masks auto:2 --out live --record --seconds 60",
-         "the two surest objects that a camera sees, for a minute; rtsp://.., udp://.. and /dev/video0 work the same"),
+         "follow the two surest objects that a camera sees, for a minute; rtsp://.., udp://.. and /dev/video0 work the same"),
         ("dmm-fast segment ... --preset davis --weights imagenet",
          "match on ResNet-50 features and mask overlap"),
         ("dmm-fast segment --dataset DAVIS --split val --proposals DAVIS/proposals --out result",
-         "a data set; proposals are files NAME.json in a folder, or a detector's"),
+         "a data set; proposals come from files NAME.json in a folder, or from a detector"),
         ("torchrun --nproc-per-node 8 -m dmm_fast segment --dataset DAVIS --split val --out result --device cuda",
-         "by eight processes, each with a GPU; --engine ray does it on a cluster of Ray (docs/many-machines.md)"),
+         "the same in eight processes, each with a GPU; --engine ray uses a cluster of Ray (docs/many-machines.md)"),
         ("dmm-fast segment --dataset YouTubeVOS --split valid_all_frames --out result --zip result.zip",
-         "and the zip that the server takes, with the frames it wants"),
+         "also writes the zip that the server takes, with the frames it wants"),
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("frames", nargs="?", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a camera or stream as "
-        "it comes: camera:0, /dev/video0, rtsp://.., udp://..")  # fmt: skip
+    what.add_argument("frames", nargs="?", metavar="FRAMES|STREAM", help="a directory of images, a video file, or a live "
+        "camera or stream: camera:0, /dev/video0, rtsp://.., udp://..")  # fmt: skip
     what.add_argument("--dataset", metavar="DIR", help="every video of a data set: DAVIS, YouTube-VOS, MOSE, LVOS, SegTrack v2 or plain "
         "folders")  # fmt: skip
-    parser.add_argument("--masks", metavar="FIRST.png|DIR|auto:N", help="the objects to follow; of a stream auto:N takes the N surest "
-        "proposals of the first frame that has any; a data set has its own")  # fmt: skip
+    parser.add_argument("--masks", metavar="FIRST.png|DIR|auto:N", help="the objects to follow; for a stream, auto:N takes the "
+        "N surest proposals of the first frame that has any; a data set has its own masks")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
     add_run_options(parser)
     parser.add_argument(
         "--direction", choices=("both", "forward", "backward"),
-        help="where objects are followed to from the frames in which they are given (default: both where the first mask is not the "
-        "first frame's, else forward)",
+        help="where to follow objects from the frames in which they are given (default: both if the first mask is not "
+        "of the first frame, else forward)",
     )  # fmt: skip
     parser.add_argument(
         "--image-id-offset", type=int, metavar="N",
-        help="added to the file's image ids to give frame numbers, -1 for ids that count from 1 (default: found out where "
-        "one constant alone fits, 0: as they are)",
+        help="added to the file's image ids to give frame numbers: -1 for ids that count from 1, 0 for ids as they are "
+        "(default: detected if only one constant fits)",
     )  # fmt: skip
     parser.add_argument(
         "--save", type=lambda text: text.split(","), default=["masks"], metavar="KIND,KIND",
@@ -98,14 +98,16 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_detector_options(parser)
     live = parser.add_argument_group(
-        "camera or stream", "the newest frame is taken each time, late ones are dropped and counted"
+        "camera or stream", "Each step takes the newest frame; those that came in between are dropped and counted."
     )
     live.add_argument(
         "--record", action="store_true", help="keep the frames that were taken, in OUT/recording, and their masks"
     )
-    live.add_argument("--seconds", type=float, metavar="N", help="stop after so long (default: at the stream's end, or Ctrl-C)")
     live.add_argument(
-        "--patience", type=float, default=5.0, metavar="N", help="seconds without a frame after which the source is gone (5)"
+        "--seconds", type=float, metavar="N", help="stop after N seconds (default: at the stream's end, or Ctrl-C)"
+    )
+    live.add_argument(
+        "--patience", type=float, default=5.0, metavar="N", help="seconds without a frame until the source counts as gone (5)"
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an unfinished run in OUT, if there is one")

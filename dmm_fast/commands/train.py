@@ -26,14 +26,14 @@ def add(commands: Any) -> None:
         ("torchrun --nproc-per-node 8 -m dmm_fast train youtube-vos ..", "on eight GPUs, which divide the batch"),
         ("dmm-fast train --online frames/00000.jpg --masks first.png --out mine.safetensors --seconds 60",
          "online learning: the packaged network fitted to one frame, for segment --weights mine.safetensors"),
-        ("dmm-fast train small --show", "print the whole configuration as YAML, as a start for your own"),
+        ("dmm-fast train small --show", "print the whole configuration as YAML, to start your own from"),
         ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals --sheet clips.jpg",
-         "look at the first clips that this would learn from"),
+         "draw the first clips that this run would learn from"),
         ("dmm-fast train identity data.path=davis16-train data.proposals=davis16-train/proposals --write-clips made --clips 400",
-         "write them as a data set of plain folders: for train-proposals, or to evaluate on"),
+         "write the first clips as a data set of plain folders: for train-proposals, or to evaluate on"),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a .yaml file")
-    parser.add_settings("settings", metavar="KEY=VALUE", help="settings on top, such as optim.lr_new=3e-4")
+    parser.add_settings("settings", metavar="KEY=VALUE", help="settings to change, such as optim.lr_new=3e-4")
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument("--sheet", metavar="FILE.jpg", help="draw the first clips with their masks and proposals, and stop")
     parser.add_argument(

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         help="weights to start from, small: the packaged ones (default: ImageNet's for the backbone)",
     )
     parser.add_argument(
-        "--backbone", metavar="FILE", help="use the backbone of this segmentation network's weights, which both can share then"
+        "--backbone", metavar="FILE", help="use the backbone of this segmentation network's weights, so that both can share it"
     )
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read data (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

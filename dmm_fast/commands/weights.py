@@ -22,9 +22,9 @@ def add(commands: Any) -> None:
         ("dmm-fast weights runs/small/last.safetensors --pack small.safetensors --set layer=prices n_grad=80 n_proj=1 lr=5",
          "a copy of half the size that matches by prices"),
         ("dmm-fast weights detector.safetensors --pack small-proposals.safetensors --without backbone.body.",
-         "without the weights that another file has"),
+         "without the weights that another file holds"),
         ("dmm-fast weights runs/identity/last.safetensors --average runs/small/last.safetensors 0.25 --pack small.safetensors",
-         "three quarters of the one, a quarter of the other, which training went on from"),
+         "three quarters of the first file, a quarter of the second, from which its training started"),
     )  # fmt: skip
     parser.add_argument("file", nargs="?", default="small", metavar="FILE", help="(default: the file in the package)")
     parser.add_argument("--pack", metavar="OUT", help="write a half-precision copy")
