@@ -304,6 +304,7 @@ def test_a_failed_call_changes_nothing(iou, runtime):
         (lambda: native.step(picture(1), (boxes, scores * np.nan, masks)), "finite"),
         (lambda: native.step(picture(1), (boxes, scores, masks[:, :40])), "frame's size"),
         (lambda: native.step(picture(1), (boxes, scores, masks.view(np.uint8))), "must be bool"),
+        (lambda: native.step(picture(1), (boxes, scores, masks.astype(np.float32))), "as masks > 0.5"),
         (lambda: native.step(picture(1)), "no proposal network"),
         (lambda: native.add(truth(1)), "followed already"),
         (lambda: native.add(np.full(SIZE, 255, np.uint8)), "1..254"),
@@ -315,6 +316,9 @@ def test_a_failed_call_changes_nothing(iou, runtime):
         with pytest.raises(ValueError, match=words):
             call()
     assert np.array_equal(native.step(picture(1), (boxes, scores, masks)).ids, truth(1))
+    native.drop([3])
+    few = native.add(np.where(truth(2) == 3, 9, 0).astype(np.uint8)).ids
+    assert np.array_equal(few, np.where(truth(2) == 3, 9, np.where(truth(1) == 3, 0, truth(1))))
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -266,6 +266,9 @@ std::pair<Proposals, std::vector<int64_t>> Segmenter::Session::chosen(const Prop
     fail("Segmenter: proposals must have finite boxes and scores");
   }
   const bool full = masks.scalar_type() == at::kBool;
+  if (masks.is_floating_point() && masks.sizes().slice(1) == ids.sizes()) {
+    fail("Segmenter: proposal masks of the frame's size must be bool, as masks > 0.5; float ones lie in their boxes");
+  }
   const bool soft = masks.is_floating_point() && masks.size(1) == masks.size(2);
   if (full ? masks.sizes().slice(1) != ids.sizes() : !runs && !soft) {
     fail("Segmenter: proposal masks must be bool [M, H, W] of the frame's size ", ids.sizes(),
@@ -401,16 +404,18 @@ void Segmenter::drop(const std::vector<int>& ids) {
   s.require_start("drop");
   at::Tensor gone = at::zeros({int64_t(s.slot_ids.size())}, at::kBool);
   std::vector<int> slot_ids = s.slot_ids;
+  at::Tensor left = s.ids.clone();  // add draws over it
   for (int id : ids) {
     const auto slot = std::find(slot_ids.begin(), slot_ids.end(), id) - slot_ids.begin();
     if (id == 0 || slot == int64_t(slot_ids.size())) fail("Segmenter::drop: object ", id, " is not followed");
     slot_ids[slot] = 0;
     gone.select(0, slot).fill_(true);
+    left.masked_fill_(left.eq(id), 0);
   }
   Tensors nothing;
   for (const at::Tensor& tensor : s.state) nothing.push_back(at::zeros_like(tensor));
   s.state = merge(gone.to(s.model.device()), s.state, nothing);
-  s.slot_ids = std::move(slot_ids);
+  s.slot_ids = std::move(slot_ids), s.ids = std::move(left);
 }
 
 bool Segmenter::proposes() const { return session_->model.manifest().files.count("proposals") > 0; }

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmm_fast.inference.explain import Explanation, Span, Track, spans
 from dmm_fast.inference.joining import APART
-from dmm_fast.proposals.sources import is_detector
+from dmm_fast.proposals.sources import is_detector, sources
 
 FINE = 0.2  # an object that loses less than this needs no advice
 SHARE = 1 / 4  # of an object's loss, from which a part of it is worth a rule, and
@@ -73,11 +73,10 @@ def _more_resolution(e: Explanation) -> Found:
         for t in hit
     ]
     text = "A detector that sees larger frames finds smaller things. Frames with more pixels, if there are any, help refinement too."
-    detector = (
-        [] if is_detector(e.settings["proposals"]) and e.settings["proposals"] != "torchvision" else ["--detector", "small"]
-    )
-    if not detector and e.settings["proposals"] != "small":
-        detector = ["--detector", e.settings["proposals"]]
+    given = str(e.settings["proposals"])
+    # torchvision may need its weights named, and many models of the hub take frames of one size.
+    kept = is_detector(given) and not any(name == "torchvision" or name.startswith("hf:") for name in sources(given))
+    detector = ["--detector", given if kept else "small"]
     file = f"{e.run}-larger.json"
     first = ["dmm-fast", "proposals", e.settings["frames"], *detector, "--short-side", str(2 * min(e.size)), "--out", file]
     commands = [shlex.join(first), _command(e, "larger", proposals=file)]

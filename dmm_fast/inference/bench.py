@@ -61,6 +61,7 @@ def bench(
     """
     if precision != "float32" and set(runtimes) != {"eager"}:
         raise ValueError(f"bench: precision {precision} is of the runtime eager alone: with it, --runtimes must be eager")
+    _check_proposals(net, proposals)
     device = net.mean.device
     fast, stages_of_fast = _stages_of(net, detector, precision)
     source = (
@@ -95,6 +96,11 @@ def bench(
     return {"machine": machine(device), "settings": settings, "rows": rows}
 
 
+def _check_proposals(net: DMMNet, proposals: int) -> None:
+    if proposals > net.config.top:
+        raise ValueError(f"bench: this network takes at most {net.config.top} proposals a frame, got {proposals}")
+
+
 def bench_frame_sizes(
     net: DMMNet,
     *,
@@ -107,6 +113,7 @@ def bench_frame_sizes(
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """As `bench`, of the network in eager PyTorch alone, by the frames' size (height, width); the sizes take turns."""
+    _check_proposals(net, proposals)
     device = net.mean.device
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmm-bench-") as folder:
@@ -281,7 +288,7 @@ def _stages_of(net: DMMNet, detector: str | None, precision: str) -> tuple[DMMNe
 def _python(step: Any, stages: Stages, clip: Path, device: torch.device, from_file: bool) -> Times:
     """Follow the clip in Python. `step` has `start`; `stages` are its step, in parts that work on a dict."""
     times: Times = defaultdict(list)
-    file = read_coco(clip / "proposals.json")
+    file = read_coco(clip / "proposals.json", top=1 << 20)  # all of them
     kept: dict[str, Any] = {}
 
     @contextlib.contextmanager

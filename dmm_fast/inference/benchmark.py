@@ -21,6 +21,7 @@ from dmm_fast.inference.bench import machine
 from dmm_fast.inference.engines import Engine
 from dmm_fast.inference.sets import SetJob, segment_set
 from dmm_fast.inference.videos import choose
+from dmm_fast.ops.device import open_device
 from dmm_fast.proposals.sources import is_detector
 
 SOURCE = "Zeng et al., DMM-Net, ICCV 2019, arXiv:1909.12471"
@@ -99,7 +100,8 @@ def benchmark(
     dataset = job.open()
     names = choose(dataset, sequences)
     how = protocol_of(dataset, names)
-    facts = machine(torch.device(job.options.get("device", "cpu") if torch.cuda.is_available() else "cpu"))
+    # With an engine the GPUs may be elsewhere.
+    facts = machine(open_device(job.options.get("device", "cpu") if torch.cuda.is_available() else "cpu"))
     summary = segment_set(job, names, engine=engine, progress=progress)
     if summary is None:
         return None

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from dmm_fast.data.masks import MaskWarning, read_ids, read_mask
 from dmm_fast.data.video import FramesError, ImageFrames, VideoFrames, open_frames
 from dmm_fast.evaluation import held, jaccard
-from dmm_fast.files import whole_file
-from dmm_fast.inference.folder import REPORT, UNFINISHED
+from dmm_fast.files import digest, whole_file
+from dmm_fast.inference.folder import FILES, REPORT, UNFINISHED
 from dmm_fast.inference.proposing import Live, proposal_source
 from dmm_fast.inference.report import sharing
 from dmm_fast.inference.run import config_of
@@ -393,10 +393,16 @@ def _pngs(folder: Path) -> dict[str, Path]:
 def _open_proposals(source: Source, settings: dict[str, Any], where: str | os.PathLike, device: str) -> list[str]:
     """Open the run's proposals once more; -> what the user should know of them."""
     detector, files = split(where)
+    was = settings.get(FILES, {})  # digests
     for file in files:
         if not Path(file).exists():
             raise ExplainError(
                 f"{file}: the run's proposals are gone; name them with --proposals, or leave them out (--no-proposals)"
+            )
+    for file in [*files, *filter(None, (detector, settings["weights"]))]:
+        if was and Path(file).is_file() and digest(Path(file)) not in was.values():
+            raise ExplainError(
+                f"{file}: is not the file that this run read; give that one, or leave proposals out (--no-proposals)"
             )
     weights, precision = settings["detector_weights"] or "DEFAULT", settings["precision"]
     if not detector and len(files) == 1:

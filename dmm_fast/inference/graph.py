@@ -29,7 +29,7 @@ class Graph:
     def __init__(self, function: Callable[..., tuple], net: DMMNet):
         if net.mean.device.type != "cuda":
             raise ValueError("Graph: CUDA graphs need a network on a GPU")
-        self.function = function
+        self.function, self.device = function, net.mean.device
         self._key: Any = None
         self.captures = 0
 
@@ -37,6 +37,7 @@ class Graph:
     def __call__(self, *inputs: Any) -> tuple:
         key = [(leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs)]
         if key != self._key:
+            self._key = None  # a capture that fails leaves none
             self._capture(inputs)
             self.captures += 1
             self._key = key
@@ -51,18 +52,20 @@ class Graph:
 
     def _capture(self, inputs: tuple) -> None:
         self._inputs = tree_map(torch.clone, inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries choose their algorithms and allocate now, not while capturing
-                self.function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, allocating say, is no error.
-        with Graph._capturing, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            *self._results, following = self.function(*self._inputs)
-            for own, new in zip(tree_leaves(self._inputs[-1]), tree_leaves(following)):
-                own.copy_(new)
+        with torch.cuda.device(self.device):  # which need not be the current one
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries choose their algorithms and allocate now, not while capturing
+                    self.function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            # stream: torch's default one is on the GPU that was current when it was first wanted. thread_local: what other
+            # threads do meanwhile, allocating say, is no error.
+            with Graph._capturing, torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                *self._results, following = self.function(*self._inputs)
+                for own, new in zip(tree_leaves(self._inputs[-1]), tree_leaves(following)):
+                    own.copy_(new)
 
 
 class GraphStep(Graph):

@@ -22,6 +22,7 @@ from dmm_fast.inference.folder import RECORDING, RunError, RunFolder
 from dmm_fast.inference.passes import stop_requested
 from dmm_fast.inference.report import by_object, row_of, speed
 from dmm_fast.inference.results import check_kinds, check_overlay, write_results
+from dmm_fast.inference.run import run_settings
 from dmm_fast.inference.segmenter import Segmenter
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import full_masks
@@ -85,14 +86,18 @@ def first_masks(
     masks: str | os.PathLike, stream: Stream, proposer: Any
 ) -> tuple[Callable[[np.ndarray], np.ndarray], list[str]]:
     """frame -> ids, by a file or by the detector ("auto:3"), and notes."""
-    if str(masks).startswith("auto"):
-        kind, _, text = str(masks).partition(":")
-        if kind != "auto" or (text and not (text.isdecimal() and 0 < int(text) < 255)):
+    if _surest_wanted(masks):
+        text = str(masks).partition(":")[2] or "1"
+        if not (text.isdecimal() and 0 < int(text) < 255):
             raise RunError(f"{masks}: say auto for the surest proposal as object 1, or auto:N for the N surest")
-        count = int(text or 1)
+        count = int(text)
         return lambda frame: surest(proposer(frame), stream.size, count), []
     ids, notes = read_first_masks(masks, stream.size)
     return lambda frame: ids, notes
+
+
+def _surest_wanted(masks: str | os.PathLike) -> bool:
+    return str(masks).partition(":")[0] == "auto"
 
 
 def segment_stream(
@@ -131,18 +136,20 @@ def segment_stream(
         check_overlay(Path(video), overwrite)
     if not is_detector(proposals):
         raise RunError(f"{proposals}: a stream needs a live detector for its proposals, not a file of them")
-    settings = {
-        "frames": public_name(source),
-        "masks": str(masks),
-        "proposals": str(proposals),
-        "direction": "forward",
-        **model,
-    }
+    preset, weights = model.pop("preset", None), model.pop("weights", None)
+    usual = {"refine": None, "matcher": "dmm", "decision": "confident", "precision": "float32"}
+    settings = run_settings(
+        out / RECORDING, Path(masks), proposals, detector_weights, weights, preset=preset, backbone=None, online=None,
+        direction="forward", clean_masks=False, image_id_offset=None, **{name: model.get(name, value) for name, value in usual.items()},
+    ) | {"source": public_name(source)}  # fmt: skip
+    if not record:
+        settings["frames"] = settings["source"]
+    if _surest_wanted(masks):
+        settings["masks"] = str(masks)
     folder = RunFolder(out, settings)
     folder.find([], False, overwrite)
     proposer = open_proposer(proposals, detector_weights, device=device, precision=model.get("precision", "float32"))
-    preset = model.pop("preset", None)
-    segmenter = Segmenter(preset, device=device, proposer=proposer, **model)
+    segmenter = Segmenter(preset, weights=weights, device=device, proposer=proposer, **model)
     spent: dict[str, float] = defaultdict(float)
     latencies: list[float] = []
     stream = Stream(source, patience)
@@ -172,6 +179,8 @@ def segment_stream(
         rows = kept.rows()
         if not latencies:
             raise RunError(f"{stream.name}: {stream.ended}; no object was found in {len(rows)} frames")
+        if record and _surest_wanted(masks):
+            settings["masks"] = str(folder.mask(next(row["frame"] for row in rows if row["objects"])).resolve())
         report: dict[str, Any] = {
             "dmm_fast": version("dmm_fast"),
             "settings": {**settings, "device": str(segmenter.device), "graph": segmenter.graph},

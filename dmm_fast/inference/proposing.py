@@ -72,10 +72,10 @@ def proposal_source(
 
 
 def open_files(
-    paths: Sequence[str | os.PathLike], frames: ImageFrames | VideoFrames, offset: int | None = None
+    paths: Sequence[str | os.PathLike], frames: ImageFrames | VideoFrames, offset: int | None = None, top: int = TOP
 ) -> tuple[list[ProposalFile], list[str]]:
-    """Proposals files of a clip, and what the user should know of them."""
-    files = [read_coco(path) for path in paths]
+    """Proposals files of a clip, the `top` best of a frame each, and what the user should know of them."""
+    files = [read_coco(path, top) for path in paths]
     return files, [note for file in files for note in file.align(frames.stems, offset)]
 
 
@@ -107,7 +107,7 @@ def save_proposals(
     a frame. whose: says what detector this is; it goes on only from one of which the same was said, on the same frames.
     """
     batch = batch or (8 if getattr(getattr(propose, "device", None), "type", "cpu") == "cuda" else 1)
-    opened, notes = open_files(files, frames)
+    opened, notes = open_files(files, frames, top=top)
     with CocoWriter(apart or path, frames.size, fresh, f"{frames.path.resolve()}, {whose}") as writer:
         todo = [index for index, stem in enumerate(frames.stems) if stem not in writer.done]
         if writer.done and progress:

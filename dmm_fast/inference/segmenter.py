@@ -35,7 +35,9 @@ from dmm_fast.model.state import grow
 from dmm_fast.model.weights import write_tensors
 from dmm_fast.ops import assign, greedy, hungarian
 from dmm_fast.ops.device import open_device
-from dmm_fast.proposals.base import real
+from dmm_fast.proposals.base import checked, real
+from dmm_fast.proposals.live import Live, shares_backbone
+from dmm_fast.proposals.traceable import ProposalNetwork
 
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
@@ -272,10 +274,13 @@ class Segmenter:
         """Proposals and step in one, where `proposer` is a detector that can join."""
         network = getattr(proposer, "network", None)
         plain = (self.matcher, self.decision) == ("dmm", "confident")
-        if network is None or not plain or network.top > self.config.top or network.mean.device != self.net.mean.device:
+        if (
+            not isinstance(network, ProposalNetwork)
+            or not plain
+            or network.top > self.config.top
+            or network.mean.device != self.net.mean.device
+        ):
             return None
-        from dmm_fast.proposals.live import Live, shares_backbone  # torchvision is slow to import
-
         network = network.in_precision(getattr(torch, self.precision))
         live = Live(self._inference, network, shares_backbone(self.net, proposer)).eval()
         return Graph(live, self._inference) if self.graph else live
@@ -321,6 +326,7 @@ class Segmenter:
         gone = torch.tensor([i in ids for i in self._slot_ids], device=self.device)
         self._state = self.net.drop(gone, state)
         self._slot_ids = [0 if i in ids else i for i in self._slot_ids]
+        self._ids = np.where(np.isin(self._ids, ids), 0, self._ids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a safetensors file, whole or not at all. The network's weights are not in it."""
@@ -477,23 +483,28 @@ def _frame(frame: Frame, size: tuple[int, int] | None) -> Tensor:
         raise ValueError(f"Segmenter: frame must have shape {rule}, got {list(frame.shape)}")
     if frame.dtype not in (np.uint8, torch.uint8):
         raise ValueError(f"Segmenter: frame must be uint8, got {frame.dtype}")
-    # torch.tensor copies: a frame buffer may be read-only, or filled again by its owner.
-    tensor = frame.clone() if isinstance(frame, Tensor) else torch.tensor(frame).permute(2, 0, 1)
+    # A copy: a frame buffer may be read-only, a view that runs backwards, or filled again by its owner.
+    tensor = frame.clone() if isinstance(frame, Tensor) else torch.from_numpy(frame.copy()).permute(2, 0, 1)
     if size is not None and tuple(tensor.shape[1:]) != size:
         raise ValueError(f"Segmenter: frames must have the first one's size {size}, got {tuple(tensor.shape[1:])}")
     return tensor
+
+
+def _copied(mask: np.ndarray | Tensor) -> Tensor:
+    """A tensor as it is, an array copied."""
+    return mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
 
 
 def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
     """Any of the accepted forms of masks -> ids and masks [N, H, W] bool."""
     if isinstance(masks, Mapping):
         ids = [int(i) for i in masks]
-        planes = [torch.as_tensor(np.asarray(mask)) for mask in masks.values()]
+        planes = [_copied(mask) for mask in masks.values()]
         if any(plane.dtype != torch.bool or tuple(plane.shape) != size for plane in planes):
             raise ValueError(f"Segmenter: masks by id must be bool and of the frame's size {size}")
         stack = torch.stack(planes) if planes else torch.zeros((0, *size), dtype=torch.bool)
     else:
-        tensor = masks if isinstance(masks, Tensor) else torch.tensor(masks)
+        tensor = _copied(masks)
         if tuple(tensor.shape[-2:]) != size or tensor.ndim not in (2, 3):
             got = list(tensor.shape)
             raise ValueError(f"Segmenter: masks must be [H, W] or [N, H, W] with the frame's size {size}, got {got}")
@@ -516,36 +527,18 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
 
 
 def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: torch.device) -> tuple[Proposals, list[int]]:
-    """Checked proposals on the device, the `top` best by score; and their indices among those given."""
-    boxes, scores, masks = (torch.as_tensor(part) for part in proposals)
-    count = scores.numel()
-    runs = masks.dtype == torch.int32 and masks.ndim == 2
-    if scores.ndim != 1 or tuple(boxes.shape) != (count, 4) or not (masks.ndim == 3 or runs) or masks.size(0) != count:
-        shapes = [list(part.shape) for part in (boxes, scores, masks)]
-        raise ValueError(f"Segmenter: proposals must be boxes [M, 4], scores [M] and masks [M, ., .] or [M, .], got {shapes}")
-    if count == 0:
-        soft = masks.is_floating_point() and masks.size(1) == masks.size(2) > 0
-        whole = torch.zeros((0, *size), dtype=torch.bool, device=device)
-        kind = masks.to(device) if runs else masks.to(device, torch.float32) if soft else whole
-        return pad(Proposals(torch.zeros((0, 4), device=device), torch.zeros(0, device=device), kind), 1), []
-    if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
-        raise ValueError("Segmenter: proposals must have finite boxes and scores")
-    if masks.dtype == torch.bool:
-        if tuple(masks.shape[1:]) != size:
-            got = tuple(masks.shape[1:])
-            raise ValueError(f"Segmenter: bool proposal masks must have the frame's size {size}, got {got}")
-    elif not runs and (not masks.is_floating_point() or masks.size(1) != masks.size(2)):
-        raise ValueError(
-            "Segmenter: proposal masks must be bool [M, H, W] of the frame's size, float [M, S, S] in their boxes, or int32 "
-            f"[M, R] run-length codes, got {masks.dtype} {list(masks.shape)}"
-        )
-    kept = torch.arange(count)
-    if count > top:
-        kept = scores.argsort(descending=True, stable=True)[:top].sort().values.cpu()
+    """Checked proposals on the device, the `top` best by score; and their indices among those given. Padding is left out."""
+    boxes, scores, masks = checked(proposals, size)
+    kept = (scores > -torch.inf).nonzero()[:, 0]
+    if len(kept) > top:
+        kept = kept[scores[kept].argsort(descending=True, stable=True)[:top].sort().values]
+    if not len(kept):
+        square = masks.is_floating_point() and masks.size(1) == masks.size(2) > 0
+        like = masks[:0] if masks.dtype == torch.int32 or square else torch.zeros((0, *size), dtype=torch.bool)
+        return pad(Proposals(boxes[:0].to(device), scores[:0].to(device), like.to(device)), 1), []
+    if len(kept) < len(scores):
         boxes, scores, masks = boxes[kept], scores[kept], masks[kept]
-    floats = (part.to(device, torch.float32) for part in (boxes, scores))
-    masks = masks.to(device, torch.float32 if masks.is_floating_point() else masks.dtype)
-    return Proposals(*floats, masks), kept.tolist()
+    return Proposals(boxes.to(device), scores.to(device), masks.to(device)), kept.tolist()
 
 
 def _given(ids: list[int]) -> list[ObjectResult]:

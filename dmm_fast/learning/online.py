@@ -50,12 +50,9 @@ def tune(
     `seconds`, or `epochs` of 8 steps; one of them must be given; or before that, once `stop()` is true. A call that raises leaves
     `net` as it was.
     """
-    if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
-        raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
+    _check(masks, seconds, epochs)
     if not 0.0 < share <= 1.0:
         raise ValueError(f"online learning: share must be in (0, 1], got {share!r}")
-    if masks.dtype != torch.bool or masks.ndim != 3 or not masks.flatten(1).any(1).all():
-        raise ValueError("online learning needs masks [N, H, W] bool, none of them empty")
     how = Unrolling(LOSS, freeze=True)
     learned = {name: p for name, p in net.named_parameters() if not name.startswith("backbone.")}
     if not learned:
@@ -74,9 +71,7 @@ def tune(
         with tqdm(total=total, desc="learning the first frame", unit=" steps", disable=None if progress else True) as bar:
             while not stop() and (step < total if total else step == 0 or time.monotonic() - began < seconds):
                 loss = unroll_all(net, [to_device(views(step), frame.device)], how)[0, 0]
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise RuntimeError(f"online learning: the loss is {value} at step {step + 1}; try a rate below {rate:g}")
+                value = _finite(loss, step, rate)
                 loss.backward()
                 nn.utils.clip_grad_norm_(learned.values(), 1.0)
                 optimizer.step()
@@ -107,14 +102,15 @@ def tune_proposer(
 ) -> int:
     """Fit the heads of a class-agnostic proposal network in place to a first frame, arguments as for `tune`.
 
-    Only what lies behind the regions learns (scores, boxes, masks), on views of the frame with its objects as the truth.
+    Only what lies behind the regions learns (scores, boxes, masks), on views of the frame with its objects as the truth. A call
+    that raises leaves the network as it was.
     """
-    if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
-        raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
+    _check(masks, seconds, epochs)
     net = proposer.model
     if not getattr(proposer, "class_agnostic", False):
         raise ValueError("online learning: this detector tells classes apart; only class-agnostic ones can learn an object")
     learned = list(net.roi_heads.parameters())
+    before = [p.detach().clone() for p in learned]
     clip = Clip(frame[None].cpu(), masks[None].cpu(), [nothing(masks.shape[1:])], "first frame")
     views = Views(clip, tuple(masks.shape[1:]), 1, seed, objects_only=True)
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
@@ -129,14 +125,35 @@ def tune_proposer(
             truth = {name: value.to(proposer.device) for name, value in target(view.masks[0]).items()}
             losses = net([view.frames[0].to(proposer.device) / 255.0], [truth])
             loss = sum(value for name, value in losses.items() if "rpn" not in name and name != "loss_objectness")
+            _finite(loss, step, rate)
             loss.backward()
             nn.utils.clip_grad_norm_(learned, 5.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+    except BaseException:
+        with torch.no_grad():
+            for p, was in zip(learned, before):
+                p.copy_(was)
+        raise
     finally:
         net.eval().requires_grad_(False)
     return step
+
+
+def _check(masks: Tensor, seconds: float | None, epochs: int | None) -> None:
+    if (seconds is None) == (epochs is None) or not (epochs if seconds is None else seconds) > 0:
+        raise ValueError(f"online learning needs seconds or epochs above 0, got {seconds} and {epochs}")
+    if masks.dtype != torch.bool or masks.ndim != 3 or not len(masks) or not masks.flatten(1).any(1).all():
+        raise ValueError("online learning needs masks [N, H, W] bool of one object or more, none of them empty")
+
+
+def _finite(loss: Tensor, step: int, rate: float) -> float:
+    """The loss of a step, from 0."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise RuntimeError(f"online learning: the loss is {value} at step {step + 1}; try a rate below {rate:g}")
+    return value
 
 
 class Views:

@@ -29,10 +29,45 @@ class ProposalWarning(UserWarning):
     """Proposals that are used, but not as the file says."""
 
 
+def channels_first(frame: np.ndarray | Tensor) -> Tensor:
+    """A frame uint8 [H, W, 3] (array) or [3, H, W] (tensor) as the latter; ValueError for anything else."""
+    given = frame if isinstance(frame, Tensor) else torch.from_numpy(np.ascontiguousarray(frame))
+    tensor = given if given is frame or given.ndim != 3 else given.permute(2, 0, 1)
+    if tensor.ndim != 3 or tensor.size(0) != 3 or tensor.dtype != torch.uint8:
+        rule = "[3, H, W]" if given is frame else "[H, W, 3]"
+        raise ValueError(f"a detector takes frames uint8 {rule}, got {given.dtype} {list(given.shape)}")
+    return tensor
+
+
+def checked(proposals: Proposals, size: tuple[int, int]) -> Proposals:
+    """Anybody's proposals of a frame of a size (H, W), arrays or tensors, in the dtypes of `Proposals`; padding is kept.
+
+    Raises ProposalError for shapes, dtypes and sizes that are none of those, and for what is not finite.
+    """
+    boxes, scores, masks = (torch.as_tensor(part) for part in proposals)
+    count, runs = scores.numel(), masks.dtype == torch.int32 and masks.ndim == 2
+    if scores.ndim != 1 or tuple(boxes.shape) != (count, 4) or not (masks.ndim == 3 or runs) or masks.size(0) != count:
+        shapes = [list(part.shape) for part in (boxes, scores, masks)]
+        raise ProposalError(f"proposals must be boxes [M, 4], scores [M] and masks [M, ., .] or [M, .], got {shapes}")
+    if not (torch.isfinite(boxes).all() and (torch.isfinite(scores) | (scores == -torch.inf)).all()):
+        raise ProposalError("proposals must have finite boxes and scores")
+    whole, soft = tuple(masks.shape[1:]) == size, masks.is_floating_point()
+    if count and masks.dtype == torch.bool and not whole:
+        raise ProposalError(f"bool proposal masks must have the frame's size {size}, got {tuple(masks.shape[1:])}")
+    if count and soft and whole:
+        raise ProposalError("proposal masks of the frame's size must be bool, as masks > 0.5; float ones lie in their boxes")
+    if count and not (runs or masks.dtype == torch.bool or (soft and masks.size(1) == masks.size(2))):
+        raise ProposalError(
+            "proposal masks must be bool [M, H, W] of the frame's size, float [M, S, S] in their boxes, or int32 "
+            f"[M, R] run-length codes, got {masks.dtype} {list(masks.shape)}"
+        )
+    return Proposals(boxes.float(), scores.float(), masks.float() if soft else masks)
+
+
 def real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
-    """Proposals without the padding behind them, which has scores of -inf."""
-    count = int(torch.isfinite(scores).sum())
-    return Proposals(boxes[:count], scores[:count], masks[:count])
+    """Proposals without padding, which has scores of -inf."""
+    there = scores > -torch.inf
+    return Proposals(boxes[there], scores[there], masks[there])
 
 
 def encode_runs(masks: Tensor) -> Tensor:
@@ -64,8 +99,10 @@ def merge(found: Sequence[Proposals], size: tuple[int, int], top: int = TOP, ove
     One source's .9 is another's .5, so proposals compete by their rank in their own source; they keep their scores. The result has
     run-length codes for masks, on the device of the first source that is not on the CPU.
     """
-    device = next((part.scores.device for part in found if part.scores.device.type != "cpu"), torch.device("cpu"))
-    found = [Proposals(*(tensor.to(device) for tensor in part)) for part in found if len(part.scores)]
+    given = [torch.as_tensor(part.scores).device for part in found]
+    device = next((each for each in given if each.type != "cpu"), torch.device("cpu"))
+    found = [Proposals(*(tensor.to(device) for tensor in real(*checked(part, size)))) for part in found]
+    found = [part for part in found if len(part.scores)]
     if not found:
         return Proposals(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 1, dtype=torch.int32))
     shrink = max(1.0, min(size) / COMPARED)

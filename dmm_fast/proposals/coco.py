@@ -22,13 +22,15 @@ from torch import Tensor
 from dmm_fast.files import whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import NO_RUN
-from dmm_fast.proposals.base import TOP, ProposalError, ProposalWarning, full_masks
+from dmm_fast.proposals.base import TOP, ProposalError, ProposalWarning, checked, full_masks, real
+
+FAR = 1 << 20  # pixels; a polygon's points lie nearer
 
 # ---------------------------------------------------------------------------------------------- COCO results files
 
 
 def read_coco(path: str | os.PathLike, top: int = TOP) -> ProposalFile:
-    """Open a COCO file of masks, either
+    """Open a COCO file of masks, of which a frame has the `top` best at most, either
 
     results: a JSON list of {image_id, score, segmentation, bbox?}, image_id = the frame's stem or number; or
     a data set: {images, annotations}, where an image's file_name tells the frame and a missing score counts as 1.
@@ -48,7 +50,7 @@ def read_aligned(path: str | os.PathLike, stems: list[str], top: int = TOP) -> P
     file = read_coco(path, top)
     named = not {_key(stem) for stem in stems}.isdisjoint(file._entries)
     try:
-        notes = file.align(stems) if len(file) else []
+        notes = file.align(stems)
     except ProposalError:
         if named:
             return file
@@ -56,8 +58,8 @@ def read_aligned(path: str | os.PathLike, stems: list[str], top: int = TOP) -> P
     moved = [(key, number) for key, number in file._of.items() if number]
     by_one = all(key.lstrip("-").isdigit() and abs(int(key) - int(number)) == 1 for key, number in moved)
     if named and moved and not by_one:
-        return read_coco(path, top)
-    if moved:
+        file._of = {}
+    elif moved:
         warnings.warn(f"{path}: {notes[0]}", ProposalWarning, stacklevel=2)
     return file
 
@@ -100,6 +102,8 @@ class ProposalFile:
 
         Raises ProposalError where no id is a frame's, and where several constants would do.
         """
+        if not len(self):
+            return self._left(stems)
         keys = [_key(stem) for stem in stems]
         found = set(keys) & self._entries.keys()
         numbers = [int(key) for key in self._entries if key.lstrip("-").isdigit()]
@@ -114,13 +118,12 @@ class ProposalFile:
         stray = self._entries.keys() - set(keys)
         if len(found) == len(set(keys)) or (found and not stray) or len(numbers) < len(self._entries) or not numbers:
             if not found:
-                example = f"{self.image_ids[0]!r}" if len(self) else "nothing"
                 raise ProposalError(f"{self.path}: no proposals for these frames: image_id must be a frame's name such as "
-                                    f"{stems[0]!r}, the file holds {example}")  # fmt: skip
+                                    f"{stems[0]!r}, the file holds {self.image_ids[0]!r}")  # fmt: skip
             return self._left(stems)
         for names, how in ((dict(zip(places, keys)), ""), (dict(enumerate(keys)), " by their place in the clip")):
             lowest, highest = min(numbers), max(numbers)
-            fitting = [s for s in range(min(names) - lowest, max(names) - highest + 1) if all(n + s in names for n in numbers)]
+            fitting = [s for s in sorted(name - lowest for name in names) if all(number + s in names for number in numbers)]
             if len(fitting) == 1:
                 return self._shift(names, fitting[0], stems, f"no other constant brings every id to a frame{how}")
             if fitting:
@@ -371,6 +374,8 @@ def _polygon_runs(polygons: list, size: tuple[int, int], where: str) -> np.ndarr
     for polygon in polygons:
         if not (isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))):
             raise ProposalError(f"{where}: a polygon is a list of x, y, x, y, ... of three points or more")
+        if max(map(abs, polygon)) > FAR:  # which pycocotools does not survive
+            raise ProposalError(f"{where}: a polygon reaches {max(polygon, key=abs):g} pixels far, which is no frame's size")
     (runs,) = _uncompress([coco.merge(coco.frPyObjects(polygons, *size))["counts"]])
     assert runs is not None, "pycocotools writes codes that can be read"
     return runs
@@ -440,7 +445,8 @@ class CocoWriter:
 
     def add(self, stem: str, proposals: Proposals) -> None:
         """Write the proposals of the frame called `stem`."""
-        results = [_result(stem, *proposal) for proposal in zip(*full_masks(proposals, self.size))]
+        found = real(*checked(proposals, self.size))
+        results = [_result(stem, *proposal) for proposal in zip(*full_masks(found, self.size))]
         self._file.write(json.dumps({"stem": stem, "size": self.size, "whose": self.whose, "results": results}) + "\n")
         self._file.flush()
         self.done.add(stem)

@@ -15,9 +15,9 @@ from dmm_fast.model import Proposals, digest
 from dmm_fast.model.inference import fold
 from dmm_fast.model.weights import load_weights, packaged, read_weights
 from dmm_fast.ops.device import open_device
-from dmm_fast.proposals.base import TOP, real
+from dmm_fast.proposals.base import TOP, channels_first, real
 from dmm_fast.proposals.layers import RESNETS, Layers, read_detector
-from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer, channels_first
+from dmm_fast.proposals.mask_rcnn import MaskRCNNProposer
 from dmm_fast.proposals.traceable import ProposalNetwork
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmm_fast.model import Proposals
 from dmm_fast.ops.device import open_device
-from dmm_fast.proposals.base import TOP, ProposalError, from_logits, suppress
+from dmm_fast.proposals.base import TOP, ProposalError, channels_first, from_logits, suppress
 
 # model_type of config.json -> family. A query is a mask and a class; a prompt is a point of the image, with masks of several extents.
 QUERIES = {
@@ -83,7 +83,7 @@ class HubProposer:
     @torch.inference_mode()
     def batch(self, frames: Sequence[np.ndarray | Tensor]) -> list[Proposals]:
         """The proposals of each of some frames of one size."""
-        images = [torch.from_numpy(frame).permute(2, 0, 1) if isinstance(frame, np.ndarray) else frame for frame in frames]
+        images = [channels_first(frame) for frame in frames]
         inputs = self.processor(images=images, **self.options)
         if self.family in PROMPTS:
             return self._prompt(inputs, [_size(image) for image in images])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmm_fast.model import Proposals
 from dmm_fast.model.weights import load_weights
 from dmm_fast.ops.device import open_device
-from dmm_fast.proposals.base import TOP, ProposalError
+from dmm_fast.proposals.base import TOP, ProposalError, channels_first
 from dmm_fast.proposals.coco import _short
 
 
@@ -64,11 +64,6 @@ class MaskRCNNProposer:
         heads = self.model.roi_heads
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, [boxes], [size])))
         return logits[torch.arange(len(labels)), labels].sigmoid()  # [M, 28, 28]
-
-
-def channels_first(frame: np.ndarray | Tensor) -> Tensor:
-    """A frame [H, W, 3] (array) or [3, H, W] (tensor) as the latter."""
-    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) if isinstance(frame, np.ndarray) else frame
 
 
 class TorchvisionProposer(MaskRCNNProposer):

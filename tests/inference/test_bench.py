@@ -55,6 +55,12 @@ def test_bench_refuses_a_precision_that_a_runtime_would_not_have(capsys):
     assert main([*words, "--precision", "bfloat16", "--runtimes", "eager"]) == 0
 
 
+def test_bench_refuses_more_proposals_than_the_network_takes(capsys):
+    for more in (["--objects", "1"], ["--frame-size", "96x128"]):
+        assert main(["bench", "--preset", "iou", "--frames", "1", "--runtimes", "eager", "--proposals", "51", *more]) == 2
+        assert "takes at most 50 proposals a frame, got 51" in capsys.readouterr().err
+
+
 def test_the_benchmark_of_a_step_runs():
     """As in `make bench`; pytest-benchmark refuses to measure where it sees that a worker of xdist started it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

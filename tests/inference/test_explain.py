@@ -348,10 +348,13 @@ def test_errors_say_what_to_do(clip, run, tmp_path):
         explain(run, other)
     with pytest.raises(ExplainError, match="gone.json: the run's proposals are gone; .*--no-proposals"):
         explain(run, gt(clip), proposals=tmp_path / "gone.json")
+    moved = tmp_path / "moved.json"
+    shutil.copy(clip / "proposals/koi.json", moved)
+    explain(run, gt(clip), proposals=moved)
     found = json.loads((clip / "proposals/koi.json").read_text())
     fewer = [one for one in found if one["image_id"] != "00005"]
     (tmp_path / "fewer.json").write_text(json.dumps(fewer))
-    with pytest.raises(ExplainError, match="frame 00005: the run matched proposal .* there are 0 now"):
+    with pytest.raises(ExplainError, match="fewer.json: is not the file that this run read"):
         explain(run, gt(clip), proposals=tmp_path / "fewer.json")
     rewrite(run, lambda report: report["settings"].update(frames="/moved"))
     e = explain(run, gt(clip))

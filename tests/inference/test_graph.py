@@ -112,6 +112,29 @@ def test_objects_come_and_go_in_few_captures(refine, monkeypatch):
     assert captures == [1, 1, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_capture_that_fails_leaves_no_graph():
+    torch.manual_seed(0)
+    net = DMMNet(Config(backbone="test_resnet", input_size=SIZE, iou_weight=0.5, refine="none", top=9)).eval()
+    frame = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    state, wider = (net.start(frame, proposals(n).masks, torch.ones(n, dtype=torch.bool)) for n in (2, 3))
+    graph = Recorded(net, 9)
+
+    def step():
+        return graph(frame, proposals(5), tree_map(torch.clone, state))[0].labels
+
+    first, capture = step(), graph._capture
+
+    def failing(inputs):
+        capture(inputs)
+        raise RuntimeError("out of memory")
+
+    graph._capture = failing
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graph(frame, proposals(5), wider)
+    graph._capture = capture
+    assert torch.equal(step(), first) and graph.captures == 2
+
+
 def test_a_live_frame_is_one_graph(monkeypatch):
     """Detector and step together, and captured again only for more slots."""
 

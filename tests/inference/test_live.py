@@ -116,6 +116,7 @@ def test_a_recorded_run(sent, clip, tmp_path, light, capsys):
     assert recorded.stems == [row["frame"] for row in rows] and len(open_frames(tmp_path / "o.mp4")) == len(rows)
     assert (read_ids(out / "000000.png") == read_ids(masks)).all() and (out / "contact-sheet.png").exists()
     assert len(list((out / "binary/1").iterdir())) == len(rows) and (out / "tracks.json").exists()
+    assert main(["explain", str(out), "--quiet"]) == 0 and (out / "explain.html").exists()
     again = main([*map(str, ["segment", out / "recording", "--masks", out / "000000.png", "--out", tmp_path / "again", "--preset", "iou",
                              "--proposals", tmp_path / "none.json", "--quiet"])])  # fmt: skip
     assert again != 0  # no such proposals; with some, a recording is a clip like others

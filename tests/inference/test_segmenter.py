@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dmm_fast.inference.graph import pad
 from dmm_fast.inference.segmenter import Segmenter
 
 SIZE = (48, 80)
@@ -119,6 +120,9 @@ def test_add_and_drop():
     slots = segmenter._state.valid.numel()
     segmenter.add({9: truth(3) == 7})
     assert segmenter._state.valid.numel() == slots and segmenter.object_ids == [3, 9, 200]  # the free slot was used
+    segmenter.drop(9)
+    result = segmenter.add({9: truth(0) == 7})  # elsewhere: nothing is left of the mask before
+    assert np.array_equal(result.ids == 9, truth(0) == 7)
     segmenter.drop([3, 9, 200])
     assert segmenter.step(frame(4), proposals(4)).objects == []
 
@@ -223,6 +227,32 @@ def test_gpu_gives_the_same(light):
             assert (a.ids != b.ids).mean() < 0.01  # pixels near 0.5
 
 
+def test_views_that_run_backwards_and_padding():
+    segmenter = Segmenter("iou")
+    result = segmenter.start(frame(0)[..., ::-1][:, ::-1], truth(0)[:, ::-1])
+    assert np.array_equal(result.ids, truth(0)[:, ::-1])
+    segmenter.start(frame(0), {7: (truth(0) == 7)[::-1][::-1]})
+    padded = pad(proposals(1), 9)
+    result = started().step(frame(1), padded)
+    assert np.array_equal(result.ids, truth(1)) and result == started().step(frame(1), proposals(1))
+    square = Segmenter("iou")  # where float masks of the frame's size would pass for those inside boxes
+    square.start(frame(0)[:, :48], truth(0)[:, :48])
+    with pytest.raises(ValueError, match="must be bool, as masks > 0.5"):
+        square.step(frame(1)[:, :48], Proposals(torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1), torch.ones(1, 48, 48)))
+
+
+def test_any_detector_with_a_network_of_its_own():
+    class Mine:
+        network = torch.nn.Conv2d(3, 1, 1)
+
+        def __call__(self, image):
+            return proposals(1)
+
+    segmenter = Segmenter("iou", proposer=Mine())
+    segmenter.start(frame(0), truth(0))
+    assert np.array_equal(segmenter.step(frame(1)).ids, truth(1))
+
+
 def test_proposer():
     calls = []
     segmenter = Segmenter("iou", proposer=lambda image: calls.append(image.shape) or proposals(1))
@@ -239,6 +269,7 @@ BAD_STEPS = [
     (frame(1), GOOD._replace(scores=GOOD.scores[1:]), r"proposals must be boxes \[M, 4\]"),
     (frame(1), GOOD._replace(masks=GOOD.masks[:, 1:]), "must have the frame's size"),
     (frame(1), GOOD._replace(masks=GOOD.masks.to(torch.uint8)), "proposal masks must be bool"),
+    (frame(1), GOOD._replace(masks=GOOD.masks.float()), "must be bool, as masks > 0.5"),
     (frame(1), GOOD._replace(scores=GOOD.scores * torch.nan), "finite boxes and scores"),
     (frame(1), GOOD._replace(boxes=GOOD.boxes / 0), "finite boxes and scores"),
 ]

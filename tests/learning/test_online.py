@@ -226,6 +226,13 @@ def test_a_detector_learns_the_objects_of_a_first_frame(pond):
     assert best() > max(before + 0.1, 0.6)
     assert all(torch.equal(a, b) for a, b in zip(backbone.values(), detector.model.backbone.state_dict().values()))
     assert not detector.model.training and not any(p.requires_grad for p in detector.model.parameters())
+    after = copy.deepcopy(detector.model.state_dict())
+    with pytest.raises(RuntimeError, match="the loss is"):
+        tune_proposer(detector, image, masks, epochs=1, rate=1e30)
+    assert all(torch.equal(a, b) for a, b in zip(after.values(), detector.model.state_dict().values()))
+    for wrong in (masks & False, masks[:0]):
+        with pytest.raises(ValueError, match="one object or more, none of them empty"):
+            tune_proposer(detector, image, wrong, epochs=1)
     with pytest.raises(ValueError, match="class-agnostic"):
         tune_proposer(TorchvisionProposer(weights=None), image, masks, epochs=1)
 

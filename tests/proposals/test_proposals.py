@@ -142,6 +142,7 @@ def test_bad_files(tmp_path, content, message):
         ({"segmentation": {"size": [53, 37], "counts": [37 * 53]}}, r"masks are 37x53, the frames are 53x37"),
         ({"segmentation": {"size": [0, 53], "counts": []}}, "needs a segmentation"),
         ({"segmentation": [[1, 2, 3]]}, "a polygon is a list"),
+        ({"segmentation": [[0, 0, 4e8, 0, 4, 4]]}, "a polygon reaches 4e[+]08 pixels far"),
         ({"bbox": [1, 2, 3]}, "bbox must be"),
         ({"bbox": [1, 2, 3, "4"]}, "bbox must be"),
     ],
@@ -394,6 +395,48 @@ def test_which_frames_image_ids_mean(tmp_path, ids, stems, places, notes):
     told = file.align(stems)
     assert met(file, stems) == places
     assert all(note in " ".join(told) for note in notes) and bool(told) == bool(notes), told
+
+
+def test_frames_named_by_the_clock(tmp_path):
+    """Nanoseconds: as many shifts as frames are tried, not as many as there are between the first name and the last."""
+    stems = [str(1_403_636_579_763_555_584 + 50_000_000 * number) for number in range(3)]
+    with pytest.raises(ProposalError, match="no proposals for these frames"):
+        ids_file(tmp_path / "p.json", [1, 2, 9]).align(stems)
+    file = ids_file(tmp_path / "q.json", [1, 50_000_001, 100_000_001])
+    assert "is added" in file.align(stems)[0] and met(file, stems) == [1, 2, 3]
+
+
+def test_a_file_of_a_detector_that_found_nothing(tmp_path):
+    write_coco(tmp_path / "p.json", {"00000": Proposals(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, *SIZE).bool())}, SIZE)
+    file = read_coco(tmp_path / "p.json")
+    assert "no proposals for 1 of 1 frames" in file.align(["00000"])[0] and len(file.frame("00000", SIZE).scores) == 0
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    masks = torch.from_numpy(random_masks(4))[1:3]
+    found = Proposals(mask_boxes(masks).double(), torch.tensor([0.5, -torch.inf]), masks)
+    write_coco(tmp_path / "p.json", {"00000": found}, SIZE)
+    assert torch.equal(read_coco(tmp_path / "p.json").frame("00000").masks, masks[:1])
+    for scores in ([0.5, torch.nan], [torch.inf, 0.5]):
+        with pytest.raises(ProposalError, match="finite boxes and scores"):
+            write_coco(tmp_path / "q.json", {"00000": found._replace(scores=torch.tensor(scores))}, SIZE)
+    soft = Proposals(
+        torch.tensor([[5.0, 5, 33, 33]], dtype=torch.float64), torch.tensor([0.5]), torch.ones(1, 28, 28, dtype=torch.float64)
+    )
+    write_coco(tmp_path / "r.json", {"00000": soft}, SIZE)
+    assert read_coco(tmp_path / "r.json").frame("00000").masks.sum() == 28 * 28
+
+
+def test_frames_that_detectors_refuse():
+    detector = TorchvisionProposer(weights=None, short_side=64)
+    for frame in (
+        np.zeros((32, 48, 3)),
+        np.zeros((32, 48, 4), np.uint8),
+        np.zeros((32, 48), np.uint8),
+        torch.zeros(32, 48, 3).byte(),
+    ):
+        with pytest.raises(ValueError, match="a detector takes frames uint8"):
+            detector(frame)
 
 
 def test_ambiguous_image_ids_need_an_answer(tmp_path):
