@@ -330,6 +330,7 @@ class ObjectScore:
     j: np.ndarray
     f: np.ndarray
     holds: np.ndarray
+    seen: bool = True  # in ground truth or in the prediction, in any of these frames
 
     @property
     def row(self) -> dict[str, Any]:
@@ -373,6 +374,7 @@ def _object_scores(sequence: _Sequence, scores: list[dict[int, FrameScore]], pro
                 np.array([rows[t].j for t in counted]),
                 np.array([rows[t].f for t in counted]),
                 np.array([rows[t].holds for t in counted], int),
+                any(rows[t].in_gt or rows[t].in_pred for t in counted),
             )
         )
     return result
@@ -450,6 +452,8 @@ class Report:
         ]
         lines.insert(-1, "-" * len(lines[0]))
         extra = [f"{name} = {value:.3f}" for name, value in self.summary.items() if name not in rows[0]]
+        if unseen := [f"{score.sequence} {score.object}" for score in self.objects if not score.seen]:
+            extra.append(f"in no mask of these frames, so counted as J = F = 1: {_listed(unseen)}")
         how = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
         return "\n".join([*lines, *extra, f"({how})"])
 

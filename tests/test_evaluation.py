@@ -262,7 +262,9 @@ def test_davis_frames_and_objects(tmp_path: Path):
 def test_davis_counts_ids_up_to_the_first_frames_largest(tmp_path: Path):
     """A gap is an object that is never there; an id that comes later than the first frame is not scored."""
     gt, pred = [one_pixel(1, 3), one_pixel(1, 5), one_pixel(1, 3)], [one_pixel(1, 3)] * 3
-    assert js(evaluate(*pair(tmp_path, gt, pred))) == {("s", 1): [1.0], ("s", 2): [1.0], ("s", 3): [0.0]}
+    report = evaluate(*pair(tmp_path, gt, pred))
+    assert js(report) == {("s", 1): [1.0], ("s", 2): [1.0], ("s", 3): [0.0]}
+    assert "in no mask of these frames, so counted as J = F = 1: s 2\n" in report.table()
 
 
 @pytest.mark.parametrize("wrong", [3, 255])
