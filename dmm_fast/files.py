@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all, and whether they have changed."""
+"""Files that appear whole or not at all, whether they have changed, and lists of them in messages."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,3 +29,8 @@ def digest(*paths: Path) -> str:
             while block := file.read(1 << 22):
                 found.update(block)
     return found.hexdigest()
+
+
+def listed(names: Sequence, most: int = 6) -> str:
+    """ "a, b, c", of many the first ones and the last."""
+    return ", ".join(map(str, names[:most])) + (f", ... {names[-1]}" if len(names) > most else "")

@@ -13,6 +13,7 @@ import numpy as np
 from dmm_fast.data.masks import VOID, MaskWarning, check_size, read_binary, read_ids, read_mask
 from dmm_fast.data.mined import SCORE, Track, mine
 from dmm_fast.data.video import ImageFrames, VideoFrames, image_size
+from dmm_fast.files import listed
 from dmm_fast.model import Proposals
 from dmm_fast.proposals.base import TOP
 from dmm_fast.proposals.coco import ProposalFile, read_aligned
@@ -155,9 +156,7 @@ class Video:
                     given[index] = np.where(np.isin(ids, there), ids, np.uint8(0))
                     waiting = {number: first for number, first in waiting.items() if number not in there}
         if waiting:
-            raise DataError(
-                f"{self.name}: object{'s' * (len(waiting) > 1)} {listed([str(n) for n in waiting])} in none of its masks"
-            )
+            raise DataError(f"{self.name}: object{'s' * (len(waiting) > 1)} {listed([*waiting])} in none of its masks")
         if not given:
             raise DataError(f"{self.name}: no object in its masks")
         return given
@@ -193,7 +192,3 @@ class StillFrame(ImageFrames):
 
     def __init__(self, path: Path):
         self.path, self.files, self.stems, self.size = path, [path], [path.stem], image_size(path)
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", .." if len(names) > most else "")

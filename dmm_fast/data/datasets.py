@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.data.annotated import DataError, StillFrame, Video, VideoObject, listed
+from dmm_fast.data.annotated import DataError, StillFrame, Video, VideoObject
 from dmm_fast.data.masks import VOID, is_indexed
 from dmm_fast.data.video import SUFFIXES, VIDEO_SUFFIXES, ImageFrames, VideoFrames, open_frames
+from dmm_fast.files import listed
 from dmm_fast.proposals.base import TOP
 
 MASK_SUFFIXES = (".png", ".bmp")

@@ -153,9 +153,10 @@ def _ids_from_colours(path: str | os.PathLike, rgb: np.ndarray) -> np.ndarray:
 def check_size(path: str | os.PathLike, ids: np.ndarray, size: tuple[int, int] | None) -> None:
     """`size` is (H, W), or None for any."""
     if size is not None and ids.shape != tuple(size):
+        turned = ids.shape == tuple(size)[::-1]
+        how = "frames are read upright: turn the mask too" if turned else "resize the mask with nearest neighbour"
         raise MaskError(
-            f"{path}: wrong size: the mask is {ids.shape[1]}x{ids.shape[0]}, the frames are "
-            f"{size[1]}x{size[0]} (width x height); resize the mask with nearest neighbour"
+            f"{path}: wrong size: the mask is {ids.shape[1]}x{ids.shape[0]}, the frames are {size[1]}x{size[0]} (width x height); {how}"
         )
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dmm_fast.data.annotated import Video, listed
+from dmm_fast.data.annotated import Video
 from dmm_fast.data.datasets import VideoDataset
-from dmm_fast.files import whole_file
+from dmm_fast.files import listed, whole_file
 
 ROOTS = {"davis": "", "mose": "", "youtube-vos": "Annotations/", "lvos": "Annotations/"}
 

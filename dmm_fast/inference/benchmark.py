@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmm_fast.data.annotated import DataError, listed
+from dmm_fast.data.annotated import DataError
 from dmm_fast.data.datasets import VideoDataset
 from dmm_fast.data.masks import VOID, read_ids
 from dmm_fast.evaluation import Report, evaluate
-from dmm_fast.files import whole_file
+from dmm_fast.files import listed, whole_file
 from dmm_fast.inference.bench import machine
 from dmm_fast.inference.engines import Engine
 from dmm_fast.inference.sets import SetJob, segment_set

@@ -10,7 +10,7 @@ import numpy as np
 
 from dmm_fast.data.masks import MaskWarning, read_first_masks, read_mask, without_strays
 from dmm_fast.data.video import ImageFrames, VideoFrames
-from dmm_fast.files import digest
+from dmm_fast.files import digest, listed
 from dmm_fast.inference.folder import RunError
 
 MASK_SUFFIXES = (".png", ".bmp")
@@ -39,8 +39,11 @@ class GivenMasks:
         self._files = {stem: file for stem, file in by_stem.items() if stem in stems}
         if not self._files:
             self._files = {frames.stems[0]: path}
-        elif extra := len(by_stem) - len(self._files):
-            self.notes.append(f"{path}: {extra} of {len(by_stem)} masks do not have the name of a frame and are not used")
+        elif extra := sorted(file.name for stem, file in by_stem.items() if stem not in stems):
+            self.notes.append(f"{path}: {len(extra)} of {len(by_stem)} masks do not have the name of a frame, such as "
+                              f"{frames.stems[0]}, and are not used: {listed(extra)}")  # fmt: skip
+        elif path.is_file() and path.stem != frames.stems[0]:
+            self.notes.append(f"{path.name}: the mask of frame {path.stem}, whose name it has")
         self._stems = frames.stems
         self._there = [index for index, stem in enumerate(frames.stems) if stem in self._files]
         self.first = self._there[0]  # the number of the first frame that has masks

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dmm_fast.data.video import ImageFrames, VideoFrames, check_video_name, open_frames
-from dmm_fast.files import digest
+from dmm_fast.files import digest, listed
 from dmm_fast.inference.folder import FILES, RESULTS, UNFINISHED, RunError, RunFolder, direction_of, settle, take
 from dmm_fast.inference.given import GivenMasks, span
 from dmm_fast.inference.joining import Join, backward_from, join
@@ -342,8 +342,12 @@ def _held(rows: list[dict[str, Any]]) -> list[str]:
         for entry in row["objects"]:
             if "given" in entry:
                 at[entry["id"]].append(row["frame"])
-    return [f"object {label} is given in {len(frames)} frames, {frames[0]} to {frames[-1]}: its masks there are those"
-            for label, frames in sorted(at.items()) if len(frames) > 1]  # fmt: skip
+    together = defaultdict(list)
+    for label, frames in sorted(at.items()):
+        if len(frames) > 1:
+            together[tuple(frames)].append(label)
+    return [f"object{'s' * (len(labels) > 1)} {listed(labels)}: given in {len(frames)} frames ({listed(frames)}), where the masks are "
+            "those given" for frames, labels in together.items()]  # fmt: skip
 
 
 def _check_out(out: Path, frames: Path, masks: Path) -> None:

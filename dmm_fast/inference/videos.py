@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from dmm_fast.data.annotated import DataError, Video, listed
+from dmm_fast.data.annotated import DataError, Video
 from dmm_fast.data.datasets import VideoDataset
+from dmm_fast.files import listed
 from dmm_fast.inference import engines
 from dmm_fast.inference.engines import Alone, Engine, Outcome, failure
 from dmm_fast.inference.folder import RunError

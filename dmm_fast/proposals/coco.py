@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm_fast.files import whole_file
+from dmm_fast.files import listed, whole_file
 from dmm_fast.model import Proposals
 from dmm_fast.ops.vision import NO_RUN
 from dmm_fast.proposals.base import TOP, ProposalError, ProposalWarning, checked, full_masks, real
@@ -75,6 +75,24 @@ class ProposalFile:
             if not isinstance(entry, dict) or "image_id" not in entry or not _is_number(entry.get("score")):
                 raise ProposalError(f"{path}: entry {number} needs image_id and a finite score, got {_short(entry)}")
             self._entries.setdefault(_key(entry["image_id"]), []).append(entry)
+        self._check_masks()
+
+    def _check_masks(self) -> None:
+        """That each entry has one, before a run begins: whether its codes can be read is found out when its frame is."""
+        every = [entry for entries in self._entries.values() for entry in entries]
+        without = [entry for entry in every if not _is_segmentation(entry.get("segmentation"))]
+        if without and all(entry.get("segmentation") in (None, [], {}) for entry in every):
+            raise ProposalError(f"{self.path}: none of {len(every)} entries has a segmentation, and boxes alone are not enough: give "
+                                "polygons or run-length codes; a box is the polygon [[x, y, x+w, y, x+w, y+h, x, y+h]]")  # fmt: skip
+        if without:
+            raise ProposalError(f"{self.path}, image_id {without[0]['image_id']!r}: needs a segmentation, polygons or "
+                                f"{{size: [H, W], counts}}, got {_short(without[0].get('segmentation'))}")  # fmt: skip
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """ProposalError where a mask is not of the frames' size (H, W)."""
+        for entries in self._entries.values():
+            for entry in entries:
+                _check_size(entry["segmentation"], size, f"{self.path}, image_id {entry['image_id']!r}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -129,7 +147,7 @@ class ProposalFile:
             if fitting:
                 raise ProposalError(
                     f"{self.path}: image ids {lowest} to {highest} for frames {stems[0]} to {stems[-1]}: they are off by a constant, "
-                    f"but {_listed(fitting)} would all do; --image-id-offset N of dmm-fast segment says which is added to them "
+                    f"but {listed(fitting)} would all do; --image-id-offset N of dmm-fast segment says which is added to them "
                     f"(-1 for ids that count from 1, 0 to take them as they are)"
                 )
         if not found:
@@ -158,9 +176,11 @@ class ProposalFile:
         stray = [key for key in self._entries if key not in used]
         told = []
         if empty:
-            told.append(f"{self.path.name}: no proposals for {len(empty)} of {len(stems)} frames: {_listed(empty)}")
+            told.append(f"{self.path.name}: no proposals for {len(empty)} of {len(stems)} frames: {listed(empty)}")
+        if empty and _key(empty[0]) == "0" and "1" in self._entries and len(self) > 1 and not self._of:
+            told[-1] += "; if image ids count from 1, give --image-id-offset -1"
         if stray:
-            told.append(f"{self.path.name}: {len(stray)} of {len(self)} image ids are not those of a frame: {_listed(stray)}")
+            told.append(f"{self.path.name}: {len(stray)} of {len(self)} image ids are not those of a frame: {listed(stray)}")
         return told
 
     def frame(self, stem: str, size: tuple[int, int] | None = None, top: int | None = None) -> Proposals:
@@ -267,10 +287,6 @@ def _number(stem: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _listed(values: list, most: int = 6) -> str:
-    return ", ".join(map(str, values[:most])) + (f", ... {values[-1]}" if len(values) > most else "")
-
-
 def _key(image_id: Any) -> str:
     """Frame stems and image ids meet here: 7, "7" and "00007" name the same frame; so do "a.jpg" and "a"."""
     text = str(image_id)
@@ -286,6 +302,19 @@ def _text(segmentation: Any) -> bytes:
     return counts.encode(errors="surrogatepass") if isinstance(counts, str) else b""
 
 
+def _is_segmentation(segmentation: Any) -> bool:
+    if isinstance(segmentation, list):
+        return bool(segmentation)
+    shape = segmentation.get("size") if isinstance(segmentation, dict) and "counts" in segmentation else None
+    return isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)
+
+
+def _check_size(segmentation: Any, size: tuple[int, int], where: str) -> None:
+    shape = segmentation["size"] if isinstance(segmentation, dict) else size
+    if tuple(shape) != tuple(size):
+        raise ProposalError(f"{where}: masks are {shape[1]}x{shape[0]}, the frames are {size[1]}x{size[0]}")
+
+
 def _run_lengths(
     segmentation: Any, uncompressed: np.ndarray | None, size: tuple[int, int] | None, where: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -293,16 +322,13 @@ def _run_lengths(
 
     uncompressed: what `_uncompress` makes of the text, if it is one.
     """
-    if isinstance(segmentation, list) and segmentation:
+    if isinstance(segmentation, list):
         if size is None:
             raise ProposalError(f"{where}: polygons need the frame's size")
         return _polygon_runs(segmentation, size, where), size
-    rle = segmentation if isinstance(segmentation, dict) else {}
-    shape, counts = rle.get("size"), rle.get("counts")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)):
-        raise ProposalError(f"{where}: needs a segmentation {{size: [H, W], counts}}, got {_short(segmentation)}")
-    if size is not None and tuple(shape) != tuple(size):
-        raise ProposalError(f"{where}: masks are {shape[1]}x{shape[0]}, the frames are {size[1]}x{size[0]}")
+    if size is not None:
+        _check_size(segmentation, size, where)
+    shape, counts = segmentation["size"], segmentation["counts"]
     if isinstance(counts, str):
         runs = uncompressed
     else:

@@ -385,7 +385,9 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
     write_mask(tmp_path / "small.png", np.ones((10, 20), np.uint8))
     write_mask(tmp_path / "empty.png", np.zeros(SIZE, np.uint8))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
-    (tmp_path / "other.json").write_text('[{"image_id": "zebra", "score": 1.0}]')
+    mask = {"size": SIZE, "counts": [SIZE[0] * SIZE[1]]}
+    (tmp_path / "other.json").write_text(json.dumps([{"image_id": "zebra", "score": 1.0, "segmentation": mask}]))
+    (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": "00000", "score": 1.0, "bbox": [1, 1, 9, 9]}]))
     (tmp_path / "torn.json").write_text('[{"image_id": "zeb')
     (tmp_path / "none").mkdir()
     for changes, *messages in [
@@ -399,6 +401,10 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
         ({"masks": tmp_path / "none"}, "none: no mask"),
         ({"proposals": tmp_path / "nowhere.json"}, "nowhere.json: no such proposals file"),
         ({"proposals": tmp_path / "torn.json"}, "torn.json: not valid JSON"),
+        (
+            {"proposals": tmp_path / "boxes.json"},
+            "boxes.json: none of 1 entries has a segmentation, and boxes alone are not enough",
+        ),
         (
             {"proposals": tmp_path / "other.json"},
             "image_id must be a frame's name such as '00000', the file holds 'zebra'",

@@ -109,7 +109,7 @@ def test_an_object_given_twice_is_joined_where_the_passes_agree(clip, tmp_path):
             assert jaccard(passes["both"][t] == label, taken) > 0.9
     for t in (0, 11):
         assert ((passes["both"][t] == 1) == (truth(clip, t) == 1)).all()
-    assert "object 1 is given in 2 frames, 00000 to 00011" in str(report["notes"])
+    assert "objects 1, 3: given in 2 frames (00000, 00011), where the masks are those given" in str(report["notes"])
 
 
 def test_passes_that_disagree_are_told(clip, tmp_path):

@@ -130,8 +130,6 @@ def test_bad_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"segmentation": None}, "needs a segmentation"),
-        ({"segmentation": {"size": [37, 53]}}, "run lengths do not fill"),
         ({"segmentation": {"size": [37, 53], "counts": ""}}, "run lengths do not fill"),
         ({"segmentation": {"size": [37, 53], "counts": "05"}}, "run lengths do not fill"),
         ({"segmentation": {"size": [37, 53], "counts": "zzzz"}}, "run lengths do not fill"),
@@ -140,7 +138,6 @@ def test_bad_files(tmp_path, content, message):
         ({"segmentation": {"size": [37, 53], "counts": [1.5]}}, "run lengths do not fill"),
         ({"segmentation": {"size": [37, 53], "counts": [10**30]}}, "run lengths do not fill"),
         ({"segmentation": {"size": [53, 37], "counts": [37 * 53]}}, r"masks are 37x53, the frames are 53x37"),
-        ({"segmentation": {"size": [0, 53], "counts": []}}, "needs a segmentation"),
         ({"segmentation": [[1, 2, 3]]}, "a polygon is a list"),
         ({"segmentation": [[0, 0, 4e8, 0, 4, 4]]}, "a polygon reaches 4e[+]08 pixels far"),
         ({"bbox": [1, 2, 3]}, "bbox must be"),
@@ -154,6 +151,23 @@ def test_bad_entries_are_named_when_their_frame_is_read(tmp_path, change, messag
     with pytest.raises(ProposalError, match=message) as caught:
         file.frame("bad", SIZE)
     assert "p.json" in str(caught.value) and "'bad'" in str(caught.value)
+
+
+@pytest.mark.parametrize("segmentation", [None, [], {}, "mask", {"size": [37, 53]}, {"size": [0, 53], "counts": []}])
+def test_entries_without_a_mask_are_named_before_a_run_begins(tmp_path, segmentation):
+    good, bad = result(random_masks(3)[1], "good"), {**result(random_masks(3)[1], "bad"), "segmentation": segmentation}
+    with pytest.raises(ProposalError, match="p.json, image_id 'bad': needs a segmentation, polygons or"):
+        read_coco(save(tmp_path / "p.json", [good, bad]))
+    if not segmentation:
+        with pytest.raises(ProposalError, match="none of 2 entries has a segmentation, and boxes alone are not enough"):
+            read_coco(save(tmp_path / "p.json", [bad, bad]))
+
+
+def test_masks_of_another_size_are_refused_before_a_run_begins(tmp_path):
+    file = read_coco(save(tmp_path / "p.json", [result(random_masks(3)[1])]))
+    file.check_size(SIZE)
+    with pytest.raises(ProposalError, match=r"p.json, image_id '00000': masks are 53x37, the frames are 37x53"):
+        file.check_size(SIZE[::-1])
 
 
 def some_proposals(count=5, seed=0):
@@ -448,6 +462,7 @@ def test_ambiguous_image_ids_need_an_answer(tmp_path):
     assert met(file, FIVE) == [1, 2, 3, 4, 0]
     with pytest.raises(ProposalError, match="with --image-id-offset 50 no image id is that of a frame"):
         file.align(FIVE, 50)
+    assert "give --image-id-offset -1" in ids_file(tmp_path / "s.json", [1, 2, 3]).align(FIVE)[0]
     file = ids_file(tmp_path / "q.json", [1, 2, 3, 4, 5])
     assert "no proposals for 1 of 5 frames: 00000" in file.align(FIVE, 0)[0] and met(file, FIVE) == [0, 1, 2, 3, 4]
     with pytest.raises(ProposalError, match=r"no proposals for these frames: image ids 70 to 90, frames 00000 to 00004"):
