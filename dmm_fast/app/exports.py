@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,8 @@ from dmm_fast.data.masks import PALETTE
 from dmm_fast.data.video import VideoWriter, prefetch
 from dmm_fast.files import whole_file
 from dmm_fast.inference.overlay import overlay
+from dmm_fast.inference.report import by_object
+from dmm_fast.inference.results import Tracks
 
 Progress = Callable[[int], None]  # frames done; what it raises ends the export
 
@@ -41,44 +43,31 @@ def overlay_video(project: Project, path: Path, progress: Progress) -> None:
 
 def cutouts(project: Project, path: Path, progress: Progress) -> None:
     """Each object alone on a transparent ground: RGBA PNGs of the frame's size, a folder per object, in a zip."""
-    folders = {label: f"{label} {_plain(name)}" for label, name in project.names.items()}
+    folders: dict[int, str] = {}
     with whole_file(path) as part, zipfile.ZipFile(part, "w") as archive:
         for index, frame, ids in _frames(project):
             for label in np.unique(ids[ids > 0]).tolist():
                 alpha = np.where(ids == label, np.uint8(255), np.uint8(0))
                 pixels = np.dstack([np.where(alpha[..., None] > 0, frame, np.uint8(0)), alpha])
-                archive.writestr(f"{folders[label]}/{project.clip.stems[index]}.png", _png(Image.fromarray(pixels)))
+                folder = folders.setdefault(label, f"{label} {_plain(project.names.get(label, f'Object {label}'))}")
+                archive.writestr(f"{folder}/{project.clip.stems[index]}.png", _png(Image.fromarray(pixels)))
             progress(index + 1)
 
 
 def tracks(project: Project, path: Path, progress: Progress) -> None:
-    """YouTube-VIS JSON: per object a list of COCO run-length codes, null in frames where it is not seen."""
-    from pycocotools import mask as coco
-
-    height, width = project.clip.size
-    found: dict[int, dict[str, list[Any]]] = {
-        label: {"segmentations": [], "bboxes": [], "areas": []} for label in project.names
-    }
-    for index in range(len(project.clip)):
-        ids = project.ids(index)
-        for label, lists in found.items():
-            mask = ids == label
-            code = coco.encode(np.asfortranarray(mask, np.uint8)) if mask.any() else None
-            lists["segmentations"].append(code and {"size": code["size"], "counts": code["counts"].decode()})
-            lists["bboxes"].append(code and coco.toBbox(code).tolist())
-            lists["areas"].append(code and int(mask.sum()))
-        progress(index + 1)
-    video = {
-        "id": 1, "width": width, "height": height, "length": len(project.clip), "fps": project.clip.fps,
-        "name": project.clip.path.name, "file_names": project.clip.stems,
-    }  # fmt: skip
-    annotations = [
-        {"id": label, "video_id": 1, "category_id": label, "iscrowd": 0, "width": width, "height": height, **lists}
-        for label, lists in found.items()
-    ]
-    categories = [{"id": label, "name": name} for label, name in sorted(project.names.items())]
-    with whole_file(path) as part:
-        part.write_text(json.dumps({"videos": [video], "categories": categories, "annotations": annotations}) + "\n")
+    """YouTube-VIS JSON as of `dmm-fast segment --save tracks`, with each object as a category of its own."""
+    with project.lock:
+        names = dict(sorted(project.names.items()))
+        rows = [{"frame": stem, "objects": project.rows.get(index, [])} for index, stem in enumerate(project.clip.stems)]
+    found = by_object(rows)
+    objects = {label: found.get(str(label), {"mean_score": None}) for label in names}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        result = Tracks(project.clip.frames, Path(folder), {"frames": rows, "objects": objects}, names)
+        with result:
+            for index, row in enumerate(rows):
+                result.add(index, None, project.ids(index), row)
+                progress(index + 1)
+        os.replace(result.youtube_vis, path)
 
 
 EXPORTS: dict[str, tuple[Callable[[Project, Path, Progress], None], str]] = {

@@ -26,12 +26,14 @@ HEADERS = {
 class Guard:
     """Middleware. The token comes as ?token= when the page is opened, then as a cookie; programs send it as a bearer.
 
+    once: a second token, with which the page can be opened one time; "" for none.
+
     A name that is neither an address nor this machine's own is refused, since a page elsewhere may have its name point here;
     so is a change that a page of another origin asks for.
     """
 
-    def __init__(self, app: ASGIApp, token: str, port: int):
-        self.app, self.token, self.cookie = app, token, f"dmm_fast_{port}"
+    def __init__(self, app: ASGIApp, token: str, port: int, once: str = ""):
+        self.app, self.token, self.once, self.cookie = app, token, once, f"dmm_fast_{port}"
         self.names = {"localhost", socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,7 +41,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        enters = request.url.path == "/" and self._same(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0])
+        told = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        enters = request.url.path == "/" and self._enters(told)
 
         async def add_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -75,6 +78,12 @@ class Guard:
         if request.method not in ("GET", "HEAD") and origin is None and not self._same(bearer):
             return 403, "a change needs an Origin, or the token as a bearer"
         return None
+
+    def _enters(self, token: str) -> bool:
+        if self.once and secrets.compare_digest(token.encode(), self.once.encode()):
+            self.once = ""
+            return True
+        return self._same(token)
 
     def _same(self, token: str) -> bool:
         return secrets.compare_digest(token.encode(), self.token.encode())

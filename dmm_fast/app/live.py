@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from dmm_fast.app.clip import jpeg, scaled
-from dmm_fast.app.project import Project, ProjectError
+from dmm_fast.app.project import Project, ProjectError, check_free, new_folder
 from dmm_fast.app.worker import SAVE_EVERY, Notify, Worker
 from dmm_fast.data.stream import Stream, public_name
 from dmm_fast.data.video import Behind, FramesError
@@ -45,9 +45,7 @@ class Live:
 
     def __init__(self, source: str, folder: Path | None, opened: Open, closed: Callable[[], None], notify: Notify):
         self.source, self.name, self.folder = source, public_name(source), folder or default_folder(source)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ProjectError(f"{self.folder}: exists already, and a live recording begins a project of its own: choose another "
-                               f"--project, or open what is there with dmm-fast app --project {self.folder}")  # fmt: skip
+        check_free(self.folder)
         self._opened, self._closed, self.notify = opened, closed, notify
         self._project: Project | None = None
         self._worker: Worker | None = None
@@ -97,13 +95,11 @@ class Live:
             if self._shown is None or self.state["ended"]:
                 raise ProjectError(f"no frame can be taken: {self.state['ended'] or 'none has come yet'}")
             recording = self.folder / RECORDING
-            recording.mkdir(parents=True)
-            try:
+            with new_folder(self.folder) as lock:
+                recording.mkdir()
                 write_frame(recording / "000000.jpg", self._shown[0])
+                lock.close()  # the project takes it
                 self._project, self._worker = self._opened(self.folder, recording)
-            except BaseException:
-                shutil.rmtree(self.folder)  # which was new
-                raise
             self._say(phase=TAKEN)
 
     def back(self) -> None:

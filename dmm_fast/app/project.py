@@ -1,6 +1,6 @@
 """A project on disk: the masks that were given, the results, and how far they hold. Every change is saved as it is made.
 
-    PROJECT/project.json    the clip, the objects' names, where objects end
+    PROJECT/project.json    the clip, the objects' names, where objects end, objects whose removal has begun
     PROJECT/masks/          what people gave: PNGs named like frames, as `dmm-fast segment --masks PROJECT/masks` reads them
     PROJECT/results/        one PNG per frame, as `dmm-fast segment --out PROJECT/results --resume` writes them and goes on from
     PROJECT/frames.jsonl    a journal: which frames are done, with each object's score
@@ -9,7 +9,7 @@
     PROJECT/recording/      frames that were taken from a camera or a stream, where the clip is such a recording
 
 A given mask holds the objects that were touched in that frame; others are followed through it. A result is *stale* when a
-correction before it has not been followed up to it.
+correction before it has not been followed up to it, or what was given in it was let go.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import safe_open
 
 from dmm_fast.app.clip import Clip
-from dmm_fast.data.masks import read_mask, write_mask
+from dmm_fast.data.masks import MaskError, read_mask, write_mask
 from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import GIVEN, RECORDING, REPORT, UNFINISHED, RunError, RunFolder, hold
 from dmm_fast.inference.report import by_object
 
 FORMAT = 1
+LOCK = ".lock"
 STATES = 2 << 30  # bytes of saved states, at most
 OPEN, DONE, STALE = 0, 1, 2  # of a frame: not reached, holds, to be followed again
 BINS = 2000  # of the timeline
@@ -63,6 +64,7 @@ class Project:
         self.clip.fps = self.recorded.get("fps", self.clip.fps)
         self.names: dict[int, str] = {entry["id"]: entry["name"] for entry in stored["objects"]}
         self.ends = {self._numbers[stem]: set(ids) for stem, ids in stored["ends"].items() if stem in self._numbers}
+        self.removing: set[int] = set(stored.get("removing", ()))  # where a removal broke off
         self.given: dict[int, set[int]] = {}
         self._find_given()
         self.status = bytearray(len(clip))
@@ -71,6 +73,10 @@ class Project:
         self._painted = False
         self._holders, self._held = 0, -1  # of results/
         self._save()
+        self._damaged([index for index in self.rows if self.status[index] != OPEN and _empty(self.result_file(index))])
+        with contextlib.suppress(BusyError):  # then the next opening does it
+            for label in sorted(self.removing):
+                self.remove(label)
 
     # ------------------------------------------------------------------------------------------------------ on disk
 
@@ -81,7 +87,8 @@ class Project:
             "frames": len(self.clip),
             "size": list(self.clip.size),
             "objects": [{"id": label, "name": name} for label, name in sorted(self.names.items())],
-            "ends": {self.clip.stems[index]: sorted(ids) for index, ids in sorted(self.ends.items()) if ids},
+            "ends": {self.clip.stems[index]: sorted(ids) for index, ids in sorted(self.ends.items())},
+            **({"removing": sorted(self.removing)} if self.removing else {}),
             **({"recorded": self.recorded} if self.recorded else {}),
         }
         with whole_file(self.folder / "project.json") as part:
@@ -187,8 +194,19 @@ class Project:
         """The frame's masks as they stand, uint8 [H, W]: the result, and what was given drawn over it."""
         with self.lock:
             if self.status[index] != OPEN and self.result_file(index).exists():
-                return read_mask(self.result_file(index), self.clip.size)
+                try:
+                    return read_mask(self.result_file(index), self.clip.size)
+                except MaskError:
+                    self._damaged([index])
             return self.given_ids(index)
+
+    def _damaged(self, frames: list[int]) -> None:
+        """The results of these frames cannot be read: the next run makes them again, the page's or one of `dmm-fast segment`."""
+        for index in frames:
+            self._note(index, OPEN, [])
+        if frames:
+            with contextlib.suppress(BusyError), self.alone():
+                self._hand_back(min(frames))
 
     def given_ids(self, index: int) -> np.ndarray:
         with self.lock:
@@ -208,7 +226,10 @@ class Project:
             }
 
     def timeline(self) -> dict[str, Any]:
-        """Status, and each object's lowest score (0 where lost, null where it is not followed), in at most `BINS` bins."""
+        """Status, and each object's lowest score (0 where lost, null where it is not followed), in at most `BINS` bins.
+
+        "lost": the first frames of the stretches in which an object is lost.
+        """
         with self.lock:
             width = -(-len(self.clip) // BINS)
             count = -(-len(self.clip) // width)
@@ -221,7 +242,9 @@ class Project:
                         line[k] = value if line[k] is None else min(value, line[k])  # type: ignore[type-var]
             given = {index: sorted(ids) for index, ids in sorted(self.given.items())}
             ends = {index: sorted(ids) for index, ids in sorted(self.ends.items()) if ids}
-            return {"width": width, "status": status, "scores": scores, "given": given, "ends": ends}
+            lost = {index: {entry["id"] for entry in row if entry.get("lost")} for index, row in self.rows.items()}
+            first = sorted(index for index, ids in lost.items() if ids - lost.get(index - 1, set()))
+            return {"width": width, "status": status, "scores": scores, "given": given, "ends": ends, "lost": first}
 
     # ------------------------------------------------------------------------------------------------ what people do
 
@@ -241,32 +264,39 @@ class Project:
             self._save()
 
     def remove(self, label: int) -> None:
-        """The object goes from all given masks and all results."""
+        """The object goes from all given masks and all results. One that breaks off is finished when the project is opened again."""
         with self.lock, self.alone():
             self._known([label])
+            self.removing.add(label)
+            self._save()
             for index in [index for index, ids in self.given.items() if label in ids]:
                 ids = self.given_ids(index)
                 self._write_given(index, np.where(ids == label, np.uint8(0), ids), self.given[index] - {label})
             for index, row in list(self.rows.items()):
                 if any(entry["id"] == label for entry in row):
                     if self.result_file(index).exists():
-                        ids = read_mask(self.result_file(index))
+                        ids = self.ids(index)
+                        if self.status[index] == OPEN:  # it was damaged
+                            continue
                         write_mask(self.result_file(index), np.where(ids == label, np.uint8(0), ids))
                     self._note(index, self.status[index], [entry for entry in row if entry["id"] != label])
-            for ends in self.ends.values():
-                ends.discard(label)
-            del self.names[label]
-            self._save()
             self._hand_back(0)
+            self.ends = {index: left for index, ids in self.ends.items() if (left := ids - {label})}
+            del self.names[label]
+            self.removing.discard(label)
+            self._save()
 
     def paint(self, index: int, ids: np.ndarray, given: Iterable[int], ends: Iterable[int] = ()) -> None:
         """A frame's masks as they were painted: `given` are the objects touched here, `ends` those that are not followed on.
 
-        What depends on them becomes stale: until the next frame in which each of the changed objects was given.
+        What depends on them becomes stale: until the next frame in which each of the changed objects was given. So does this frame
+        where something that was given here, or ended, no longer is.
         """
         with self.lock, self.alone():
             given, ends = set(given), set(ends)
             self._known(given | ends | _labels(ids))
+            if halved := sorted((given | ends) & self.removing):
+                raise ProjectError(f"{self.names[halved[0]]} is half removed: remove it again")
             given &= _labels(ids)
             before, given_before, ends_before = self.ids(index), self.given.get(index, set()), self.ends.get(index, set())
             where = before != ids
@@ -274,11 +304,13 @@ class Project:
             if not changed:
                 return
             self._painted = True
-            until = self._until(index, changed)
-            self._outdate(index, until)
+            let_go = (given_before | ends_before) - (given | ends)
+            self._outdate(index, index if let_go else index + 1, self._until(index, changed))
             self._write_given(index, np.where(np.isin(ids, sorted(given)), ids, np.uint8(0)), given)
             if ends != ends_before:
                 self.ends[index] = ends
+                if not ends:
+                    del self.ends[index]
                 self._save()
             if self.status[index] != OPEN:
                 write_mask(self.result_file(index), ids)
@@ -308,10 +340,11 @@ class Project:
                     return other
         return len(self.clip)
 
-    def _outdate(self, index: int, until: int) -> None:
-        if any(status == DONE for status in self.status[index + 1 : until]):
-            self._write(json.dumps({"stale": [index + 1, until]}) + "\n")
-            self._mark_stale(index + 1, until)
+    def _outdate(self, index: int, first: int, until: int) -> None:
+        """Masks changed in frame `index`: those of [first, until) have to be followed again."""
+        if any(status == DONE for status in self.status[first:until]):
+            self._write(json.dumps({"stale": [first, until]}) + "\n")
+            self._mark_stale(first, until)
         for at, file in self._states().items():
             if index <= at < until:
                 file.unlink()
@@ -460,6 +493,39 @@ def read_project(folder: Path) -> dict[str, Any] | None:
     return stored
 
 
+def check_free(folder: Path, clip: Path | None = None) -> None:
+    """Raises ProjectError where no project can begin in this folder: it holds more than its clip and what a killed server left."""
+    if not folder.exists():
+        return
+    if (folder / "project.json").exists():
+        raise ProjectError(f"{folder}: is a project already: dmm-fast app --project {folder} opens it; "
+                           "choose another --project for a new one")  # fmt: skip
+    if not folder.is_dir() or any(file != clip and file.name != LOCK and not file.match(".*.tmp") for file in folder.iterdir()):
+        raise ProjectError(f"{folder}: exists and is not a project; choose another --project")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[IO[str]]:
+    """A folder to begin a project in, and its lock, to be closed when the project is opened. An error leaves it as it was found.
+
+    Raises ProjectError where none can begin there.
+    """
+    check_free(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=not new)
+    with _locked(folder) as lock:
+        try:
+            for torn in folder.glob(".*.tmp"):
+                torn.unlink()
+            yield lock
+        except BaseException:
+            for file in folder.iterdir():  # all of it was made in the block
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if new:
+                folder.rmdir()
+            raise
+
+
 def open_project(folder: Path, clip: Path | None) -> Project:
     """The project in this folder; a new one of `clip` where there is none.
 
@@ -469,8 +535,7 @@ def open_project(folder: Path, clip: Path | None) -> Project:
     if stored is None:
         if clip is None:
             raise ProjectError(f"{folder}: no project here; name the clip: dmm-fast app VIDEO --project {folder}")
-        if folder.exists() and (not folder.is_dir() or any(entry != clip for entry in folder.iterdir())):
-            raise ProjectError(f"{folder}: exists and is not a project; choose another --project")
+        check_free(folder, clip)
     own = folder / RECORDING
     source = clip or (own if own.is_dir() else Path(stored["clip"]))  # type: ignore[index]
     if stored is not None and clip is None and not source.exists():
@@ -501,9 +566,9 @@ def open_project(folder: Path, clip: Path | None) -> Project:
     return Project(folder, opened)
 
 
-def _locked(folder: Path):
+def _locked(folder: Path) -> IO[str]:
     """Keeps other servers from the folder while it is open."""
-    file = (folder / ".lock").open("a")
+    file = (folder / LOCK).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -526,6 +591,10 @@ def _held(state: Path) -> set[int]:
 
 def _changed(file: Path) -> float:
     return file.stat().st_mtime if file.exists() else 0.0
+
+
+def _empty(file: Path) -> bool:
+    return file.exists() and not file.stat().st_size
 
 
 def _line(index: int, status: int, objects: list[dict[str, Any]]) -> str:

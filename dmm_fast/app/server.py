@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import secrets
-import shutil
 import socket
 import threading
+import time
 import webbrowser
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from dmm_fast.app.clip import WIDTHS
 from dmm_fast.app.exports import EXPORTS
 from dmm_fast.app.guard import Guard
 from dmm_fast.app.live import DONE, FOLLOWING, Live
-from dmm_fast.app.project import BusyError, Project, open_project
+from dmm_fast.app.project import BusyError, Project, new_folder, open_project
 from dmm_fast.app.worker import Settings, Worker
 from dmm_fast.data.video import SUFFIXES
+from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import RunError
 from dmm_fast.inference.overlay import object_colours
 from dmm_fast.model import Proposals
@@ -44,27 +45,35 @@ from dmm_fast.proposals.sources import is_detector
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 SMALL_BODY = 1 << 16
+KEPT = 4096  # events
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # errors that may go without the request changing
 OUTLINE = 640  # pixels of the longer side at which proposals are shown
 LEAST_SCORE, MOST = 0.05, 40  # of the proposals shown
 
 
 class Feed:
-    """Events for every page that listens; the last few are kept for one that comes back."""
+    """Events for every page that listens; the last few are kept for one that comes back.
+
+    A timeline is large, and the next one of the same kind and page says all that it said: only that is kept.
+    """
 
     def __init__(self) -> None:
-        self._events: deque[tuple[int, str]] = deque(maxlen=4096)
+        self._events: dict[Any, tuple[int, str]] = {}
         self._count = 0
         self._lock = threading.Lock()
 
     def put(self, event: dict[str, Any]) -> None:
         with self._lock:
             self._count += 1
-            self._events.append((self._count, json.dumps(event)))
+            key = (event["kind"], event.get("by")) if "timeline" in event else self._count
+            self._events.pop(key, None)
+            self._events[key] = self._count, json.dumps(event)
+            if len(self._events) > KEPT:
+                del self._events[next(iter(self._events))]
 
     def since(self, count: int) -> list[tuple[int, str]]:
         with self._lock:
-            return [event for event in self._events if event[0] > count]
+            return [event for event in self._events.values() if event[0] > count]
 
     @property
     def count(self) -> int:
@@ -125,7 +134,9 @@ class Studio:
 
         def work() -> None:
             try:
-                write(project, project.folder / "exports" / name, progress)
+                file, began = project.folder / "exports" / name, time.time()
+                write(project, file, progress)
+                os.utime(file, (began, began))  # what changes from here on need not be in it
                 self.feed.put({**about, "done": len(project.clip), "ready": True})
             except Exception as fault:  # the page has to say it, whatever it is
                 self.feed.put({**about, "error": str(fault) or type(fault).__name__})
@@ -134,8 +145,8 @@ class Studio:
         self._export.start()
 
 
-def create_app(studio: Studio, token: str, port: int) -> Starlette:
-    """The ASGI application."""
+def create_app(studio: Studio, token: str, port: int, once: str = "") -> Starlette:
+    """The ASGI application. token, once: see `Guard`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -163,7 +174,8 @@ def create_app(studio: Studio, token: str, port: int) -> Starlette:
         Route("/api/exports/{kind}", _exported),
     ]
     handlers: dict[Any, Any] = {HTTPException: _refused, ValueError: _wrong, OSError: _wrong, RuntimeError: _wrong}
-    app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, token, port)], exception_handlers=handlers)
+    guard = Middleware(Guard, token, port, once)
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[guard], exception_handlers=handlers)
     app.state.studio = studio
     return app
 
@@ -182,6 +194,8 @@ def _studio(request: Request) -> tuple[Studio, Project, Worker]:
     studio = request.app.state.studio
     if studio.project is None:
         raise HTTPException(409, "no clip is open yet")
+    if request.query_params.get("of", studio.opened) != studio.opened:  # from a page that shows what was open before
+        raise HTTPException(410, "another clip, or a new server, is here now")
     if studio.live is not None and studio.live.phase == FOLLOWING:
         raise HTTPException(409, "objects are being followed live; stop first")
     return studio, studio.project, studio.worker
@@ -196,11 +210,7 @@ def _frame(request: Request) -> tuple[Project, Worker, int]:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    parts, size = [], 0
-    async for part in _limited(request, limit):
-        parts.append(part)
-        size += len(part)
-    return b"".join(parts)
+    return b"".join([part async for part in _limited(request, limit)])
 
 
 async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -254,16 +264,27 @@ def _described(studio: Studio) -> dict[str, Any]:
     return {
         "seq": studio.feed.count,
         "clip": {"name": project.named_by.name, "frames": len(project.clip), "width": width, "height": height,
-                 "fps": project.clip.fps, "names": project.clip.stems[:1] + project.clip.stems[-1:], "opened": studio.opened},
+                 "fps": project.clip.fps, "opened": studio.opened},
         "live": _live_state(studio),
-        "folder": str(project.folder),
+        "folder": str(project.folder.resolve()),
         "objects": [{"id": label, "name": name} for label, name in sorted(project.names.items())],
         "colours": page_colours().tolist(),
         "timeline": project.timeline(),
         "run": worker.state,
-        "exports": sorted(kind for kind, (_, name) in EXPORTS.items() if (project.folder / "exports" / name).exists()),
-        "proposals": studio.settings.proposals if studio.settings.proposals in ("small", "torchvision") else "given",
+        "exports": _made(project),
     }  # fmt: skip
+
+
+def _made(project: Project) -> dict[str, bool]:
+    """The exports that were made, and of each whether masks have changed since."""
+    files = {kind: project.folder / "exports" / name for kind, (_, name) in EXPORTS.items()}
+    made = {kind: file.stat().st_mtime for kind, file in files.items() if file.exists()}
+    if not made:
+        return {}
+    with project.lock, os.scandir(project.results) as found:  # the folder's own time is also that of its report
+        results = [entry.stat().st_mtime for entry in found if entry.name.endswith(".png")]
+    changed = max([project.masks.stat().st_mtime, *results])
+    return {kind: at < changed for kind, at in made.items()}
 
 
 def page_colours() -> np.ndarray:
@@ -285,18 +306,13 @@ async def _upload(request: Request) -> Response:
         raise HTTPException(400, f"a video file is needed, got {name.name!r}")
     plain = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name.stem)[:60] or "clip"
     folder = studio.folder or Path(f"{plain}.dmm")
-    if folder.exists() and any(folder.iterdir()):
-        raise HTTPException(409, f"{folder}: exists already; dmm-fast app --project {folder} opens it")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{plain}{suffix}"
-    try:
-        with file.open("wb") as out:
-            async for part in _limited(request, studio.upload_limit):
-                out.write(part)
+    with new_folder(folder) as lock:
+        file = folder / f"{plain}{suffix}"
+        with whole_file(file) as part, part.open("wb") as out:
+            async for data in _limited(request, studio.upload_limit):
+                out.write(data)
+        lock.close()  # the project takes it
         await run_in_threadpool(studio.open, folder, file)
-    except BaseException:
-        shutil.rmtree(folder)  # which was new
-        raise
     return JSONResponse({})
 
 
@@ -335,12 +351,15 @@ async def _picture(request: Request) -> Response:
 
 async def _mask(request: Request) -> Response:
     """Runs (`dmm_fast.app.runs`); what else is known of the frame is in the header X-Frame."""
+    studio: Studio = request.app.state.studio
     project, _, index = _frame(request)
 
     def read() -> Response:
         with project.lock:
+            before, ids = project.status[index], project.ids(index)
             about = json.dumps(project.about(index))
-            ids = project.ids(index)
+            if project.status[index] != before:  # its result is damaged
+                studio.feed.put({"kind": "changed", "timeline": project.timeline(), "by": ""})
         return Response(runs.encode(ids), media_type="application/octet-stream", headers={"X-Frame": about})
 
     return await run_in_threadpool(read)
@@ -546,11 +565,12 @@ async def _exported(request: Request) -> Response:
 # --------------------------------------------------------------------------------------------------------- the socket
 
 
-def make_server(studio: Studio, host: str, port: int | None) -> tuple[uvicorn.Server, socket.socket, str]:
+def make_server(studio: Studio, host: str, port: int | None, once: str = "") -> tuple[uvicorn.Server, socket.socket, str]:
     """A server, the socket it listens at, and the page's address. port: None for 8765 or, where that is taken, any."""
     listener = _listen(host, port)
     port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-    config = uvicorn.Config(create_app(studio, token, port), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    app = create_app(studio, token, port, once)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     server = uvicorn.Server(config)
     studio.stopping = lambda: server.should_exit
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
@@ -559,7 +579,8 @@ def make_server(studio: Studio, host: str, port: int | None) -> tuple[uvicorn.Se
 
 def serve(studio: Studio, host: str, port: int | None, browser: bool) -> None:
     """Until Ctrl-C."""
-    server, listener, address = make_server(studio, host, port)
+    once = secrets.token_urlsafe(24) if browser else ""
+    server, listener, address = make_server(studio, host, port, once)
     if studio.live is not None:
         height, width = studio.live.state["size"]
         print(f"live:    {studio.live.name}  ({width}x{height}); once a frame is taken, the project is {studio.live.folder}")
@@ -567,7 +588,8 @@ def serve(studio: Studio, host: str, port: int | None, browser: bool) -> None:
         print(f"project: {studio.project.folder}  ({len(studio.project.clip)} frames of {studio.project.clip.path})")
     print(f"open:    {address}\nCtrl-C ends it; everything is saved as you go.", flush=True)
     if browser:
-        threading.Timer(0.5, webbrowser.open, [address]).start()
+        shown = f"{address.partition('=')[0]}={once}"  # the arguments of a browser can be read by every user of the machine
+        threading.Timer(0.5, webbrowser.open, [shown]).start()
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
 

@@ -161,7 +161,10 @@ class Worker:
         project = self.project
         first, end = min(project.given), self._end(target)
         for index in range(target, min(first, end)):  # there is nothing to follow yet
+            if self._stop.is_set():
+                return
             self._record(index, np.zeros(project.clip.size, np.uint8), [])
+            self._say(message="empty frames before the first mask")
         target = max(target, first)
         if target >= end:
             return

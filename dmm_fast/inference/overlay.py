@@ -90,8 +90,9 @@ class ContactSheet:
         self._draw.text((self._gap, self._head // 2), title, INK, self._large, anchor="lm")
         self._columns, self._filled = columns, 0
 
-    def add(self, frame: np.ndarray, ids: np.ndarray, caption: str, remark: str = "") -> None:
-        """One more picture: the frame's overlay, a caption below at the left and a remark at the right."""
+    def add(self, frame: np.ndarray, ids: np.ndarray, caption: str, remark: str = "", shorter: str = "") -> None:
+        """One more picture: the frame's overlay, a caption below at the left and a remark at the right, the shorter one where
+        that has no room."""
         row, column = divmod(self._filled, self._columns)
         self._filled += 1
         x = self._gap + column * (self._cell[0] + self._gap)
@@ -101,6 +102,8 @@ class ContactSheet:
         self._page.paste(Image.fromarray(overlay(small, small_ids)), (x, y))
         below = y + self._cell[1] + self._caption // 2 + 1
         self._draw.text((x + 2, below), caption, INK, self._small, anchor="lm")
+        room = self._cell[0] - self._gap - self._small.getlength(caption)
+        remark = remark if self._small.getlength(remark) <= room else shorter or remark
         self._draw.text((x + self._cell[0] - 2, below), remark, FAINT, self._small, anchor="rm")
 
     def save(self, path: str | os.PathLike) -> None:

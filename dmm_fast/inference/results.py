@@ -23,7 +23,7 @@ from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, VideoWriter, a
 from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import SHEET, RunError, RunFolder
 from dmm_fast.inference.overlay import ContactSheet, overlay
-from dmm_fast.inference.report import remark
+from dmm_fast.inference.report import remark, sharing
 
 Frames = ImageFrames | VideoFrames
 
@@ -52,9 +52,9 @@ class Binary(Result):
 
     needs_frame = False
 
-    def __init__(self, frames: Frames, folder: RunFolder, report: dict[str, Any]):
+    def __init__(self, frames: Frames, folder: Path, report: dict[str, Any]):
         super().__init__()
-        self._folders = {int(label): folder.path / "binary" / label for label in report["objects"]}
+        self._folders = {int(label): folder / "binary" / label for label in report["objects"]}
 
     def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
         for label, folder in self._folders.items():
@@ -64,9 +64,9 @@ class Binary(Result):
 class Cutout(Result):
     """The objects without their background, a PNG with alpha per frame: OUT/cutout/FRAME.png."""
 
-    def __init__(self, frames: Frames, folder: RunFolder, report: dict[str, Any]):
+    def __init__(self, frames: Frames, folder: Path, report: dict[str, Any]):
         super().__init__()
-        self._folder = folder.path / "cutout"
+        self._folder = folder / "cutout"
 
     def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
         inside = (ids > 0)[..., None]
@@ -78,11 +78,9 @@ class AlphaVideo(Result):
 
     MARGIN = 9  # pixels around the objects that keep their colour, so that no dark seam is blended in
 
-    def __init__(self, frames: Frames, folder: RunFolder, report: dict[str, Any]):
+    def __init__(self, frames: Frames, folder: Path, report: dict[str, Any]):
         super().__init__()
-        self._writer = VideoWriter(
-            folder.path / f"alpha{alpha_suffix()}", frames.size, frames.fps or 24, like=frames, alpha=True
-        )
+        self._writer = VideoWriter(folder / f"alpha{alpha_suffix()}", frames.size, frames.fps or 24, like=frames, alpha=True)
 
     def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
         near = ndimage.maximum_filter(ids, self.MARGIN)[..., None] > 0
@@ -111,16 +109,16 @@ class Overlay(Result):
 class Sheet(Result):
     """A page of evenly spaced frames."""
 
-    def __init__(self, frames: Frames, folder: RunFolder, report: dict[str, Any]):
+    def __init__(self, frames: Frames, folder: Path, report: dict[str, Any]):
         super().__init__()
         count, length = len(report["objects"]), len(report["frames"])
         title = f"{frames.path.name}: {length} frames, {count} object{'s' * (count != 1)}"
-        self._sheet, self._path = ContactSheet(length, frames.size, title), folder.path / SHEET
+        self._sheet, self._path = ContactSheet(length, frames.size, title), folder / SHEET
         self.wanted = self._sheet.wanted
 
     def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
         if index in self.wanted:
-            self._sheet.add(frame, ids, row["frame"], remark(row))
+            self._sheet.add(frame, ids, row["frame"], _remark(row), remark(row))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is None:
@@ -129,31 +127,36 @@ class Sheet(Result):
 
 class Tracks(Result):
     """Every object's masks as run-length codes: OUT/tracks.json, a COCO data set whose annotations have a `track_id`, and
-    OUT/tracks-youtube-vis.json, one annotation per object with lists over the frames."""
+    OUT/tracks-youtube-vis.json, one annotation per object with lists over the frames.
+
+    names: of the objects, each of which is then a category of its own.
+    """
 
     needs_frame = False
 
-    def __init__(self, frames: Frames, folder: RunFolder, report: dict[str, Any]):
+    def __init__(self, frames: Frames, folder: Path, report: dict[str, Any], names: dict[int, str] | None = None):
         super().__init__()
         height, width = frames.size
-        names = [file.name for file in frames.files] if isinstance(frames, ImageFrames) else [f"{s}.png" for s in frames.stems]
-        named = dict(zip(frames.stems, names))
+        files = [file.name for file in frames.files] if isinstance(frames, ImageFrames) else [f"{s}.png" for s in frames.stems]
+        named = dict(zip(frames.stems, files))
         shape = {"width": width, "height": height}
         rows = report["frames"]
         self._files = [named[row["frame"]] for row in rows]
         self._video = {"id": 1, "name": frames.path.stem, **shape, "length": len(rows)}
-        self._head = {"categories": [{"id": 1, "name": "object"}], "videos": [self._video]}
+        self._named = names is not None
+        categories = [{"id": label, "name": name} for label, name in (names or {1: "object"}).items()]
+        self._head = {"categories": categories, "videos": [self._video]}
         self._images = (
             {"id": number, "file_name": name, **shape, "video_id": 1, "frame_index": number - 1}
             for number, name in enumerate(self._files, 1)
         )
-        self._coco, self._vis = folder.path / "tracks.json", folder.path / "tracks-youtube-vis.json"
+        self._coco, self.youtube_vis = folder / "tracks.json", folder / "tracks-youtube-vis.json"
         self._means = {int(label): entry["mean_score"] for label, entry in report["objects"].items()}
         self._open = ExitStack()
-        self._all, *spools = (self._open.enter_context(_spool(folder.path)) for _ in range(1 + len(self._means)))
+        self._all, *spools = (self._open.enter_context(_spool(folder)) for _ in range(1 + len(self._means)))
         self._each = dict(zip(self._means, spools))
 
-    def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
+    def add(self, index: int, frame: np.ndarray | None, ids: np.ndarray, row: dict[str, Any]) -> None:
         from pycocotools import mask as coco
 
         scores = {entry["id"]: entry.get("score", 1.0) for entry in row["objects"]}
@@ -166,7 +169,7 @@ class Tracks(Result):
             area, box = int(mask.sum()), [float(side) for side in coco.toBbox(code)]
             segmentation = {"size": list(mask.shape), "counts": code["counts"].decode()}
             spool.write(json.dumps([segmentation, box, area]) + "\n")
-            annotation = {"image_id": index + 1, "video_id": 1, "track_id": label, "category_id": 1, "iscrowd": 0}
+            annotation = {"image_id": index + 1, "track_id": label, **self._kind(label)}
             measures = {"bbox": box, "area": area, "score": scores.get(label), "segmentation": segmentation}
             self._all.write(json.dumps({**annotation, **measures}) + "\n")
 
@@ -179,17 +182,20 @@ class Tracks(Result):
                     file.write('\n],\n"annotations": [\n')
                     _join(file, (f'{{"id": {number}, {line[1:]}' for number, line in enumerate(_lines(self._all), 1)))
                     file.write("\n]}\n")
-                with whole_file(self._vis) as part, part.open("w") as file:
+                with whole_file(self.youtube_vis) as part, part.open("w") as file:
                     videos = [{**self._video, "file_names": self._files}]
                     file.write(json.dumps({**self._head, "videos": videos})[:-1] + ',\n"annotations": [\n')
                     for label in self._each:
                         self._write_object(file, label, last=label == [*self._each][-1])
                     file.write("]}\n")
 
+    def _kind(self, label: int) -> dict[str, int]:
+        return {"video_id": 1, "category_id": label if self._named else 1, "iscrowd": 0}
+
     def _write_object(self, file: IO[str], label: int, last: bool) -> None:
         """One annotation with three lists over the frames, each of which is read again from what was spooled."""
         shape = {name: self._video[name] for name in ("width", "height", "length")}
-        head = {"id": label, "video_id": 1, "category_id": 1, "iscrowd": 0, "score": self._means[label], **shape}
+        head = {"id": label, **self._kind(label), "score": self._means[label], **shape}
         file.write(json.dumps(head)[:-1])
         for place, name in enumerate(("segmentations", "bboxes", "areas")):
             file.write(f', "{name}": [')
@@ -246,9 +252,9 @@ def write_results(
     -> what the user should know of them. Raises FramesError where a frame or a video cannot be read or written.
     """
     with ExitStack() as stack:
-        sheet = Sheet(frames, folder, report)
+        sheet = Sheet(frames, folder.path, report)
         stack.enter_context(sheet)
-        results: list[Result] = [stack.enter_context(KINDS[kind](frames, folder, report)) for kind in kinds]
+        results: list[Result] = [stack.enter_context(KINDS[kind](frames, folder.path, report)) for kind in kinds]
         if video is not None:
             results.append(stack.enter_context(Overlay(frames, video)))
         every = any(result.needs_frame for result in results)
@@ -276,6 +282,13 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         Image.fromarray(pixels).save(part, format="PNG", compress_level=4)
+
+
+def _remark(row: dict[str, Any]) -> str:
+    """What `remark` says, with the word object, so that no id is taken for a number of objects."""
+    lost = [entry["id"] for entry in row["objects"] if entry.get("lost")]
+    parts = (("lost:", lost), ("one mask for", sharing(row)))
+    return "; ".join(f"{what} object{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for what, ids in parts if ids)
 
 
 def _spool(folder: Path) -> IO[str]:

@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,9 +24,11 @@ from helpers.sources import knows, patiently, senders
 from PIL import Image
 from scipy import ndimage
 
-from dmm_fast.app.server import Studio
+from dmm_fast.app.project import DONE
+from dmm_fast.app.server import Studio, make_server
 from dmm_fast.app.worker import Settings
 from dmm_fast.data.masks import read_mask
+from dmm_fast.data.video import VideoWriter
 from dmm_fast.inference import proposing
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -44,10 +48,19 @@ def browser():
         opened.close()
 
 
+def studio_of(demo, project) -> Studio:
+    made = Studio(None, Settings(str(demo / "proposals/koi.json"), model={"preset": "iou"}))
+    made.open(project, demo / "JPEGImages/koi")
+    return made
+
+
 @pytest.fixture
-def address(demo, tmp_path):
-    studio = Studio(None, Settings(str(demo / "proposals/koi.json"), model={"preset": "iou"}))
-    studio.open(tmp_path / "koi.dmm", demo / "JPEGImages/koi")
+def studio(demo, tmp_path):
+    return studio_of(demo, tmp_path / "koi.dmm")
+
+
+@pytest.fixture
+def address(studio):
     with served(studio) as url:
         yield url
 
@@ -113,13 +126,20 @@ class Page:
         with self.saving():
             self.page.mouse.click(*self.at(x + 0.5, y + 0.5))
 
-    def drag(self, *points: tuple[float, float]) -> None:
+    def stroke(self, *points: tuple[float, float]) -> None:
         self.page.mouse.move(*self.at(*points[0]))
         self.page.mouse.down()
         for point in points[1:]:
             self.page.mouse.move(*self.at(*point), steps=3)
+        self.page.mouse.up()
+
+    def drag(self, *points: tuple[float, float]) -> None:
         with self.saving():
-            self.page.mouse.up()
+            self.stroke(*points)
+
+    def says(self, text: str) -> None:
+        """Waits until this is what the page says of saving."""
+        self.page.wait_for_function(f"() => document.querySelector('#saved').textContent === '{text}'")
 
     def follow(self) -> None:
         self.page.click("#run")
@@ -139,7 +159,7 @@ def truth(demo, index: int) -> np.ndarray:
     return read_mask(demo / f"Annotations/koi/{index:05d}.png")
 
 
-def test_from_a_raw_clip_to_exports(browser, address, demo, tmp_path):
+def test_from_a_raw_clip_to_exports(browser, address, studio, demo, tmp_path):
     page, project = Page(browser, address), tmp_path / "koi.dmm"
     assert "token" not in page.url  # it would stay in the browser's history
     page.until("proposals", "0")
@@ -223,6 +243,15 @@ def test_from_a_raw_clip_to_exports(browser, address, demo, tmp_path):
         and found["overlay"][4:8] == b"ftyp"
         and len(json.loads(found["tracks"])["annotations"]) == 4
     )
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.drag((20, 20), (60, 20))
+    studio.feed.put({"kind": "export", "name": "masks", "of": LENGTH, "done": 5})
+    page.wait_for_timeout(300)
+    page.click("#export-open")
+    row = page.locator("#exports li[data-kind=masks]")
+    assert row.get_by_role("link").inner_text() == "Download (before the last change)"
+    assert row.get_by_role("button").is_disabled() and row.get_by_role("button").inner_text() == "36 %"
     page.close()
 
 
@@ -249,10 +278,122 @@ def test_objects_are_named_end_and_go(browser, address, demo, tmp_path):
     assert json.loads((project / "project.json").read_text())["ends"] == {"00008": [2]}
     assert all(2 not in read_mask(project / f"results/{k:05d}.png") for k in range(8, LENGTH))
     assert 2 in read_mask(project / "results/00004.png")
-    page.locator("#objects").get_by_role("button", name="Remove").click()
+    page.click("#remove")
     page.locator("#confirm").get_by_role("button", name="Remove").click()
     page.wait_for_function("() => studio.objects.length === 1")
     assert 2 not in read_mask(project / "results/00004.png") and 2 not in read_mask(project / "masks/00000.png")
+    page.close()
+
+
+def test_focus_clicks_and_names_outlast_what_changes_meanwhile(browser, address, studio, monkeypatch):
+    monkeypatch.setattr("dmm_fast.app.project.BINS", 3)  # as in a long clip, where the timeline has several frames in one
+    for index in (6, 7):
+        studio.project._note(index, DONE, [{"id": 1, "score": 0.1, "lost": True}])
+    page = Page(browser, address)
+    page.until("proposals", "0")
+    page.keyboard.press("l")
+    page.until("shown", "6")
+    for label in (2, 3):
+        page.keyboard.press("n")
+        page.wait_for_function(f"() => studio.current === {label}")
+    names = page.locator("#objects .name")
+    names.nth(0).focus()
+    assert page.evaluate("() => studio.current === 1 && document.activeElement.matches('#objects li:first-child .name')")
+    names.nth(2).dblclick()
+    page.keyboard.type("Sanke")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => studio.objects[2].name === 'Sanke'")
+    page.locator("#objects .dot").nth(1).hover()
+    page.mouse.down()
+    page.evaluate("() => studio.goto(0)")  # as a run does
+    page.until("shown", "0")
+    page.mouse.up()
+    assert page.evaluate("() => studio.current") == 2
+
+    page.focus("#along")
+    page.keyboard.press(" ")
+    assert not page.is_checked("#along") and page.get_attribute("#play", "aria-label") == "Play"
+    page.keyboard.press("Delete")
+    page.locator("#confirm").get_by_role("button", name="Remove").click()
+    page.wait_for_function("() => studio.objects.length === 2")
+    page.keyboard.press("Delete")
+    page.mouse.click(5, 700)  # beside the dialog, which closes it
+    page.wait_for_function("() => !document.querySelector('#confirm').open")
+    page.wait_for_timeout(300)
+    assert sorted(studio.project.names) == [1, 3]
+    page.close()
+
+
+def test_painting_during_a_run_and_undoing_after_it(browser, address, studio, demo, tmp_path, monkeypatch):
+    page, project, worker, one, last = Page(browser, address), tmp_path / "koi.dmm", studio.worker, studio.worker._one, [2]
+
+    def up_to_the_last(index, frame):
+        while index > last[0] and not worker._stop.is_set():
+            time.sleep(0.02)
+        return one(index, frame)
+
+    page.until("proposals", "0")
+    page.pick(truth(demo, 0) == 1)
+    page.keyboard.press("n")
+    page.wait_for_function("() => studio.current === 2")
+    with monkeypatch.context() as slow:
+        slow.setattr(worker, "_one", up_to_the_last)
+        page.keyboard.press("b")
+        page.click("#run")
+        page.until("shown", "2")
+        page.mouse.move(*page.at(20, 20))
+        page.mouse.down()
+        for k in range(4):  # while frames are done
+            last[0] += 1
+            page.mouse.move(*page.at(30 + 10 * k, 20))
+            page.wait_for_timeout(150)
+        with page.saving():
+            page.mouse.up()
+        page.until("run", "|stopped")
+        assert page.evaluate("() => studio.frame") == 2 and studio.project.given == {0: {1}, 2: {2}}
+        assert (page.ids()[20, 20:60] == 2).all() and (read_mask(project / "masks/00002.png")[20, 20:60] == 2).all()
+
+        last[0] = 8
+        page.click("#run")
+        page.until("shown", "8")
+        page.keyboard.press("p")
+        for corner in ((60, 20), (120, 20), (120, 60)):
+            page.mouse.click(*page.at(*corner))
+            last[0] += 1
+            page.wait_for_timeout(150)
+        with page.saving():
+            page.keyboard.press("Enter")
+        page.until("run", "|stopped")
+        assert studio.project.given == {0: {1}, 2: {2}, 8: {2}} and (page.ids()[22:40, 100:118] == 2).all()
+
+    page.keyboard.press("End")
+    page.until("shown", str(LENGTH - 1))
+    page.keyboard.press("b")
+    page.drag((5, 5), (5, 175), (315, 175))  # around an object that is not there yet
+    page.follow()
+    page.keyboard.press("End")
+    page.until("shown", str(LENGTH - 1))
+    page.wait_for_function("() => studio.about.status === 1 && studio.mask.has(1)")
+    before = page.ids()
+    with page.saving():
+        page.keyboard.press("Control+z")
+    assert ((page.ids() == 1) == (before == 1)).all() and 2 in before and 2 not in page.ids()
+
+    page.keyboard.press("Home")
+    page.until("shown", "0")
+    saves = page.evaluate("() => studio.saves")
+    for _ in range(2):
+        page.keyboard.press("Control+z")
+    page.wait_for_function(f"() => studio.saves >= {saves + 2}")
+    assert studio.project.given == {0: {1}}
+
+    page.keyboard.press("p")
+    page.click("#take")
+    before, saves = page.ids(), page.evaluate("() => studio.saves")
+    for corner in ((60, 20), (120, 20), (120, 60), (60, 60), (60, 20)):
+        page.mouse.click(*page.at(*corner))
+    page.wait_for_timeout(300)
+    assert (page.ids() == before).all() and page.evaluate("() => [stageView().points.length, studio.saves]") == [0, saves]
     page.close()
 
 
@@ -281,15 +422,12 @@ def test_keys_are_enough(browser, address, tmp_path):
 
 
 def test_a_stroke_that_could_not_be_saved_is_sent_again(browser, address, tmp_path):
-    page, said = Page(browser, address), "() => document.querySelector('#saved').textContent === "
+    page = Page(browser, address)
     page.until("proposals", "0")
     page.keyboard.press("b")
     page.route("**/api/frames/0/mask?given=*", lambda route: route.abort())
-    page.mouse.move(*page.at(20, 20))
-    page.mouse.down()
-    page.mouse.move(*page.at(60, 20), steps=3)
-    page.mouse.up()
-    page.wait_for_function(f"{said}'Not saved'")
+    page.stroke((20, 20), (60, 20))
+    page.says("Not saved")
     painted = page.ids()
     page.keyboard.press("End")  # it is not lost with another frame
     page.until("shown", str(LENGTH - 1))
@@ -298,11 +436,82 @@ def test_a_stroke_that_could_not_be_saved_is_sent_again(browser, address, tmp_pa
     page.until("shown", "0")
     assert (page.ids() == painted).all() and painted.any() and page.inner_text("#saved") == "Not saved"
     page.unroute("**/api/frames/0/mask?given=*")
-    page.wait_for_function(f"{said}'Saved'")
+    page.says("Saved")
     assert (read_mask(tmp_path / "koi.dmm/masks/00000.png") == painted).all()
     assert any("Not saved" in fault for fault in page.faults)
+    page.route("**/api/frames/0/mask?given=*", lambda route: route.fulfill(status=400, json={"error": "no"}))
+    page.stroke((20, 90), (60, 90))
+    page.wait_for_function("() => studio.saves > 0 && !studio.mask.ids[90 * 320 + 40]")  # what is refused goes
+    assert (page.ids() == painted).all()
+    page.says("Saved")
     page.faults.clear()
     page.close()
+
+
+def refused(path: str):
+    return lambda answer: path in answer.url and answer.status == 403
+
+
+def test_a_page_outlives_its_server(browser, demo, tmp_path, monkeypatch):
+    with served(studio_of(demo, tmp_path / "koi.dmm")) as address:
+        page, port = Page(browser, address), urlsplit(address).port
+        page.until("proposals", "0")
+    monkeypatch.setattr("helpers.served.make_server", lambda studio, host, _: make_server(studio, host, port))
+    page.keyboard.press("b")
+    page.stroke((20, 20), (60, 20))
+    page.says("Not saved")
+    painted = page.ids()
+    with served(studio_of(demo, tmp_path / "koi.dmm")) as address:
+        with page.expect_response(refused("mask?given")), page.expect_response(refused("/api/events")):
+            page.evaluate("() => dispatchEvent(new Event('online'))")
+        page.says("Not saved")
+        other = page.context.new_page()
+        other.goto(address)  # whose token both have then
+        page.says("Saved")
+        page.until("shown", "0")
+        assert painted.any() and (page.ids() == painted).all()
+        assert (read_mask(tmp_path / "koi.dmm/masks/00000.png") == painted).all()
+        page.follow()  # it hears of the run
+
+    page.evaluate("""() => {
+      window.freed = 0;
+      const { close } = ImageBitmap.prototype;
+      ImageBitmap.prototype.close = function () { freed++; close.call(this); };
+    }""")
+    page.route("**/api/state", lambda route: route.abort())
+    with served(studio_of(demo, tmp_path / "other.dmm")) as address:
+        other.goto(address)
+        page.stroke((20, 90), (60, 90))  # it does not know of the other project yet
+        page.says("Not saved")
+        assert not list((tmp_path / "other.dmm/masks").iterdir())
+        page.unroute("**/api/state")
+        page.wait_for_function("() => studio.folder.endsWith('other.dmm')")
+        page.says("Saved")
+        assert not page.ids().any() and not list((tmp_path / "other.dmm/masks").iterdir()) and page.evaluate("() => freed") > 0
+    page.faults.clear()
+    page.close()
+
+
+def test_a_video_from_the_browser(browser, demo, tmp_path):
+    with VideoWriter(tmp_path / "pond.mp4", SIZE, 25) as writer:
+        writer.write(np.zeros((*SIZE, 3), np.uint8))
+    with served(Studio(tmp_path / "pond.dmm", Settings(str(demo / "proposals/koi.json")))) as address:
+        page, sent = browser.new_page(), []
+        page.on("request", lambda request: "/api/clip" in request.url and sent.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#welcome:not([hidden])")
+        assert page.locator(".actions").is_hidden()
+        page.set_input_files("#file", tmp_path / "pond.mp4")
+        page.wait_for_function("() => document.body.dataset.shown === '0'")
+        assert page.locator(".actions").is_visible() and len(sent) == 1
+        assert page.evaluate("""() => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['x'], 'other.mp4'));
+          return !dispatchEvent(new DragEvent('drop', { dataTransfer, cancelable: true }));
+        }""")  # the browser does not show it either
+        page.wait_for_timeout(200)
+        assert len(sent) == 1
+        page.close()
 
 
 def test_a_tablet(browser, address, demo):

@@ -183,6 +183,14 @@ def test_from_the_picture_to_a_recording(sent, watched, detector, tmp_path):
     again.close()
 
 
+def test_a_folder_that_became_a_project_meanwhile_is_kept(sent, watched, demo, tmp_path):
+    live, folder = watched(sent("tcp", fps=20, count=4000)), tmp_path / "pond.dmm"
+    live.picture()
+    open_project(folder, demo / "JPEGImages/koi").close()
+    assert "pond.dmm: is a project already" in live.act("take").json()["error"]
+    open_project(folder, None).close()
+
+
 def test_slow_work_drops_frames_and_nothing_grows_unasked(sent, watched, detector, monkeypatch, tmp_path):
     live = watched(sent("tcp", fps=25, count=4000))
     live.act("take")
@@ -316,7 +324,7 @@ def test_sources_that_cannot_be_opened(tmp_path, capsys, monkeypatch):
     for words, told in (
         (["camera:77"], "camera:77: cannot be opened"),
         (["tcp://127.0.0.1:9"], "tcp://127.0.0.1:9: cannot be opened"),
-        (["camera:0", "--project", "old.dmm"], "old.dmm: exists already"),
+        (["camera:0", "--project", "old.dmm"], "old.dmm: exists and is not a project"),
     ):
         assert main(["app", *words, "--no-browser"]) == 2
         assert told in capsys.readouterr().err
@@ -324,7 +332,7 @@ def test_sources_that_cannot_be_opened(tmp_path, capsys, monkeypatch):
     assert main(["app", "camera:0", "--proposals", "p.json"]) == 2
     assert "a stream needs a live detector" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.dmm", "p.json"]
-    with pytest.raises(ProjectError, match="exists already"):
+    with pytest.raises(ProjectError, match="is not a project"):
         Studio(tmp_path / "old.dmm", Settings()).watch("camera:0")
 
 

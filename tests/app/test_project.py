@@ -18,7 +18,7 @@ from dmm_fast.app.clip import Clip
 from dmm_fast.app.exports import EXPORTS
 from dmm_fast.app.project import DONE, OPEN, STALE, BusyError, ProjectError, open_project
 from dmm_fast.app.worker import Settings, Worker
-from dmm_fast.data.masks import read_mask
+from dmm_fast.data.masks import read_mask, write_mask
 from dmm_fast.data.video import VideoWriter, open_frames
 from dmm_fast.inference.folder import RunError, hold
 from dmm_fast.inference.run import segment
@@ -232,6 +232,29 @@ def test_segment_follows_a_correction_that_the_page_did_not(project, demo, tmp_p
     again.close()
 
 
+@pytest.mark.parametrize("held", ["mask", "end"])
+@pytest.mark.parametrize("way", ["page", "segment"])
+def test_what_is_let_go_is_followed_in_that_frame_too(project, demo, states, held, way):
+    give(project, demo, 0)
+    follow(project, demo)
+    before, ids = results(project), project.ids(5)
+    if held == "mask":
+        project.paint(5, np.roll(ids, 30, 0), [1, 2, 3, 4])
+    else:
+        project.paint(5, np.where(ids == 1, np.uint8(0), ids), [], [1])
+    follow(project, demo)
+    project.paint(5, project.ids(5), [])
+    assert list(project.status) == [DONE] * 5 + [STALE] * 7 and progress(project) == 5 and not project.ends
+    if way == "page":
+        assert follow(project, demo) == list(range(5, LENGTH))
+    project.close()
+    resume(project, demo)
+    assert masks_in(project.results) == before
+    again = open_project(project.folder, None)
+    assert list(again.status) == [DONE] * LENGTH
+    again.close()
+
+
 def test_segment_follows_a_correction_of_the_last_frame_that_was_made(project, demo, tmp_path, states):
     give(project, demo, 0)
     follow_until(project, demo, 6)
@@ -333,6 +356,13 @@ def test_what_is_stale_stays_so_until_it_has_been_made_again(project, demo):
     again.close()
 
 
+def test_the_timeline_knows_where_objects_are_first_lost(project, monkeypatch):
+    monkeypatch.setattr("dmm_fast.app.project.BINS", 3)
+    for index, lost in enumerate([(), (1,), (1,), (1, 2), (2,), (), (2,)]):
+        project._note(index, DONE, [{"id": label, "score": 0.1, "lost": True} for label in lost])
+    assert project.timeline()["lost"] == [1, 3, 6]
+
+
 def test_a_frame_whose_result_has_gone_is_open(project, demo):
     give(project, demo, 0)
     follow(project, demo)
@@ -341,6 +371,69 @@ def test_a_frame_whose_result_has_gone_is_open(project, demo):
     again = open_project(project.folder, None)
     assert again.next_open() == 7 and again.status[7] == OPEN and again.status.count(DONE) == LENGTH - 1
     again.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture"])
+@pytest.mark.parametrize("way", ["page", "segment"])
+def test_a_damaged_result_is_made_again(project, demo, content, way):
+    give(project, demo, 0)
+    follow(project, demo)
+    before = results(project)
+    project.close()
+    project.result_file(7).write_bytes(content)
+    again = open_project(project.folder, None)
+    assert not again.ids(7).any() and again.status[7] == OPEN
+    again.close()
+    again = open_project(project.folder, None)
+    assert again.next_open() == 7 and (way == "segment" or follow(again, demo) == [7])
+    again.close()
+    resume(project, demo)
+    assert masks_in(project.results) == before
+
+
+def test_a_damaged_result_can_be_painted_and_rid_of_an_object(project, demo):
+    give(project, demo, 0)
+    follow(project, demo)
+    for index in (5, 7):
+        project.result_file(index).write_bytes(b"")
+    give(project, demo, 5, objects=(1,))
+    project.remove(2)
+    assert project.given[5] == {1} and all(2 not in ids for ids in map(project.ids, range(LENGTH)))
+    assert [index for index in range(LENGTH) if project.status[index] == OPEN] == [5, 7]
+
+
+@pytest.mark.parametrize("way", ["again", "page", "killed"])
+def test_a_removal_that_breaks_off_is_finished(project, demo, monkeypatch, way):
+    def breaks(path, ids):
+        if path == project.result_file(5):
+            raise OSError("the disk is full")
+        write_mask(path, ids)
+
+    give(project, demo, 0)
+    follow(project, demo)
+    with monkeypatch.context() as broken:
+        broken.setattr("dmm_fast.app.project.write_mask", breaks)
+        with pytest.raises(OSError, match="the disk is full"):
+            project.remove(2)
+    with pytest.raises(ProjectError, match="Object 2 is half removed: remove it again"):
+        give(project, demo, 3, objects=(2,))
+    if way == "again":
+        project.remove(2)
+    project._lock_file.close() if way == "killed" else project.close()
+    again = open_project(project.folder, None)
+    assert 2 not in again.names and all(2 not in ids for ids in map(again.ids, range(LENGTH)))
+    assert "removing" not in (project.folder / "project.json").read_text()
+    again.close()
+
+
+def test_a_run_can_be_stopped_before_the_first_mask(project, demo):
+    give(project, demo, LENGTH - 1)
+    told = []
+    runner = worker(project, demo, lambda event: (told.append(event), event.get("frame") == 2 and runner._stop.set()))
+    runner.start()
+    runner._thread.join()
+    assert project.next_open() == 3 and runner.state["message"] == "stopped"
+    assert [event["done"] for event in told if "before the first mask" in event.get("message", "")] == [1, 2, 3]
 
 
 def test_an_object_with_the_id_of_a_removed_one_is_followed_from_its_own_mask(project, demo, states):
@@ -463,3 +556,15 @@ def test_exports(project, demo, tmp_path):
     assert [entry["name"] for entry in tracks["categories"]][0] == "Kohaku / red" and len(tracks["annotations"]) == 4
     code = tracks["annotations"][1]["segmentations"][5]
     assert (coco.decode(code).astype(bool) == (project.ids(5) == 2)).all()
+    resume(project, demo, save=["tracks"])
+    theirs = json.loads((project.results / "tracks-youtube-vis.json").read_text())
+    assert [{**each, "category_id": 1} for each in tracks["annotations"]] == theirs["annotations"]
+    assert [each["category_id"] for each in tracks["annotations"]] == [1, 2, 3, 4] and tracks["videos"] == theirs["videos"]
+
+
+def test_an_object_that_comes_while_cutouts_are_made(project, demo, tmp_path):
+    give(project, demo, 0, objects=(1,))
+    write, name = EXPORTS["cutouts"]
+    write(project, tmp_path / name, lambda done: done == 3 and give(project, demo, 8, objects=(2,)))
+    with zipfile.ZipFile(tmp_path / name) as archive:
+        assert "2 Object 2/00008.png" in archive.namelist()

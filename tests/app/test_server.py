@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import queue
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from dmm_fast.app import runs
-from dmm_fast.app.server import SMALL_BODY, Studio, create_app, make_server
+from dmm_fast.app.exports import EXPORTS
+from dmm_fast.app.server import SMALL_BODY, Feed, Studio, create_app, make_server, serve
 from dmm_fast.app.worker import Settings
 from dmm_fast.commands.main import main
 from dmm_fast.data.masks import read_mask
@@ -59,6 +61,22 @@ def test_the_page_comes_with_a_cookie_and_a_policy(studio):
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
     assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
     assert "style=" not in answer.text and "onclick=" not in answer.text  # which the policy would not run
+
+
+def test_the_browser_is_given_a_token_that_is_good_once(studio, capsys, monkeypatch):
+    """Every user of the machine can read what a browser was started with."""
+    opened, answers = queue.Queue(), []
+
+    def visit(server, sockets):
+        origin, told = opened.get(timeout=5).split("/?")
+        one, other = (TestClient(server.config.app, base_url=origin) for _ in range(2))
+        answers.extend([one.get(f"/?{told}"), other.get(f"/?{told}"), one.get(f"/?{told}"), other.get("/?token=")])
+        assert told not in capsys.readouterr().out
+
+    monkeypatch.setattr("webbrowser.open", opened.put)
+    monkeypatch.setattr("uvicorn.Server.run", visit)
+    serve(studio, "127.0.0.1", 0, browser=True)
+    assert [answer.status_code for answer in answers] == [200, 403, 200, 403]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +258,39 @@ def test_a_run_and_an_export_by_http_alone(page, studio):
     assert kinds.count("frame") == LENGTH and "export" in kinds
 
 
+def test_an_export_from_before_a_change_says_so(page, studio, monkeypatch):
+    write, name = EXPORTS["masks"]
+
+    def paint(index: int) -> None:
+        studio.project.paint(index, runs.decode(square(), SIZE), [1])
+
+    def export() -> dict:
+        page.post("/api/exports/masks")
+        studio._export.join()
+        return page.get("/api/state").json()["exports"]
+
+    paint(0)
+    assert page.get("/api/state").json()["exports"] == {} and export() == {"masks": False}
+    paint(1)
+    assert page.get("/api/state").json()["exports"] == {"masks": True} and export() == {"masks": False}
+    meanwhile = (lambda project, path, _: write(project, path, lambda done: done == 2 and paint(2)), name)
+    monkeypatch.setitem(EXPORTS, "masks", meanwhile)
+    assert export() == {"masks": True}
+
+
+def test_a_page_of_another_clip_changes_and_reads_nothing(page, studio):
+    requests = (
+        ("GET", "/api/frames/0/picture?"), ("GET", "/api/frames/0/mask?"), ("PUT", "/api/frames/0/mask?given=1&"),
+        ("POST", "/api/objects?"), ("DELETE", "/api/objects/1?"), ("POST", "/api/exports/masks?"), ("POST", "/api/run?"),
+    )  # fmt: skip
+    for method, path in requests:
+        answer = page.request(method, f"{path}of=before", content=square() if method == "PUT" else None)
+        assert answer.status_code == 410 and answer.json()["error"] == "another clip, or a new server, is here now"
+    assert list(studio.project.names) == [1] and not list(studio.project.masks.iterdir()) and studio._export is None
+    of = page.get("/api/state").json()["clip"]["opened"]
+    assert page.put(f"/api/frames/0/mask?given=1&of={of}", content=square()).status_code == 200
+
+
 def test_painting_stops_a_run_which_then_goes_on_from_there(page, studio):
     page.put("/api/frames/0/mask?given=1", content=square())
     page.post("/api/run")
@@ -266,11 +317,73 @@ def test_a_fault_of_a_run_is_told(page, studio, monkeypatch):
     assert page.get("/api/state").json()["run"]["done"] == LENGTH
 
 
-def test_an_upload_becomes_a_project(tmp_path):
-    with VideoWriter(tmp_path / "pond.mp4", SIZE, 25) as writer:
+def test_the_feed_keeps_one_timeline_of_each_page():
+    feed = Feed()
+    for k in range(3):
+        feed.put({"kind": "changed", "by": "a", "timeline": k})
+        feed.put({"kind": "changed", "by": "b", "timeline": k})
+        feed.put({"kind": "run"})
+    assert [count for count, _ in feed.since(0)] == [3, 6, 7, 8, 9] and json.loads(feed.since(7)[0][1])["timeline"] == 2
+    for _ in range(5000):
+        feed.put({"kind": "run"})
+    assert len(feed.since(0)) == 4096
+
+
+def short_video(folder) -> bytes:
+    with VideoWriter(folder / "pond.mp4", SIZE, 25) as writer:
         for k in range(3):
             writer.write(np.full((*SIZE, 3), 60 * k, np.uint8))
-    video = (tmp_path / "pond.mp4").read_bytes()
+    return (folder / "pond.mp4").read_bytes()
+
+
+def test_a_page_hears_that_a_result_is_damaged(page, studio):
+    page.put("/api/frames/0/mask?given=1", content=square())
+    page.post("/api/run")
+    studio.worker._thread.join()
+    studio.project.result_file(3).write_bytes(b"")
+    assert json.loads(page.get("/api/frames/3/mask").headers["x-frame"])["status"] == 0
+    event = json.loads(studio.feed.since(0)[-1][1])
+    assert event["kind"] == "changed" and event["timeline"]["status"] == [1, 1, 1, 0, 1]
+
+
+def test_an_upload_after_one_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video, folder = short_video(tmp_path), tmp_path / "pond.dmm"
+    folder.mkdir()
+    for name in (".lock", ".pond.mp4.77.tmp"):
+        (folder / name).write_bytes(b"")
+    made = Studio(None, Settings())
+    page = client(made, authorization=f"Bearer {TOKEN}")
+    assert page.post("/api/clip?name=pond.mp4", content=video[:500]).status_code == 400
+    assert folder.exists() and not list(folder.iterdir())  # it was there, and empty
+    (folder / "pond.mp4").write_bytes(b"half")
+    told = page.post("/api/clip?name=pond.mp4", content=video).json()["error"]
+    assert told == "pond.dmm: exists and is not a project; choose another --project"
+    (folder / "pond.mp4").rename(folder / ".pond.mp4.77.tmp")
+    assert page.post("/api/clip?name=pond.mp4", content=video).status_code == 200
+    assert len(made.project.clip) == 3 and not list(folder.glob(".*.tmp"))
+    made.close()
+    again = client(Studio(None, Settings()), authorization=f"Bearer {TOKEN}")
+    told = again.post("/api/clip?name=pond.mp4", content=video).json()["error"]
+    assert told.startswith("pond.dmm: is a project already: dmm-fast app --project pond.dmm opens it")
+
+
+def test_an_upload_that_is_cut_off_leaves_no_video(tmp_path):
+    """Until all of it has come, it has another name."""
+    made, seen = Studio(tmp_path / "new.dmm", Settings()), []
+    page = client(made, authorization=f"Bearer {TOKEN}")
+
+    def parts():
+        for _ in range(2):
+            yield b"half"
+            seen.extend(path.name for path in (tmp_path / "new.dmm").glob("*.mp4"))
+
+    page.post("/api/clip?name=pond.mp4", content=parts())
+    assert not seen and not (tmp_path / "new.dmm").exists()
+
+
+def test_an_upload_becomes_a_project(tmp_path):
+    video = short_video(tmp_path)
     made = Studio(tmp_path / "new.dmm", Settings(), upload_limit=len(video))
     page = client(made, **OWN)
     page.get(f"/?token={TOKEN}")

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers.videos import make_video, packets, pictures, seconds_of_sound, shown, spoil
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
@@ -132,6 +133,26 @@ def test_tracks_in_the_format_of_youtube_vis(finished):
         for index, (code, area) in enumerate(zip(annotation["segmentations"], annotation["areas"])):
             mask = masks_at(index) == annotation["id"]
             assert (coco.decode(code) == mask).all() and area == mask.sum()
+
+
+@pytest.mark.parametrize(
+    "width, lost, remark",
+    [
+        (1600, [2], "lost: object 2"),
+        (1600, [2, 7], "lost: objects 2, 7"),
+        (1600, [], "one mask for objects 2, 7"),
+        (800, [2, 7], "lost 2, 7"),  # no room for the longer one
+    ],
+)
+def test_the_contact_sheet_says_which_objects_are_lost(clip, tmp_path, monkeypatch, width, lost, remark):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **more: written.append(text))
+    monkeypatch.setattr(module, "ContactSheet", partial(module.ContactSheet, width=width))
+    objects = [{"id": label, "lost": label in lost, "proposal": None if label in lost else 0} for label in (2, 7)]
+    report = {"objects": {"2": {}, "7": {}}, "frames": [{"frame": f"{index:05d}", "objects": objects} for index in range(12)]}
+    sheet = module.Sheet(open_frames(clip / "clip.mp4"), tmp_path, report)
+    sheet.add(0, pictures()[0], masks_at(0), report["frames"][0])
+    assert written[-2:] == ["00000", remark]
 
 
 def test_an_object_that_is_not_there_yet_has_no_track(clip, tmp_path):

@@ -19,6 +19,7 @@ const app = {
 };
 const pictures = new Map(); // 'frame width' -> ImageBitmap
 let stage, timeline, target = 0, loading = null, shown = null;
+let changes = 0, seen = 0; // of the frame that is shown: those heard of, and those loaded
 const live = new Live({ enter, fail, note: (text) => toast(text, 'note') });
 
 // ------------------------------------------------------------------------------------------------ frames
@@ -33,34 +34,43 @@ function goto(frame, { byHand = false } = {}) {
 }
 
 async function load() {
-  while (shown !== target) {
-    const frame = target, { clip } = app;
-    await saving; // what is painted goes first
+  while (shown !== target || seen !== changes) {
+    const frame = target, { clip } = app, sent = saving, version = changes;
+    const held = () => stage.busy && (shown === frame || app.following); // by a stroke in hand, unless someone leaves the frame
+    if (held()) { await new Promise(requestAnimationFrame); continue; }
+    await sent; // what is painted goes first
     const [bitmap, { about, runs }] = await Promise.all([picture(frame, 1280), api.mask(frame)]);
-    if (clip !== app.clip) continue;
-    if (stage.work && shown === frame) return;
+    if (clip !== app.clip || sent !== saving || held()) continue;
     stage.dropStroke();
     const kept = failed.get(frame);
     app.bitmap = bitmap;
     app.about = kept ? { ...about, given: kept.given, ends: kept.ends } : about;
     app.mask.load(kept?.runs ?? runs);
     shown = frame;
-    stage.show(null);
+    seen = version;
+    if (stage.of !== frame) stage.show(null);
     describeFrame();
     stage.redraw();
   }
   settle();
 }
 
-async function reload() { shown = null; await goto(app.frame); }
+function reload() { changes++; return goto(app.frame); }
 
+/** From the server, or from those used lately. */
 async function picture(frame, width) {
-  const key = `${frame} ${width}`;
-  if (!pictures.has(key)) {
-    pictures.set(key, await api.picture(frame, width));
-    if (pictures.size > KEPT) pictures.delete(pictures.keys().next().value);
-  }
-  return pictures.get(key);
+  const key = `${frame} ${width}`, { clip } = app, bitmap = pictures.get(key) ?? await api.picture(frame, width);
+  if (clip !== app.clip) return bitmap;
+  pictures.delete(key);
+  pictures.set(key, bitmap); // the newest is last
+  if (pictures.size > KEPT) forget(pictures.keys().next().value);
+  return bitmap;
+}
+
+function forget(key) {
+  const bitmap = pictures.get(key);
+  pictures.delete(key);
+  if (bitmap !== app.bitmap) bitmap.close(); // a large one would else stay until the next garbage collection
 }
 
 /** When a frame has stayed for a moment: a sharper picture if the view shows more, and its proposals. */
@@ -69,7 +79,7 @@ function settle() {
   settle.timer = setTimeout(async () => {
     const frame = shown, { clip } = app, wanted = stage.scale * clip.width * (devicePixelRatio || 1);
     const still = () => shown === frame && clip === app.clip;
-    if (frame === null) return; // it is being loaded again, and settles then
+    if (frame === null) return; // it is being loaded, and settles then
     try {
       if (app.bitmap.width < app.clip.width && wanted > 1.2 * app.bitmap.width) {
         const bitmap = await picture(frame, wanted > 2560 ? 0 : 2560);
@@ -78,7 +88,7 @@ function settle() {
       if (app.tool === 'pick' && !app.running && !playing && stage.of !== frame) {
         hint('Looking for objects…');
         const found = await api.proposals(frame);
-        if (still()) { stage.of = frame; stage.show(found); document.body.dataset.proposals = frame; }
+        if (still()) { stage.show(found, frame); document.body.dataset.proposals = frame; }
       }
     } catch (error) { if (clip === app.clip && !live.watching) fail(error); }
   }, 180);
@@ -99,7 +109,7 @@ let saving = Promise.resolve(), unsaved = 0;
 function stroke(before, rect) {
   const change = app.mask.change(before, rect);
   app.mask.draw(rect);
-  if (!change) return;
+  if (!change || shown === null) return;
   const was = { given: app.about.given, ends: app.about.ends };
   const given = new Set(was.given), ends = new Set(was.ends);
   for (const id of change.labels) {
@@ -117,6 +127,7 @@ function commit(entry) {
 }
 
 function save({ given, ends }) {
+  if (app.following) goto(shown, { byHand: true }); // this stops the run, and the page stays here
   app.about = { ...app.about, given, ends };
   send(shown, { runs: app.mask.runs(), given, ends });
   describeFrame();
@@ -124,17 +135,18 @@ function save({ given, ends }) {
 }
 
 function send(frame, painted) {
+  const { opened } = api, { folder } = app;
   unsaved++;
   describeSaved();
-  saving = saving.then(() => api.paint(frame, painted.runs, painted.given, painted.ends)).then(
+  saving = saving.then(() => api.paint(frame, painted, opened)).then(
     (about) => {
       failed.delete(frame);
       if (shown === frame && unsaved === 1) app.about = about;
     },
     (error) => {
-      const final = error.status < 500 && error.status !== 409; // it would be refused again
+      const final = [400, 404, 413].includes(error.status); // it would be refused again
       if (final || !failed.has(frame)) fail(new Error(`Not saved: ${error.message}`)); // once, not at each try
-      if (final) failed.delete(frame); else failed.set(frame, painted);
+      if (final) { failed.delete(frame); if (shown === frame) reload(); } else if (folder === app.folder) failed.set(frame, painted);
     },
   ).finally(() => {
     unsaved--;
@@ -153,18 +165,24 @@ function describeSaved() {
   $('saved').classList.toggle('failed', failed.size > 0);
 }
 
-async function turnBack(from, to, side, state) {
-  if (stage.work || stage.points.length) { stage.dropStroke(); return; }
-  const entry = from.pop();
-  if (!entry) return;
-  to.push(entry);
-  if (shown !== entry.frame) await goto(entry.frame, { byHand: true });
-  app.mask.paste(entry[side], entry.rect);
-  stage.redraw();
-  save(entry[state]);
+/** One after the other, since each may have to show another frame first. */
+let turning = Promise.resolve();
+function turnBack(from, to, side, other, state) {
+  turning = turning.then(async () => {
+    if (stage.busy) { stage.dropStroke(); return; }
+    const entry = history[from].at(-1);
+    if (!entry) return;
+    if (shown !== entry.frame || seen !== changes) await goto(entry.frame, { byHand: true });
+    if (shown !== entry.frame || entry !== history[from].at(-1)) return; // someone went on
+    history[from].pop();
+    history[to].push(entry);
+    app.mask.paste(entry[side], entry[other], entry.rect);
+    stage.redraw();
+    save(entry[state]);
+  }).catch(fail);
 }
-const undo = () => turnBack(history.done, history.undone, 'before', 'was');
-const redo = () => turnBack(history.undone, history.done, 'after', 'is');
+const undo = () => turnBack('done', 'undone', 'before', 'after', 'was');
+const redo = () => turnBack('undone', 'done', 'after', 'before', 'is');
 
 async function giveProposal(number, how) {
   const frame = shown, runs = await api.proposal(frame, number);
@@ -215,6 +233,7 @@ function choose(id) {
 async function removeObject(id) {
   const { name } = app.objects.find((object) => object.id === id);
   $('confirm-text').textContent = `Remove ${name} from every frame? Its masks and results go; this cannot be undone.`;
+  $('confirm').returnValue = ''; // or an earlier answer would hold where this dialog is only closed
   $('confirm').showModal();
   await new Promise((resolve) => $('confirm').addEventListener('close', resolve, { once: true }));
   if ($('confirm').returnValue !== 'yes') return;
@@ -236,48 +255,44 @@ function rename(id) {
   box.select();
 }
 
+/** A line for each object, made once: a focus, a click that has begun and a name that is being written outlast what a run tells. */
 function describeObjects() {
-  const list = $('objects');
-  if (list.querySelector('.name:not(:read-only)')) return; // a name is being written
-  list.replaceChildren(...app.objects.map(({ id, name }) => {
-    const item = document.createElement('li');
-    item.dataset.id = id;
+  const list = $('objects'), { about } = app;
+  for (const item of [...list.children]) if (!app.objects.some(({ id }) => id === +item.dataset.id)) item.remove();
+  app.objects.forEach(({ id, name }, k) => { // in the order of their ids, as the lines are
+    const old = list.children[k], item = +old?.dataset.id === id ? old : list.insertBefore(objectLine(id), old ?? null);
     item.setAttribute('aria-current', id === app.current);
-    item.innerHTML = '<span class="dot"></span><input class="name" readonly maxlength="60"><span class="score"></span><span class="more"></span>';
-    item.querySelector('.dot').style.background = app.css(id);
-    const box = item.querySelector('.name');
-    box.value = name;
+    const box = item.querySelector('.name'), score = item.querySelector('.score'), entry = about?.objects.find((object) => object.id === id);
     box.setAttribute('aria-label', `Object ${id}, ${name}`);
-    const entry = app.about?.objects.find((object) => object.id === id), score = item.querySelector('.score');
-    if (app.about?.ends.includes(id)) score.textContent = 'ends';
-    else if (app.about?.given.includes(id)) score.textContent = 'given';
-    else if (entry?.lost) { score.textContent = 'lost'; score.classList.add('lost'); }
-    else if (entry) score.textContent = entry.score.toFixed(2);
-    const more = item.querySelector('.more');
-    for (const [text, title, act] of [['Rename', 'F2', () => rename(id)], ['Ends here', 'Not followed from this frame on (X)', endHere],
-      ['Remove', 'From every frame (Delete)', () => removeObject(id)]]) {
-      const button = document.createElement('button');
-      Object.assign(button, { textContent: text, title, onclick: (event) => { event.stopPropagation(); act(); } });
-      more.append(button);
-    }
-    item.onclick = () => choose(id);
-    box.onfocus = () => { if (app.current !== id && box.readOnly) choose(id); };
-    box.ondblclick = () => rename(id);
-    const finish = async () => {
-      if (box.readOnly) return;
-      box.readOnly = true;
-      try { if (box.value.trim() !== name) await api.rename(id, box.value); } catch (error) { fail(error); }
-      describeObjects();
-    };
-    box.onblur = finish;
-    box.onkeydown = (event) => {
-      if (box.readOnly) return;
-      if (event.key === 'Escape') box.value = name;
-      if (event.key === 'Enter' || event.key === 'Escape') { finish(); stage.canvas.focus(); }
-      event.stopPropagation();
-    };
-    return item;
-  }));
+    if (box.readOnly) box.value = name;
+    score.textContent = about?.ends.includes(id) ? 'ends' : about?.given.includes(id) ? 'given' : entry?.lost ? 'lost' : entry?.score?.toFixed(2) ?? '';
+    score.classList.toggle('lost', score.textContent === 'lost');
+  });
+  for (const act of ['rename', 'end', 'remove']) $(act).disabled = !app.current;
+}
+
+function objectLine(id) {
+  const item = document.createElement('li'), name = () => app.objects.find((object) => object.id === id)?.name;
+  item.dataset.id = id;
+  item.innerHTML = '<span class="dot"></span><input class="name" readonly maxlength="60"><span class="score"></span>';
+  item.querySelector('.dot').style.background = app.css(id);
+  item.onclick = () => choose(id);
+  const box = item.querySelector('.name');
+  box.ondblclick = () => rename(id);
+  box.onfocus = () => { if (app.current !== id && box.readOnly) choose(id); };
+  box.onblur = async () => {
+    if (box.readOnly) return;
+    box.readOnly = true;
+    try { if (box.value.trim() !== name()) app.objects = (await api.rename(id, box.value)).objects; } catch (error) { fail(error); }
+    describeObjects();
+  };
+  box.onkeydown = (event) => {
+    if (box.readOnly) return;
+    if (event.key === 'Escape') box.value = name();
+    if (event.key === 'Enter' || event.key === 'Escape') stage.canvas.focus(); // which ends it
+    event.stopPropagation();
+  };
+  return item;
 }
 
 // ---------------------------------------------------------------------------------------------- describing
@@ -291,7 +306,7 @@ function describeFrame() {
   $('frame-status').textContent = !here ? '…' : given ? 'given' : status === STALE ? 'to follow again' : status === OPEN ? 'not run yet' : 'followed';
   $('frame-text').textContent = !here ? '' : given
     ? 'Your masks hold here; the run follows on from them.'
-    : status === STALE ? 'A correction before this frame has not reached it. Run follows it again.'
+    : status === STALE ? 'A correction has not reached this frame yet. Run follows it again.'
       : status === OPEN ? 'Paint an object here, or run.' : 'Paint here to correct it, then run to follow on from here.';
   $('ungive').disabled = !given;
   const any = Object.keys(timeline.timeline.given).length || given;
@@ -394,15 +409,15 @@ function hear(event) {
     if (ended) { refresh(); settle(); }
   } else if (event.kind === 'frame') {
     timeline.record(event.frame, event.objects);
-    if (app.following) { if (event.frame === shown) shown = null; goto(event.frame); }
-    else if (event.frame === shown) reload();
+    if (event.frame === shown) changes++;
+    if (app.following && !stage.busy) goto(event.frame); else if (seen !== changes) goto(app.frame);
   } else if (event.kind === 'objects' || event.kind === 'changed') {
     if (event.objects) {
       app.objects = event.objects;
       if (!app.objects.some((object) => object.id === app.current)) app.current = app.objects[0]?.id ?? 0;
     }
     timeline.timeline = event.timeline;
-    if (event.kind === 'changed' && event.by !== api.page && !stage.work) shown = null;
+    if (event.kind === 'changed' && event.by !== api.page) changes++;
     goto(app.frame);
     describeFrame();
     describeButtons();
@@ -415,6 +430,7 @@ async function refresh() {
   timeline.timeline = state.timeline;
   timeline.redraw();
   describeButtons();
+  return state;
 }
 
 // ------------------------------------------------------------------------------------------------- playing
@@ -441,12 +457,13 @@ function jumpTo(frames, back = false) {
   if (found !== undefined) goto(found, { byHand: true });
 }
 const givenFrames = () => [...Object.keys(timeline.timeline.given), ...Object.keys(timeline.timeline.ends)].map(Number);
-const lostFrames = () => Object.values(timeline.timeline.scores).flatMap((scores) =>
-  scores.flatMap((score, k) => (score === 0 && scores[k - 1] !== 0 ? [k * timeline.timeline.width] : [])));
 
 // ------------------------------------------------------------------------------------------------- exports
 
-function drawExports(ready) {
+let making = null; // what was told last of the export that is under way
+
+/** made: whether masks have changed since, of each kind that was exported. */
+function drawExports(made) {
   for (const item of document.querySelectorAll('#exports li')) {
     const { kind } = item.dataset, box = document.createElement('div'), button = document.createElement('button');
     box.className = 'do';
@@ -454,35 +471,37 @@ function drawExports(ready) {
     button.onclick = async () => {
       try { await saving; await api.export(kind); } catch (error) { fail(error); }
     };
-    if (ready.includes(kind)) box.append(download(kind));
+    if (kind in made) box.append(download(kind, made[kind]));
     box.append(button);
     item.querySelector('.do')?.remove();
     item.append(box);
   }
+  if (making) exported(making);
   const left = timeline.timeline.status.filter((status) => status !== 1).length;
   $('exports-note').textContent = left ? 'Some frames have not been run, or are to be followed again: they are exported as they are now.' : '';
 }
 
-function download(kind) {
+function download(kind, outdated = false) {
   const link = document.createElement('a');
-  Object.assign(link, { href: `/api/exports/${kind}`, textContent: 'Download', download: '' });
+  Object.assign(link, { href: api.exported(kind), textContent: `Download${outdated ? ' (before the last change)' : ''}`, download: '' });
   return link;
 }
 
 function exported(event) {
+  making = event.ready || event.error ? null : event;
   const box = document.querySelector(`#exports li[data-kind="${event.name}"] .do`);
   if (!box) return;
   const button = box.querySelector('button');
-  button.disabled = !event.ready && !event.error;
-  button.textContent = event.ready || event.error ? 'Export' : `${Math.round((100 * event.done) / event.of)} %`;
+  button.disabled = Boolean(making);
+  button.textContent = making ? `${Math.round((100 * event.done) / event.of)} %` : 'Export';
   if (event.error) fail(new Error(event.error));
-  if (event.ready && !box.querySelector('a')) box.prepend(download(event.name));
+  if (!event.ready) return;
+  box.querySelector('a')?.remove();
+  box.prepend(download(event.name));
 }
 
 async function openExports() {
-  const state = await api.state();
-  timeline.timeline = state.timeline;
-  drawExports(state.exports);
+  drawExports((await refresh()).exports);
   $('exports').showModal();
 }
 
@@ -519,7 +538,7 @@ function mode(name) {
 const KEYS = {
   v: () => tool('pick'), b: () => tool('brush'), e: () => tool('eraser'), p: () => tool('polygon'), h: () => tool('hand'),
   g: () => stage.give(), G: () => stage.give('take'), c: () => stage.give('replace'), n: () => addObject(), x: () => endHere(), r: run, f: () => stage.fit(),
-  o: () => { app.overlay = !app.overlay; stage.redraw(); }, l: () => jumpTo(lostFrames()), '?': () => $('help').showModal(),
+  o: () => { app.overlay = !app.overlay; stage.redraw(); }, l: () => jumpTo(timeline.timeline.lost), '?': () => $('help').showModal(),
   '[': () => resize(app.size / 1.25 - 0.5), ']': () => resize(app.size * 1.25 + 0.5), '+': () => stage.zoom(1.25), '=': () => stage.zoom(1.25),
   '-': () => stage.zoom(0.8), ' ': play, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => step(-Infinity), End: () => step(Infinity),
   ArrowUp: () => jumpTo(givenFrames(), true), ArrowDown: () => jumpTo(givenFrames()), F2: () => rename(app.current),
@@ -541,7 +560,7 @@ function key(event) {
     if (at === stage.canvas && app.tool === 'pick' && stage.items.length && stage.choose(event.shiftKey ? -1 : 1)) event.preventDefault();
     return;
   }
-  if ((event.key === 'Enter' || event.key === ' ') && at.matches('button, summary, a')) return;
+  if ((event.key === 'Enter' || event.key === ' ') && at.matches('button, summary, a, input[type=checkbox]')) return;
   if (at.matches('input[type=range]') && /^(Arrow|Home|End)/.test(event.key)) return;
   if (/^[1-9]$/.test(event.key)) {
     const object = app.objects[event.key - 1];
@@ -555,7 +574,8 @@ function key(event) {
 
 function wire() {
   for (const button of document.querySelectorAll('[data-tool]')) button.onclick = () => tool(button.dataset.tool);
-  const on = { undo, redo, run, add: addObject, ungive, play, previous: () => step(-1), next: () => step(1), give: () => mode('give'),
+  const on = { undo, redo, run, add: addObject, rename: () => rename(app.current), end: endHere, remove: () => removeObject(app.current),
+    ungive, play, previous: () => step(-1), next: () => step(1), give: () => mode('give'),
     take: () => mode('take'), replace: () => mode('replace'), fit: () => stage.fit(), 'zoom-in': () => stage.zoom(1.25), 'zoom-out': () => stage.zoom(0.8),
     'help-open': () => $('help').showModal(), 'export-open': openExports };
   for (const [id, act] of Object.entries(on)) $(id).onclick = act;
@@ -567,6 +587,15 @@ function wire() {
   $('strength').oninput = () => strength(+$('strength').value);
   $('along').onchange = () => { app.following = $('along').checked && app.running; };
   $('jump').onchange = () => { const frame = parseInt($('jump').value, 10); if (frame) goto(frame - 1, { byHand: true }); $('jump').blur(); describeFrame(); };
+  $('choose').onclick = () => $('file').click();
+  $('file').onchange = () => upload($('file').files[0]);
+  for (const name of ['dragover', 'dragleave', 'drop']) {
+    addEventListener(name, (event) => {
+      event.preventDefault(); // or the browser would show the file in place of this page
+      $('drop').classList.toggle('over', name === 'dragover');
+      if (name === 'drop' && !$('welcome').hidden) upload(event.dataTransfer.files[0]);
+    });
+  }
   addEventListener('keydown', key);
   addEventListener('beforeunload', (event) => { if (unsaved || failed.size) event.preventDefault(); });
   addEventListener('online', sendAgain);
@@ -575,38 +604,27 @@ function wire() {
 
 // -------------------------------------------------------------------------------------------------- opening
 
-function welcome(limit) {
-  const actions = document.querySelector('.actions');
-  actions.hidden = true;
-  const take = async (file) => {
-    if (!file) return;
-    if (file.size > limit) { fail(new Error(`${file.name} is larger than the limit; start dmm-fast app with its path instead.`)); return; }
-    try {
-      await api.upload(file, (part) => { $('upload-text').textContent = `${file.name}: ${Math.round(100 * part)} %`; });
-      actions.hidden = false;
-      await enter();
-    } catch (error) { $('upload-text').textContent = ''; fail(error); }
-  };
-  $('choose').onclick = () => $('file').click();
-  $('file').onchange = () => take($('file').files[0]);
-  const drop = $('drop');
-  for (const name of ['dragover', 'dragleave', 'drop']) {
-    addEventListener(name, (event) => {
-      event.preventDefault();
-      drop.classList.toggle('over', name === 'dragover');
-      if (name === 'drop') take(event.dataTransfer.files[0]);
-    });
-  }
+async function upload(file) {
+  if (!file) return;
+  if (file.size > app.limit) { fail(new Error(`${file.name} is larger than the limit; start dmm-fast app with its path instead.`)); return; }
+  try {
+    await api.upload(file, (part) => { $('upload-text').textContent = `${file.name}: ${Math.round(100 * part)} %`; });
+    await enter();
+  } catch (error) { $('upload-text').textContent = ''; fail(error); }
 }
 
 /** A clip's own: what was shown, painted or undone before belongs to another. */
 async function open(state) {
   const { clip, folder } = state;
   if (live.phase || folder !== app.folder) failed.clear();
+  stage.dropStroke();
+  api.opened = clip.opened;
+  app.following = false;
+  making = null;
   Object.assign(app, { clip, folder, objects: state.objects, colours: state.colours, current: state.objects[0]?.id ?? 0, frame: 0, about: null, bitmap: null });
   Object.assign(history, { done: [], undone: [] });
-  pictures.clear();
-  shown = stage.of = null;
+  for (const key of [...pictures.keys()]) forget(key);
+  shown = null;
   document.body.dataset.shown = document.body.dataset.proposals = '';
   stage.show(null);
   $('clip-facts').textContent = `${clip.width} × ${clip.height} · ${live.phase ? 'the frame that was taken' : `${clip.frames} frames`}${clip.fps ? ` · ${+clip.fps.toFixed(2)} FPS` : ''}`;
@@ -620,6 +638,8 @@ async function open(state) {
   await goto(first);
   stage.fit();
   describeButtons();
+  describeSaved();
+  sendAgain();
 }
 
 /** Show what the server has: a live source, a clip, or the choice of one. */
@@ -636,9 +656,10 @@ function enter() {
     $('then').textContent = live.phase ? 'follow live' : 'run';
     $('studio').hidden = live.watching || !state.clip;
     $('welcome').hidden = Boolean(state.clip || state.live);
+    document.querySelector('.actions').hidden = !$('welcome').hidden;
+    app.limit = state.limit;
     if (live.watching) $('clip-facts').textContent = '';
     else if (state.clip) await open(state);
-    else welcome(state.limit);
     return state;
   }).catch(fail);
   return entering;
@@ -650,14 +671,16 @@ async function begin() {
   timeline = new Timeline($('timeline'), app);
   wire();
   Object.assign(window, { studio: app, stageView: () => stage }); // for the console, and tests
+  let moving = null;
+  api.moved = () => { moving ??= enter().finally(() => { moving = null; }); }; // once for all that notice it
   const state = await enter();
   let away = false;
   if (state) api.listen(state.seq, hear, async (lost) => {
     if (lost && !away) toast('The connection to the server is lost; trying again.', 'note');
     if (!lost && away) {
       const now = await api.state();
-      if (live.phase || now.live || now.clip?.opened !== app.clip?.opened) enter();
-      else { describeRun(now.run); timeline.timeline = now.timeline; reload(); }
+      if (live.phase || now.live || !app.clip || now.clip?.opened !== app.clip.opened) api.moved();
+      else { hear({ ...now, kind: 'objects' }); describeRun(now.run); reload(); }
     }
     away = lost;
   });

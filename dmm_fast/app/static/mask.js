@@ -103,8 +103,11 @@ export class Mask {
     return part;
   }
 
-  paste(part, [x0, y0, x1, y1]) {
-    for (let y = y0; y < y1; y++) this.ids.set(part.subarray((y - y0) * (x1 - x0), (y - y0 + 1) * (x1 - x0)), y * this.width + x0);
+  /** Where `part` differs from `other`; the rest of the rectangle may have changed since they were cut. */
+  paste(part, other, [x0, y0, x1, y1]) {
+    for (let y = y0, k = 0; y < y1; y++) {
+      for (let at = y * this.width + x0, end = y * this.width + x1; at < end; at++, k++) if (part[k] !== other[k]) this.ids[at] = part[k];
+    }
     this.draw([x0, y0, x1, y1]);
   }
 

@@ -20,7 +20,7 @@ export class Stage {
     on('pointercancel', this.cancel);
     on('pointerleave', () => { if (!this.work) { this.pointer = null; this.choose(); } });
     on('wheel', this.wheel, { passive: false });
-    on('dblclick', () => this.closePolygon());
+    on('dblclick', (event) => this.closePolygon(event.shiftKey));
     on('contextmenu', (event) => event.preventDefault());
   }
 
@@ -113,8 +113,10 @@ export class Stage {
 
   // --------------------------------------------------------------------------------------------- proposals
 
-  show(proposals) {
+  /** of: the frame that they are of. */
+  show(proposals, of = null) {
     const { width, height, items } = proposals || { width: 1, height: 1, items: [] };
+    this.of = of;
     this.small = { width, height };
     this.items = items.map((item) => ({ ...item, inside: turnsToBits(item.mask, width * height) }));
     this.chosen = -1;
@@ -235,6 +237,9 @@ export class Stage {
 
   // ----------------------------------------------------------------------------------------------- strokes
 
+  /** Whether a stroke or a polygon is in hand. */
+  get busy() { return Boolean(this.work || this.points.length); }
+
   async begin(event) {
     const { app } = this, taking = app.tool === 'eraser' || event.shiftKey || app.mode === 'take';
     if (!app.current) {
@@ -287,8 +292,8 @@ export class Stage {
     this.redraw();
   }
 
-  closePolygon(taking = this.app.mode === 'take') {
-    const { app, points } = this;
+  closePolygon(shift = false) {
+    const { app, points } = this, taking = shift || app.mode === 'take';
     if (app.tool !== 'polygon' || points.length < 3) return;
     this.points = [];
     const before = app.mask.ids.slice();

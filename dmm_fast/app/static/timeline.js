@@ -7,6 +7,7 @@ export class Timeline {
   constructor(box, app) {
     Object.assign(this, { box, app, canvas: box.querySelector('canvas') });
     this.context = this.canvas.getContext('2d');
+    this.lost = []; // in the frame that was recorded last
     new ResizeObserver(() => this.redraw()).observe(box);
     box.addEventListener('pointerdown', (event) => {
       box.setPointerCapture(event.pointerId);
@@ -30,6 +31,10 @@ export class Timeline {
   record(frame, objects) {
     const { timeline } = this, bin = Math.floor(frame / timeline.width);
     if (timeline.width === 1 || (frame + 1) % timeline.width === 0) timeline.status[bin] = 1;
+    const lost = objects.filter((entry) => entry.lost).map((entry) => entry.id);
+    timeline.lost = timeline.lost.filter((other) => other !== frame);
+    if (lost.some((id) => !this.lost.includes(id))) timeline.lost.push(frame);
+    this.lost = lost;
     for (const id of Object.keys(timeline.scores)) timeline.scores[id][bin] = timeline.width === 1 ? null : timeline.scores[id][bin];
     for (const entry of objects) {
       const scores = timeline.scores[entry.id];
