@@ -269,7 +269,12 @@ def _find_sequences(
             raise EvaluationError(f"{folder}: no such directory")
     if _ground_truth(gt_dir, protocol):
         (name,) = _choose(sequences, [gt_dir.resolve().name], gt_dir)
-        return [(name, gt_dir, pred_dir if _images(pred_dir) else pred_dir / name)]
+        pred = pred_dir if _images(pred_dir) else pred_dir / name
+        if not pred.is_dir():
+            folders = [folder.name for folder in _folders(pred_dir)]
+            hint = f" but folders ({_listed(folders)}): is it a data set? then --gt must be one too; if not, give one of these"
+            raise EvaluationError(f"{pred_dir}: holds no PNGs{hint if folders else ''}")
+        return [(name, gt_dir, pred)]
     found = [entry.name for entry in _folders(gt_dir) if _ground_truth(entry, protocol)]
     if not found:
         raise EvaluationError(f"{gt_dir}: no ground truth: expected {gt_dir}/<sequence>/*.png or {gt_dir}/*.png")
@@ -280,6 +285,12 @@ def _find_sequences(
             f"{_listed(missing)}; name those to score to leave others out (sequences=, --sequences)"
         )
     return [(name, gt_dir / name, pred_dir / name) for name in names]
+
+
+def _unscored(found: list[tuple[str, Path, Path]], gt_dir: Path, pred_dir: Path) -> list[str]:
+    """Of a data set, the sequences with predictions but without ground truth."""
+    names = {name for name, gt, _ in found if gt != gt_dir}
+    return [folder.name for folder in _folders(pred_dir) if folder.name not in names and _images(folder)] if names else []
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -295,7 +306,10 @@ def _sequence(name: str, gt: Path, pred: Path, protocol: str, frames: str, foreg
     if not scored:
         raise EvaluationError(f"{gt}: {len(files)} ground-truth frames leave none to score (frames={frames!r})")
     if missing := [frame.pred.name for frame in scored if not frame.pred.is_file()]:
-        raise EvaluationError(f"{pred}: {len(missing)} of {len(scored)} frames are missing: {_listed(missing)}")
+        there = ""
+        if len(missing) == len(scored):
+            there = f" (the folder holds {_listed([file.name for file in _images(pred)], 3) or 'no PNGs'})"
+        raise EvaluationError(f"{pred}: {len(missing)} of {len(scored)} frames are missing: {_listed(missing)}{there}")
     return _Sequence(name, scored, _largest_id(files, protocol, binary, foreground))
 
 
@@ -404,11 +418,13 @@ def _summary(objects: list[ObjectScore]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores of a data set. `summary` has the means over objects; `settings` say how they were made."""
+    """Scores of a data set. `summary` has the means over objects; `settings` say how they were made; `unscored` names the
+    predicted sequences that have no ground truth."""
 
     settings: dict[str, object]
     summary: dict[str, float]
     objects: tuple[ObjectScore, ...]
+    unscored: tuple[str, ...] = ()
 
     @property
     def per_object(self) -> list[dict[str, Any]]:
@@ -454,6 +470,8 @@ class Report:
         extra = [f"{name} = {value:.3f}" for name, value in self.summary.items() if name not in rows[0]]
         if unseen := [f"{score.sequence} {score.object}" for score in self.objects if not score.seen]:
             extra.append(f"in no mask of these frames, so counted as J = F = 1: {_listed(unseen)}")
+        if self.unscored:
+            extra.append(f"not scored, no ground truth: {_listed(list(self.unscored))}")
         how = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
         return "\n".join([*lines, *extra, f"({how})"])
 
@@ -480,7 +498,8 @@ def evaluate(
         truth; what else they hold is not read. SegTrack's ground truth may be `<sequence>/<1..n>/*`, png or bmp, with
         grey edges.
     protocol: "davis", "vos" or "segtrack", see the module.
-    sequences: names, or a text file with one a line; default all that have ground truth.
+    sequences: names, or a text file with one a line; default all that have ground truth; the report names the others
+        that have predictions.
     foreground: score everything above 0 as one object, on both sides, as DAVIS 2016 does (there 255 is the object).
     frames: "inner" (all but first and last), "after-first" or "all"; default "inner" for davis and vos, "after-first"
         for segtrack (the first mask is given).
@@ -518,7 +537,8 @@ def evaluate(
         settings["pool_frames"] = pool_frames
         star = np.concatenate(videos) if pool_frames else np.array([video.mean() for video in videos])
         summary |= {"mIoU*": float(star.mean()), "mIoU†": summary["J"]}
-    return Report(settings, summary, tuple(objects))
+    unscored = _unscored(found, Path(gt_dir), Path(pred_dir)) if sequences is None else ()
+    return Report(settings, summary, tuple(objects), tuple(unscored))
 
 
 def _scored(frames: list[_Frame], workers: int, progress: bool) -> Generator[dict[int, FrameScore], None, None]:

@@ -414,6 +414,44 @@ def test_plain_errors(tmp_path: Path):
     says("no object in the ground-truth frames", tmp_path / "gt/none", tmp_path / "pred/none", protocol="vos")
 
 
+def test_a_folder_of_predictions_that_is_not_the_sequence(tmp_path: Path):
+    """The message says what the folder holds, and names none that is not there."""
+    gt, pred = pair(tmp_path, [one_pixel(1, 2)] * 4, [one_pixel(1, 2)] * 4, "gt6")
+    assert evaluate(gt, tmp_path / "pred").objects[0].sequence == "gt6"  # a data set that has it
+    pred.rename(tmp_path / "pred/sg")
+    (tmp_path / "pred/extra").mkdir()
+    with pytest.raises(EvaluationError) as error:
+        evaluate(gt, tmp_path / "pred")
+    assert str(error.value) == (
+        f"{tmp_path}/pred: holds no PNGs but folders (extra, sg): is it a data set? then --gt must be one too; if not, give one of these"
+    )
+    with pytest.raises(EvaluationError, match="pred/extra: holds no PNGs$"):
+        evaluate(gt, tmp_path / "pred/extra")
+
+
+def test_predictions_with_other_names(tmp_path: Path):
+    gt, pred = pair(tmp_path, [one_pixel(1, 2)] * 6, [one_pixel(1, 2)] * 6)
+    for file in list(pred.iterdir()):
+        file.rename(pred / f"frame_{file.name}")
+    told = r"s: 4 of 4 frames are missing: 00001.png, .*, 00004.png \(the folder holds {}\)$"
+    with pytest.raises(EvaluationError, match=told.format("frame_00000.png, frame_00001.png, frame_00002.png, ...")):
+        evaluate(gt, pred)
+    for file in list(pred.iterdir()):
+        file.unlink()
+    with pytest.raises(EvaluationError, match=told.format("no PNGs")):
+        evaluate(tmp_path / "gt", tmp_path / "pred")
+
+
+def test_predictions_without_ground_truth_are_named(tmp_path: Path):
+    gt, pred = pair(tmp_path, [one_pixel(1, 2)] * 3, [one_pixel(1, 2)] * 3, "a")
+    write_sequence(tmp_path / "pred/extra", [one_pixel(1, 2)] * 3)
+    (tmp_path / "pred/logs").mkdir()
+    report = evaluate(tmp_path / "gt", tmp_path / "pred")
+    assert report.table().splitlines()[-2] == "not scored, no ground truth: extra" and report.unscored == ("extra",)
+    for chosen in (evaluate(tmp_path / "gt", tmp_path / "pred", sequences=["a"]), evaluate(gt, tmp_path / "pred")):
+        assert "not scored" not in chosen.table()
+
+
 # -------------------------------------------------------------------------------------------------------------- report
 
 

@@ -48,16 +48,16 @@ def _better_proposals(e: Explanation) -> Found:
         f"object {t.id}: the best proposal has IoU {1 - t.split['recall']:.2f} on average{_where(e, t, 1 - t.best)}"
         for t in hit
     ]
-    given = e.settings["proposals"]
+    given, learn = e.settings["proposals"], _can_learn(e)
     other, text = (
         ({"proposals": "torchvision"}, "Mask R-CNN knows the classes of COCO (downloaded on first use); for other things train a detector "
-         "(dmm-fast train-proposals), or fit the packaged one to the first frame (--online).")
+         "(dmm-fast train-proposals)" + (", or fit the packaged one to the first frame (--online)." if learn else "."))
         if given == "small"
         else ({"proposals": "small"}, "The packaged detector knows no classes; others are torchvision, or one of your own "
-              "(dmm-fast train-proposals). A live detector without classes also learns the first frame with --online.")
+              "(dmm-fast train-proposals)." + (" A live detector without classes also learns the first frame with --online." if learn else ""))
     )  # fmt: skip
     commands = [_command(e, "proposals", **other)]
-    if _can_learn(e):
+    if learn:
         commands.append(_command(e, "online", online="30", **({} if given == "small" else other)))
     if hit:
         yield _cost(hit, "recall"), Advice("Better proposals", why, text, commands)
@@ -68,10 +68,7 @@ def _more_resolution(e: Explanation) -> Found:
     hit = [t for t in e.tracks if _small(t, e) and (_large(t, "recall") or _large(t, "refinement"))]
     if not hit:
         return
-    why = [
-        f"object {t.id}: {_size(t, e):.0f} pixels in a frame of 240 lines, of whose IoU {t.split['loss']:.2f} is lost"
-        for t in hit
-    ]
+    why = [f"object {t.id}: {_size(t, e):.0f} pixels in a frame of 240 lines; J is {1 - t.split['loss']:.2f}" for t in hit]
     text = "A detector that sees larger frames finds smaller things. Frames with more pixels, if there are any, help refinement too."
     given = str(e.settings["proposals"])
     # torchvision may need its weights named, and many models of the hub take frames of one size.
@@ -164,10 +161,11 @@ def _refine_less(e: Explanation) -> Found:
         f"object {t.id}: refinement takes IoU {t.split['refinement']:.2f} off on average{_where(e, t, t.matched - t.j)}"
         for t in hit
     ]
-    commands = [_command(e, "online", online="30")] if _can_learn(e) else []
-    commands += [] if e.settings["refine"] == "none" else [_command(e, "unrefined", refine="none")]
-    if hit and commands:
-        text = "Fit the network to the first frame, or keep the matched proposals as they are."
+    found = [("fit the network to the first frame", _command(e, "online", online="30"))] if _can_learn(e) else []
+    if e.settings["refine"] != "none":
+        found.append(("keep the matched proposals as they are", _command(e, "unrefined", refine="none")))
+    if hit and found:
+        text, commands = ", or ".join(what for what, _ in found).capitalize() + ".", [command for _, command in found]
         yield _cost(hit, "refinement"), Advice("Other refinement", why, text, commands)
 
 
@@ -186,8 +184,8 @@ RULES: tuple[Callable[[Explanation], Found], ...] = (
 
 
 def _can_learn(e: Explanation) -> bool:
-    """Whether --online is something new, and there is a network that can learn."""
-    return not e.settings["online"] and e.settings["preset"] != "iou"
+    """Whether --online is something new, there is a network that can learn, and a single object: it may swap similar ones."""
+    return not e.settings["online"] and e.settings["preset"] != "iou" and len(e.tracks) == 1
 
 
 def _loss(t: Track) -> float:

@@ -45,6 +45,7 @@ GONE = 0.1  # J below which a visible object counts as lost, whatever the run be
 JUMP = 0.25  # IoU of a mask with that of the frame before, below which it may lie on another object: docs/explain.md says how often it does
 COLUMNS = ("object", "frames", "J", "recall", "matching", "refinement", "switches", "likely switches", "lost", "not followed",
            "extra", "score", "margin")  # fmt: skip
+LOSSES = ("recall", "matching", "refinement")  # the parts of 1 - J
 RARE = ("not followed", "extra")  # left out where they are 0 for all objects
 AT_ONCE = 8  # proposals that are held as whole masks
 
@@ -211,14 +212,17 @@ class Explanation:
     source: Source = field(repr=False)
 
     def table(self) -> str:
-        """Plain text: a line per object, then their means."""
+        """Plain text: a line per object, then their means, and what the losses are."""
         rows = [track.figures for track in self.tracks]
         if len(rows) > 1 and self.means:
             rows.append({"object": "mean", **self.means})
         names = columns(rows)
-        cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+        cells = [list(map(heading, names)), *([_cell(row.get(name)) for name in names] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+        if "recall" in names:
+            lines.append("(recall, matching and refinement loss add up to 1 - J: less is better, below 0 is a gain)")
+        return "\n".join(lines)
 
     @property
     def means(self) -> dict[str, float]:
@@ -251,6 +255,11 @@ class Explanation:
 def columns(rows: list[dict[str, Any]]) -> list[str]:
     """The columns of a table: those that say something of an object."""
     return [name for name in COLUMNS if any(row.get(name) is not None and (row[name] or name not in RARE) for row in rows)]
+
+
+def heading(name: str) -> str:
+    """What a table calls a column."""
+    return f"{name} loss" if name in LOSSES else name
 
 
 def _cell(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -16,7 +17,7 @@ from scipy import ndimage
 
 from dmm_fast.files import whole_file
 from dmm_fast.inference.advice import Advice
-from dmm_fast.inference.explain import COLUMNS, Explanation, Span, Track, columns, spans
+from dmm_fast.inference.explain import COLUMNS, LOSSES, Explanation, Span, Track, columns, heading, spans
 from dmm_fast.inference.overlay import object_colours, overlay
 
 # Okabe and Ito, as in the studies' figures.
@@ -45,8 +46,8 @@ svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-
 """
 
 LEGEND = """Score and margin (over the runner-up) are the match's own. Lost: frames in which nothing was matched, the mask before was kept"""
-WITH_TRUTH = """, or J is below .1. J: IoU with the truth, in frames in which the object is followed and visible; 1 - J is recall + matching + refinement.
-Not followed: visible, but no mask was given yet. Extra: frames with a mask, though the object is not visible"""
+WITH_TRUTH = """, or J is below .1. J: IoU with the truth, in frames in which the object is followed and visible; 1 - J is recall + matching + refinement
+loss: less is better, below 0 is a gain. Not followed: visible, but no mask was given yet. Extra: frames with a mask, though the object is not visible"""
 
 
 def write_page(e: Explanation, advice: Sequence[Advice], path: str | os.PathLike, pictures: int = 6) -> None:
@@ -95,15 +96,24 @@ def _verdict(e: Explanation) -> str:
     means = e.means
     if "J" not in means:
         return "No object is visible in a frame with ground truth in which it is followed."
-    text = f"Mean J {means['J']:.2f}, compared in {len(e.compared)} of {len(e.stems)} frames. "
+    loss = 100 - round(100 * means["J"])  # in hundredths
+    text = f"Mean J {1 - loss / 100:.2f}, compared in {len(e.compared)} of {len(e.stems)} frames. "
     if "recall" not in means:
         return text
-    change = round(means["refinement"], 2)
+    recall, matching, refinement = _rounded([100 * means[name] for name in LOSSES], loss)
     refined = (
-        f"refinement {'loses' if change > 0 else 'wins back'} {abs(change):.2f}" if change else "refinement changes nothing"
+        f"- {-refinement / 100:.2f} (refinement wins back)" if refinement < 0 else f"+ {refinement / 100:.2f} (refinement)"
     )
-    return text + (f"Of the {means['loss']:.2f} that is missing, {means['recall']:.2f} no proposal could give (recall), {means['matching']:.2f} was lost by taking "
-                   f"another proposal or none (matching), and {refined}.")  # fmt: skip
+    return text + (f"1 - J is {loss / 100:.2f} = {recall / 100:.2f} (recall: no proposal was better) + {matching / 100:.2f} "
+                   f"(matching: another proposal or none was taken) {refined}.")  # fmt: skip
+
+
+def _rounded(parts: list[float], total: int) -> list[int]:
+    """Whole numbers near the parts that add up to the total, which is their rounded sum."""
+    whole = [math.floor(part) for part in parts]
+    for index in sorted(range(len(parts)), key=lambda i: whole[i] - parts[i])[: total - sum(whole)]:
+        whole[index] += 1
+    return whole
 
 
 def _table(e: Explanation) -> str:
@@ -111,7 +121,7 @@ def _table(e: Explanation) -> str:
     names = columns(rows)
     legend = LEGEND + (WITH_TRUTH if e.compared is not None else "")
     body = ["".join(_field(name, row.get(name)) for name in names) for row in rows]
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{escape(heading(name))}</th>" for name in names)
     means = e.means
     mean = "".join(f"<td>{'mean' if name == 'object' else _number(means.get(name))}</td>" for name in names)
     last = f'<tr class="mean">{mean}</tr>' if len(rows) > 1 and means else ""
@@ -127,7 +137,7 @@ def _field(name: str, value: float | int | None) -> str:
     if name == "object":
         return f"<td>{_dot(int(value or 0))}{value}</td>"
     shade = ""
-    if name in ("recall", "matching", "refinement") and value is not None:  # what it costs, or gains
+    if name in LOSSES and value is not None:  # what it costs, or gains
         rgb = "213,94,0" if value > 0 else "0,158,115"
         shade = f' style="background:rgba({rgb},{min(abs(value), 1) * 0.7:.2f})"'
     return f"<td{shade}>{_number(value)}</td>"
@@ -352,7 +362,7 @@ def _plot(e: Explanation, track: Track) -> str:
         for at in np.flatnonzero(track.given).tolist()
     ]
     figures = track.figures
-    told = ", ".join(f"{name} {_number(figures[name])}" for name in COLUMNS[2:8] if figures.get(name) is not None)
+    told = ", ".join(f"{heading(name)} {_number(figures[name])}" for name in COLUMNS[2:8] if figures.get(name) is not None)
     return f'<h3>{_dot(track.id)}Object {track.id}</h3><p class="quiet">{escape(told)}</p>' + "".join(parts) + "</svg>"
 
 

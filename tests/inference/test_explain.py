@@ -225,6 +225,24 @@ def test_rules(clip, best, matched, j, settings, title, words):
         assert "iou" not in settings.values() or "--online" not in " ".join(one.commands)  # nothing there can learn
 
 
+def test_online_is_for_single_objects(clip):
+    """With several similar ones it may swap them: neither the commands nor the texts name it."""
+    for three in [(0.3, 0.3, 0.3), (0.9, 0.9, 0.4)]:
+        for given in ("small", "file.json"):
+            e = figures(clip, *three, proposals=given)
+            several = replace(e, tracks=[*e.tracks, replace(e.tracks[0], id=2)])
+            assert "online" in str(advise(e)) and advise(several) and "online" not in str(advise(several))
+    (other,) = advise(several)
+    assert other.how == "Keep the matched proposals as they are." and "--refine none" in other.commands[0]
+    (other,) = advise(figures(clip, 0.9, 0.9, 0.4, refine="none"))
+    assert other.how == "Fit the network to the first frame." and len(other.commands) == 1
+
+
+def test_a_small_object_is_told_with_its_j(clip):
+    (why,) = next(one for one in advise(figures(clip, 0.3, 0.3, 0.28, area=20)) if one.title == "More resolution").why
+    assert re.fullmatch(r"object 1: \d+ pixels in a frame of 240 lines; J is 0\.28", why)
+
+
 def test_every_advised_command_can_be_typed(clip, run):
     wrong_match(run, clip)
     asked = {
@@ -253,6 +271,42 @@ def test_every_advised_command_can_be_typed(clip, run):
 
 
 # --------------------------------------------------------------------------------------------------------------- page
+
+
+def test_the_table_says_that_its_losses_are_losses(clip, tmp_path):
+    e = explain(clip / "run", gt(clip))
+    head, *_, last = e.table().splitlines()
+    assert re.search("J +recall loss +matching loss +refinement loss", head)
+    assert last == "(recall, matching and refinement loss add up to 1 - J: less is better, below 0 is a gain)"
+    write_page(e, [], tmp_path / "page.html", 0)
+    page = (tmp_path / "page.html").read_text()
+    assert "<th>recall loss</th>" in page and "recall + matching + refinement\nloss: less is better" in page
+    assert "recall" in e.tracks[0].figures and "recall" in e.means  # the keys of the JSON file
+    assert "less is better" not in explain(clip / "run", gt(clip), use_proposals=False).table()
+
+
+@pytest.mark.parametrize(
+    "best, matched, j, sum_",
+    [
+        (0.41, 0.40, 0.62, "1 - J is 0.38 = 0.59 (recall: no proposal was better) + 0.01 (matching: another proposal or none was taken) "
+         "- 0.22 (refinement wins back)."),
+        (0.9, 0.9, 0.7, "1 - J is 0.30 = 0.10 (recall: no proposal was better) + 0.00 (matching: another proposal or none was taken) "
+         "+ 0.20 (refinement)."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_a_sum(clip, best, matched, j, sum_):
+    assert explain_page._verdict(figures(clip, best, matched, j)).endswith(sum_)
+
+
+def test_the_sum_of_the_verdict_is_right_after_rounding(clip):
+    for best, matched, j in np.sort(np.random.default_rng(0).random((60, 3)), 1)[:, ::-1]:
+        best, matched, j = (best, matched, j) if j < 0.3 else (matched, j, best)  # refinement loses, or wins back
+        text = explain_page._verdict(figures(clip, best, matched, j))
+        mean, loss, *parts = (
+            int(sign.strip("= ") + digits.replace(".", "")) for sign, digits in re.findall(r"(\+ |- |)(\d\.\d\d)", text)
+        )
+        assert mean == round(100 * j) and loss == 100 - mean == sum(parts)
+        assert np.abs(np.array(parts) / 100 - [1 - best, best - matched, matched - j]).max() < 0.01
 
 
 class Balanced(HTMLParser):
@@ -313,7 +367,9 @@ def test_command(clip, run, tmp_path, capsys):
     wrong_match(run, clip)
     assert main(["explain", str(run), "--gt", str(gt(clip)), "--json", str(tmp_path / "e.json"), "--worst", "2"]) == 0
     told = capsys.readouterr().out
-    assert "recall  matching  refinement" in told and "A correction" in told and str(run / "explain.html") in told
+    assert (
+        "recall loss  matching loss  refinement loss" in told and "A correction" in told and str(run / "explain.html") in told
+    )
     content = json.loads((tmp_path / "e.json").read_text())
     assert content["per_frame"][0]["switches"] == [["00004", 2], ["00006", 1]] and content["advice"][0]["commands"]
     assert (run / "explain.html").read_text().count("<img") == 6
