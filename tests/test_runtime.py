@@ -431,9 +431,10 @@ def test_an_exported_proposal_network(iou, runtime, pond):
         file.unlink()
     for t in range(4):  # object 3 is red, 7 green, 200 blue
         Image.fromarray(np.stack([(truth(t) == i) * np.uint8(255) for i in (3, 7, 200)], -1)).save(pond / "frames" / f"{t}.png")
-    segment(copy, *files(pond, proposals=None))
+    told = segment(copy, *files(pond, proposals=None)).stdout
+    assert re.search("^ +step ", told, re.M) and "proposals" not in told, "a stage of its own did not run"
     assert all(np.array_equal(read_mask(pond / "out" / f"{t}.png"), truth(t)) for t in range(4))
-    assert "--proposals is needed" in segment(iou, *files(pond, proposals=None), check=2).stderr
+    assert "--proposals is needed" in segment(iou, *files(pond, proposals=None, out=pond / "other"), check=2).stderr
 
 
 def test_objects_that_join_later(iou, runtime, pond):
@@ -447,8 +448,78 @@ def test_objects_that_join_later(iou, runtime, pond):
     assert np.array_equal(read_mask(pond / "out" / "f5.png"), truth(5))
 
 
+def counted(pond: Path, ids, names: str = "{:05d}") -> dict:
+    """The pond's frames by number, and proposals under these image ids, those of frame 0 first; -> options of the program."""
+    (pond / "by number").mkdir()
+    for t in range(8):
+        Image.fromarray(picture(t)).save(pond / "by number" / f"{names.format(t)}.png")
+    write_coco(pond / "counted.json", {str(i): found(t) for t, i in enumerate(ids)}, SIZE)
+    return {"frames": pond / "by number", "proposals": pond / "counted.json"}
+
+
+@pytest.mark.parametrize(
+    "ids, asks",
+    [
+        (range(8), False),
+        (range(1, 9), True),  # both left
+        (range(1, 8), True),  # none left, but the first frame has nothing
+        (range(2, 8), False),
+        ([0, *range(2, 8)], False),
+        ([*range(7), "g7"], False),  # names do not count
+        (range(7, 27), True),
+    ],
+)
+def test_proposals_that_do_not_match_are_noted(ids, asks, iou, runtime, pond):
+    """As in Python, which goes on to find the offset."""
+    given = counted(pond, ids)
+    told = segment(iou, *files(pond, **given), "--quiet").stderr.splitlines()
+    question = [line for line in told if "do the ids count from another number?" in line]
+    left = read_coco(given["proposals"])._left([f"{t:05d}" for t in range(8)])
+    assert [line for line in told if line not in question] == [f"note: {note.partition(';')[0]}" for note in left]
+    assert bool(question) == asks
+    assert "another number" not in segment(iou, *files(pond, **given, out=pond / "0"), "--image-id-offset", 0).stderr
+
+
+@pytest.mark.parametrize(
+    "ids, names, offset",
+    [(range(1, 9), "{:05d}", -1), (range(8), "f{}", 0), (range(-3, 5), "2024_{}", 3), (range(8), "{}_a", 0)],
+)
+def test_image_ids_are_shifted(ids, names, offset, iou, runtime, pond):
+    segment(iou, *files(pond, **counted(pond, ids, names)), "--image-id-offset", offset)
+    assert all(np.array_equal(read_mask(pond / "out" / f"{names.format(t)}.png"), truth(t)) for t in range(8))
+
+
+def test_image_ids_are_shifted_to_places(iou, runtime, pond):
+    """Of frames whose names hold no number of their own."""
+    given = counted(pond, range(1, 9))
+    for t in range(8):
+        (given["frames"] / f"{t:05d}.png").rename(given["frames"] / f"{'abcdefgh'[t]}5.png")
+    assert "(--image-id-offset N" in segment(iou, *files(pond, **given), check=2).stderr
+    segment(iou, *files(pond, **given), "--image-id-offset=-1")
+    assert all(np.array_equal(read_mask(pond / "out" / f"{'abcdefgh'[t]}5.png"), truth(t)) for t in range(8))
+    told = segment(iou, *files(pond, **given, out=pond / "other"), "--image-id-offset", 9, check=2).stderr
+    assert "with --image-id-offset 9 no image id is that of a frame" in told
+
+
+def test_results_are_replaced_only_when_asked(iou, runtime, pond):
+    report = pond / "report.json"
+    segment(iou, *files(pond, report=report))
+    before = (pond / "out" / "f7.png").read_bytes(), report.read_bytes()
+    (pond / "frames" / "f6.jpg").write_bytes(b"")  # the run would stop here
+    for words in (files(pond), files(pond, out=pond / "new", report=report)):
+        assert "is there already" in (told := segment(iou, *words, check=2).stderr) and "--overwrite" in told
+    assert ((pond / "out" / "f7.png").read_bytes(), report.read_bytes()) == before and not (pond / "new").exists()
+    assert "neither a JPEG" in segment(iou, *files(pond, report=report), "--overwrite", check=2).stderr
+    assert not (pond / "out" / "f7.png").exists() and not report.exists(), "nothing of the run before is left beside the new"
+    (pond / "frames" / "f6.jpg").unlink()
+    (pond / "out" / "notes.txt").write_text("mine")
+    segment(iou, *files(pond, report=report), "--overwrite")
+    assert report.exists() and (pond / "out" / "notes.txt").exists()
+
+
 def test_help_teaches(iou, runtime):
     told = subprocess.run([runtime.PROGRAM, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "[--proposals FILE]" in told and "$OMP_NUM_THREADS" in told
     assert "examples:" in told and "--resume STATE" in told and "Exit code" in told
 
 
@@ -557,6 +628,8 @@ def test_bad_files_are_refused(damage, words, iou, runtime, pond):
         (["--ops", __file__], "does not load"),
         (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--every", "5"], "--every needs --save"),
+        (["--image-id-offset", "one"], "--image-id-offset must be a whole number"),
+        (["--resume=state", "--overwrite"], "give one of them"),
     ],
 )
 def test_bad_words_are_refused(words, told, iou, runtime, pond):

@@ -15,7 +15,9 @@ std::string read(const std::string& kind, const std::string& path) {
   if (kind == "manifest") return dmm::Manifest::read(path).kind;
   if (kind == "safetensors") return std::to_string(dmm::SafeTensors::read(path).tensors.size()) + " tensors";
   if (kind == "proposals") {
-    const auto frame = dmm::ProposalFile(path).frame("7", 24, 32);
+    dmm::ProposalFile file(path);
+    file.notes({"7", "8"});
+    const auto frame = file.frame("7", 24, 32);
     return std::to_string(frame.scores.size()) + " proposals";
   }
   if (kind == "frame" || kind == "mask") {

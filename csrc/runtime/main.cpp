@@ -19,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kHelp = R"(usage: dmm-segment --model DIR --frames DIR --masks FIRST.png --proposals FILE --out DIR
+constexpr const char* kHelp = R"(usage: dmm-segment --model DIR --frames DIR --masks FIRST.png [--proposals FILE] --out DIR
 
 Follow objects through a video, given their masks in its first frame. Needs no Python: the network is an export of dmm_fast
 (dmm-fast export), run by libtorch.
@@ -31,10 +31,14 @@ input:
                      A folder holds PNGs named like frames; new objects in a later one are added there
   --proposals FILE   mask proposals: a COCO results file (JSON list of image_id = the frame's name, score, RLE, bbox).
                      Default: the export's own proposal network
+  --image-id-offset N
+                     added to the file's image ids to give frame numbers: -1 for ids that count from 1, 0 for ids as they are.
+                     Default: as they are, with a note if they do not match (dmm-fast segment detects the offset)
 
 output:
   --out DIR          one indexed PNG per frame, including the first, named like the frame
   --report FILE      JSON: for each frame the result for each object, and the milliseconds of each stage
+  --overwrite        replace the masks and the report of an earlier run
 
 saving and resuming:
   --save STATE       write the session at the end and on Ctrl-C (safetensors; Python's Segmenter.load reads it too)
@@ -44,7 +48,7 @@ saving and resuming:
 
 other:
   --device NAME      cpu (default), cuda, cuda:1, ..
-  --threads N        of the CPU (default: all cores)
+  --threads N        of the CPU (default: $OMP_NUM_THREADS, else all cores)
   --ops FILE         the op library libdmm_cpu.so or its folder (default: $DMM_OPS, else beside this program)
   --quiet            no summary
 
@@ -59,10 +63,12 @@ examples:
       repeat this command to continue an interrupted run
 )";
 
-/// The command line: every option takes a value but --help and --quiet.
+/// The command line: every option takes a value but --overwrite, --quiet and --help.
 std::map<std::string, std::string> parse(int count, char** words) {
-  static const std::string kKnown[] = {"model",  "frames", "masks",  "proposals", "out", "report", "save", "every",
-                                       "resume", "after",  "device", "threads",   "ops", "quiet",  "help"};
+  static const std::string kKnown[] = {"model",     "frames", "masks", "proposals", "image-id-offset", "out",    "report",
+                                       "overwrite", "save",   "every", "resume",    "after",           "device", "threads",
+                                       "ops",       "quiet",  "help"};
+  static const std::string kPlain[] = {"overwrite", "quiet", "help"};
   std::map<std::string, std::string> options;
   for (int k = 1; k < count; ++k) {
     std::string word = words[k];
@@ -73,7 +79,7 @@ std::map<std::string, std::string> parse(int count, char** words) {
     if (std::find(std::begin(kKnown), std::end(kKnown), name) == std::end(kKnown)) {
       dmm::fail("unknown argument ", dmm::excerpt(word), "; see dmm-segment --help");
     }
-    if (name != "help" && name != "quiet" && !value) {
+    if (std::find(std::begin(kPlain), std::end(kPlain), name) == std::end(kPlain) && !value) {
       if (++k >= count) dmm::fail(word, " needs a value");
       value = words[k];
     }
@@ -82,13 +88,15 @@ std::map<std::string, std::string> parse(int count, char** words) {
   return options;
 }
 
-int whole_number(const std::map<std::string, std::string>& options, const std::string& name, int otherwise) {
+constexpr int kMost = 1'000'000'000;
+
+int whole_number(const std::map<std::string, std::string>& options, const std::string& name, int otherwise, int least = 1) {
   const auto found = options.find(name);
   if (found == options.end()) return otherwise;
   char* end = nullptr;
   const long value = std::strtol(found->second.c_str(), &end, 10);
-  if (found->second.empty() || *end || value < 1 || value > 1'000'000'000) {
-    dmm::fail("--", name, " must be a whole number of at least 1, got ", dmm::excerpt(found->second));
+  if (found->second.empty() || *end || value < least || value > kMost) {
+    dmm::fail("--", name, " must be a whole number from ", least, " to ", kMost, ", got ", dmm::excerpt(found->second));
   }
   return int(value);
 }
@@ -174,8 +182,21 @@ void summarise(const std::vector<Times>& frames) {
   const double count = double(frames.size());
   const auto fps = [count](double milliseconds) { return milliseconds > 0 ? 1000 * count / milliseconds : 0.0; };
   std::printf("%zu frames, %.1f frames/s\n", frames.size(), fps(total));
-  for (int k = 0; k < stages; ++k)
+  for (int k = 0; k < stages; ++k) {
+    if (sum[k] == 0) continue;  // did not run: the export's own proposals are part of the step
     std::printf("  %-10s %8.2f ms a frame %10.1f frames/s\n", kStages[k], sum[k] / count, fps(sum[k]));
+  }
+}
+
+/// What an earlier run has left where this one writes: masks of these frames, a report.
+std::vector<fs::path> earlier_results(const fs::path& out, const std::string& report,
+                                      const std::vector<std::pair<std::string, std::string>>& frames) {
+  std::vector<fs::path> found;
+  for (const auto& [stem, file] : frames) {
+    if (const fs::path mask = out / (stem + ".png"); fs::is_regular_file(mask)) found.push_back(mask);
+  }
+  if (fs::is_regular_file(report)) found.push_back(report);
+  return found;
 }
 
 int run(const std::map<std::string, std::string>& options) {
@@ -189,6 +210,8 @@ int run(const std::map<std::string, std::string>& options) {
   const bool resumes = options.count("resume") > 0;
   if (!resumes && text("masks").empty()) dmm::fail("--masks is needed (or --resume); see dmm-segment --help");
   if (options.count("every") && text("save").empty()) dmm::fail("--every needs --save");
+  if (options.count("image-id-offset") && !options.count("proposals")) dmm::fail("--image-id-offset needs --proposals");
+  if (options.count("overwrite") && resumes) dmm::fail("--resume goes on, --overwrite starts again: give one of them");
   const int every = whole_number(options, "every", 0);
   if (options.count("threads")) at::set_num_threads(whole_number(options, "threads", 1));
 
@@ -200,10 +223,13 @@ int run(const std::map<std::string, std::string>& options) {
     file.emplace(text("proposals"));
     std::vector<std::string> stems;
     for (const auto& frame : frames) stems.push_back(frame.first);
+    if (options.count("image-id-offset")) file->shift(stems, whole_number(options, "image-id-offset", 0, -kMost));
     if (!file->covers(stems)) {
       dmm::fail(text("proposals"), ": no proposals for these frames: image_id must be a frame's name such as ",
-                dmm::excerpt(stems[0]), ", the file holds ", file->example());
+                dmm::excerpt(stems[0]), ", the file holds ", file->example(),
+                " (--image-id-offset N is added to ids that are numbers)");
     }
+    for (const std::string& note : file->notes(stems)) std::cerr << "note: " << note << "\n";
   }
   const fs::path out = text("out");
   if (fs::exists(out) && fs::equivalent(out, text("frames")))
@@ -213,6 +239,13 @@ int run(const std::map<std::string, std::string>& options) {
     if (fs::equivalent(out, fs::is_directory(given) ? given : fs::absolute(given).parent_path())) {
       dmm::fail(out.string(), ": this is where the masks are read from; choose another --out");
     }
+  }
+  // A resumed run goes on in the folder of the one before it.
+  const auto earlier = resumes ? std::vector<fs::path>() : earlier_results(out, text("report"), frames);
+  if (!earlier.empty() && !options.count("overwrite")) {
+    const std::string rest = earlier.size() > 1 ? " (and " + std::to_string(earlier.size() - 1) + " more)" : "";
+    dmm::fail(earlier[0].string(), ": is there already", rest,
+              "; --overwrite replaces the results there, --resume STATE goes on");
   }
   const dmm::Options how{text("device", "cpu"), text("ops"), 1};
   dmm::Segmenter segmenter =
@@ -228,6 +261,7 @@ int run(const std::map<std::string, std::string>& options) {
     next = size_t(found - frames.begin()) + 1;
   }
   fs::create_directories(out);
+  for (const fs::path& file : earlier) fs::remove(file);  // so that masks of two runs are never mixed
   std::signal(SIGINT, ask_to_stop);
   std::signal(SIGTERM, ask_to_stop);
 

@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <filesystem>
 #include <numeric>
+#include <optional>
+#include <set>
+#include <string_view>
 
 #include "dmm/error.h"
 
@@ -11,6 +15,7 @@ namespace dmm {
 namespace {
 
 constexpr std::array<const char*, 5> kSuffixes = {"jpg", "jpeg", "png", "bmp", "webp"};
+constexpr const char* kDigits = "0123456789";
 
 /// Frame stems and image ids meet here: 7, "7" and "00007" name the same frame; so do "a.jpg" and "a".
 std::string key(std::string id) {
@@ -19,9 +24,36 @@ std::string key(std::string id) {
     for (char& c : suffix) c = c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
     if (std::find(kSuffixes.begin(), kSuffixes.end(), suffix) != kSuffixes.end()) id.resize(dot);
   }
-  const bool digits = !id.empty() && id.find_first_not_of("0123456789") == std::string::npos;
+  const bool digits = !id.empty() && id.find_first_not_of(kDigits) == std::string::npos;
   if (digits) id.erase(0, std::min(id.find_first_not_of('0'), id.size() - 1));
   return id;
+}
+
+/// The whole number that a text is, if it is one.
+std::optional<int64_t> number(std::string_view text) {
+  int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto read = std::from_chars(text.data(), end, value);
+  return read.ec == std::errc() && read.ptr == end ? std::optional(value) : std::nullopt;
+}
+
+/// The last number in a frame's name.
+std::optional<int64_t> last_number(std::string_view stem) {
+  const size_t last = stem.find_last_of(kDigits);
+  if (last == stem.npos) return std::nullopt;
+  const size_t begin = stem.find_last_not_of(kDigits, last) + 1;  // npos + 1 = 0
+  return number(stem.substr(begin, last + 1 - begin));
+}
+
+/// At most six names for a message, and the last.
+std::string listed(const std::vector<std::string>& names) {
+  const auto plain = [](const std::string& name) {
+    const std::string quoted = excerpt(name);
+    return quoted.substr(1, quoted.size() - 2);
+  };
+  std::string result;
+  for (size_t k = 0; k < std::min<size_t>(names.size(), 6); ++k) result += (k ? ", " : "") + plain(names[k]);
+  return result + (names.size() > 6 ? ", ... " + plain(names.back()) : "");
 }
 
 bool image_id(const Json* id, std::string& result) {
@@ -149,7 +181,9 @@ ProposalFile::ProposalFile(const std::string& path, int top) : path_(path), top_
     }
     if (const Json* bbox = item.find("bbox")) entry.bbox = *bbox;
     if (const Json* segmentation = item.find("segmentation")) entry.segmentation = *segmentation;
-    entries_[id].push_back(std::move(entry));
+    auto& entries = entries_[id];
+    if (entries.empty()) ids_.push_back(id);
+    entries.push_back(std::move(entry));
   }
   for (auto& [id, entries] : entries_) {
     std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.score > b.score; });
@@ -158,7 +192,7 @@ ProposalFile::ProposalFile(const std::string& path, int top) : path_(path), top_
 
 FrameProposals ProposalFile::frame(const std::string& stem, int height, int width) const {
   FrameProposals result{height, width, {}, {}, {}};
-  const auto found = entries_.find(key(stem));
+  const auto found = find(stem);
   if (found == entries_.end()) return result;
   const size_t count = std::min(found->second.size(), size_t(top_));
   std::vector<std::vector<int64_t>> codes;
@@ -179,10 +213,70 @@ FrameProposals ProposalFile::frame(const std::string& stem, int height, int widt
   return result;
 }
 
-int64_t ProposalFile::covers(const std::vector<std::string>& stems) const {
-  return std::count_if(stems.begin(), stems.end(), [this](const std::string& stem) { return entries_.count(key(stem)) > 0; });
+ProposalFile::Entries::const_iterator ProposalFile::find(const std::string& stem) const {
+  if (moved_.empty()) return entries_.find(key(stem));
+  const auto moved = moved_.find(key(stem));
+  return moved == moved_.end() ? entries_.end() : entries_.find(moved->second);
 }
 
-std::string ProposalFile::example() const { return entries_.empty() ? "nothing" : excerpt(entries_.begin()->first); }
+void ProposalFile::shift(const std::vector<std::string>& stems, int64_t offset) {
+  asked_ = true;
+  if (offset == 0 && covers(stems)) return;
+  std::vector<int64_t> places;
+  for (const std::string& stem : stems) {
+    if (const auto place = last_number(stem)) places.push_back(*place);
+  }
+  if (std::set<int64_t>(places.begin(), places.end()).size() < stems.size()) {
+    places.resize(stems.size());
+    std::iota(places.begin(), places.end(), 0);
+  }
+  std::map<int64_t, std::string> numbered;
+  for (const std::string& id : ids_) {
+    if (const auto value = number(id)) numbered[*value] = id;
+  }
+  for (size_t k = 0; k < stems.size(); ++k) {
+    int64_t wanted = 0;
+    if (__builtin_sub_overflow(places[k], offset, &wanted)) continue;
+    if (const auto found = numbered.find(wanted); found != numbered.end()) moved_[key(stems[k])] = found->second;
+  }
+  if (moved_.empty()) fail(path_, ": with --image-id-offset ", offset, " no image id is that of a frame");
+}
+
+std::vector<std::string> ProposalFile::notes(const std::vector<std::string>& stems) const {
+  std::vector<std::string> empty, stray, told;
+  std::set<std::string> used;
+  for (const std::string& stem : stems) {
+    const auto found = find(stem);
+    found == entries_.end() ? empty.push_back(stem) : void(used.insert(found->first));
+  }
+  std::vector<int64_t> numbers;
+  for (const std::string& id : ids_) {
+    if (!used.count(id)) stray.push_back(id);
+    if (const auto value = number(id)) numbers.push_back(*value);
+  }
+  const std::string name = std::filesystem::path(path_).filename().string() + ": ";
+  const auto count = [](size_t part, size_t all) { return std::to_string(part) + " of " + std::to_string(all); };
+  if (!empty.empty())
+    told.push_back(name + "no proposals for " + count(empty.size(), stems.size()) + " frames: " + listed(empty));
+  if (!stray.empty())
+    told.push_back(name + count(stray.size(), ids_.size()) + " image ids are not those of a frame: " + listed(stray));
+  // Exporters often count from 1; text ids are names, which do not count.
+  if (!asked_ && !empty.empty() && !numbers.empty() && numbers.size() == ids_.size()) {
+    const bool from_one =
+        *std::min_element(numbers.begin(), numbers.end()) == 1 && empty[0] == stems[0] && last_number(stems[0]) == 0;
+    if (!stray.empty() || from_one) {
+      told.push_back(name +
+                     "do the ids count from another number? dmm-fast segment detects that, or give --image-id-offset N, "
+                     "which is added to them (0: they are right)");
+    }
+  }
+  return told;
+}
+
+int64_t ProposalFile::covers(const std::vector<std::string>& stems) const {
+  return std::count_if(stems.begin(), stems.end(), [this](const std::string& stem) { return find(stem) != entries_.end(); });
+}
+
+std::string ProposalFile::example() const { return ids_.empty() ? "nothing" : excerpt(ids_[0]); }
 
 }  // namespace dmm

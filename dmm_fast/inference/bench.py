@@ -333,7 +333,7 @@ def _cpp(export: Path, clip: Path, device: torch.device, live: bool) -> Times:
         given["proposals"] = clip / "proposals.json"
     how = {"out": clip / "masks", "report": report, "device": device, "threads": torch.get_num_threads()}
     words = [str(word) for name, value in {**given, **how}.items() for word in (f"--{name}", value)]
-    result = subprocess.run([str(PROGRAM), *words, "--quiet"], capture_output=True, text=True)
+    result = subprocess.run([str(PROGRAM), *words, "--quiet", "--overwrite"], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"bench: {result.stderr.strip()}")
     times: Times = defaultdict(list)

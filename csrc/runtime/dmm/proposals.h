@@ -31,10 +31,18 @@ class ProposalFile {
   /// At most `top` proposals of a frame of this size; none at all is an empty result, not an error.
   FrameProposals frame(const std::string& stem, int height, int width) const;
 
+  /// Read image id n as the frame numbered n + offset: by the last number in its name, or by its place among `stems` where not
+  /// every frame has a number of its own. 0 takes ids that are frames' names as they are. Throws Error where no id is a
+  /// frame's.
+  void shift(const std::vector<std::string>& stems, int64_t offset);
+
+  /// What the user should know about the frames of a clip: those without proposals, and image ids that are not a frame's.
+  std::vector<std::string> notes(const std::vector<std::string>& stems) const;
+
   /// How many of these frames have a proposal.
   int64_t covers(const std::vector<std::string>& stems) const;
 
-  /// The image_id of some entry, as it may stand in a message.
+  /// The image_id of the first entry, as it may stand in a message.
   std::string example() const;
 
  private:
@@ -42,9 +50,15 @@ class ProposalFile {
     double score;
     Json bbox, segmentation;
   };
+  using Entries = std::map<std::string, std::vector<Entry>>;
+  Entries::const_iterator find(const std::string& stem) const;
+
   std::string path_;
   int top_;
-  std::map<std::string, std::vector<Entry>> entries_;  // by frame, best first
+  Entries entries_;                           // by image id, best first
+  std::vector<std::string> ids_;              // in the file's order
+  std::map<std::string, std::string> moved_;  // frame -> image id, after a shift
+  bool asked_ = false;                        // how ids count has been given
 };
 
 /// Run lengths of 0 and 1 in turn, down the columns, from COCO's compressed text; false where it is damaged.
