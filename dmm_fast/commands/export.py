@@ -60,6 +60,7 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from dmm_fast.export import ExportError, Sizes, export
+    from dmm_fast.export.manifest import MEANING
     from dmm_fast.inference.segmenter import Segmenter
     from dmm_fast.model import Config, DMMNet
 
@@ -93,7 +94,7 @@ def run(a: argparse.Namespace) -> int:
     files = {entry.file: entry.bytes for entry in manifest.files.values()}
     for name, size in files.items():
         print(f"{a.out}/{name}  " + (f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"))
-    ranges = ", ".join(f"{name} {low}..{high}" for name, (low, high) in manifest.dynamic.items())
+    ranges = ", ".join(f"{name} ({MEANING[name]}) {low}..{high}" for name, (low, high) in manifest.dynamic.items())
     print(f"sizes that may vary: {ranges or 'none'}")
     for note in manifest.notes:
         print(f"note: {note}")

@@ -122,13 +122,14 @@ def traced(
 
     Files will be called after them, with `ending`; `decompositions` says what becomes other ops.
     """
-    if sizes.H is None and live is not None:
-        raise ExportError("export: give height and width, or no detector: what it computes follows from the frame's size")
+    kind = ending[1:]
     if sizes.H is None and net.config.backbone != "none" and net.config.input_size is None:
         raise ExportError(
-            "export: give height and width. The features' sizes follow from the frame's here, by rounding that a traced "
-            "program cannot repeat for other sizes; a config with input_size can leave them open"
+            f"export: {kind} of this network needs --height H --width W: its features' sizes follow from the frame's, by rounding "
+            "that a traced program cannot repeat for other sizes; a config with input_size can leave them open"
         )
+    if sizes.H is None and live is not None:
+        raise ExportError(f"export: {kind} with a detector needs --height H --width W, or --detector none")
     functions: dict[str, nn.Module] = {"start": Start(net), "step": Step(net)}
     if live is not None:
         functions |= {"proposals": Propose(live.detector), "live": LiveStep(live)}

@@ -32,6 +32,10 @@ MASKS = ("full", "runs", "soft")  # kinds of proposal masks
 LIMITS = {
     "N": (1, 255), "M": (1, 4096), "R": (1, 1 << 20), "H": (32, 8192), "W": (32, 8192), "h": (1, 8192), "w": (1, 8192)
 }  # fmt: skip
+MEANING = {
+    "N": "objects", "M": "proposals", "R": "run lengths of a mask", "H": "frame height", "W": "frame width",
+    "h": "grid height", "w": "grid width", "B": "problems",
+}  # fmt: skip
 LAYER_LIMITS = {"B": (1, 1 << 20), "N": (1, 4096), "M": (1, 4096)}  # of the matching layer alone
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a name in the manifest's own folder, nothing that leads elsewhere

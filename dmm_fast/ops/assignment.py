@@ -27,7 +27,7 @@ def linear_assignment(
         cost: C, ``[N, M]`` or ``[B, N, M]`` (N templates, M proposals), float32, float64, float16 or bfloat16, either side
             the longer one. Any strides. A pair whose cost is infinite or NaN is forbidden. Forbid with infinity, not with a huge
             number: float64 costs above 1e307 overflow where they are added up, and may then count as forbidden.
-        unmatched_cost: c, a finite number, ``[N]`` or ``[B, N]``, float32 (float64 for a float64 cost). Then any template may stay
+        unmatched_cost: c, a finite number, or a tensor ``[]``, ``[N]`` or ``[B, N]``, float32 (float64 for a float64 cost). Then any template may stay
             alone at this cost: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij). Of equally good decisions one
             with the most matches is taken. None: most matches first, then the least cost.
         num_templates, num_proposals: int64 ``[B]``: problem b is ``cost[b, :num_templates[b], :num_proposals[b]]``. Padding
@@ -48,9 +48,10 @@ def linear_assignment(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit; on the CPU also counts out of range and an unmatched_cost that
-            is not finite. ValueError: a number as unmatched_cost that is not finite. TypeError: no tensor.
+            is not finite. ValueError: a number as unmatched_cost that is not finite. TypeError: no tensor, or counts in a list.
     """
     reference.check_tensor("linear_assignment", cost)
+    reference.check_counts("linear_assignment", num_templates, num_proposals)
     own = reference.unmatched_costs("linear_assignment", cost, unmatched_cost)
     op = torch.ops.dmm.linear_assignment_duals if return_duals else torch.ops.dmm.linear_assignment
     own = None if own is None else own.detach()
@@ -67,6 +68,7 @@ def hungarian(
     """Optimal one-to-one assignment: ``linear_assignment`` as a matrix like ``cost``. 0/1, no gradient; a problem with a non-finite
     cost is NaN throughout."""
     batched = reference._batched("hungarian", cost).detach()
+    reference.check_counts("hungarian", num_templates, num_proposals)
     own = reference.unmatched_costs("hungarian", cost, unmatched_cost)
     choice, broken, valid = _decide(batched, own, num_templates, num_proposals)
     x = (choice[..., None] == torch.arange(cost.shape[-1], device=cost.device)).to(cost.dtype)  # [B, N, M]
@@ -87,6 +89,7 @@ def assign(
     unmatched: X comes from a layer with ``unmatched_cost``, so what a row lacks of 1 speaks for leaving its template alone.
     """
     batched = reference._batched("assign", assignment).detach()
+    reference.check_counts("assign", num_templates, num_proposals)
     own = None
     if unmatched:
         real = batched.where(reference._valid(batched, num_templates, num_proposals), 0)

@@ -43,8 +43,8 @@ def match(
         output: "average" of the iterates (the paper), or the "last" iterate, which is closer to the optimum.
         num_templates, num_proposals: int64 ``[B]``: problem b is ``cost[b, :num_templates[b], :num_proposals[b]]``. Padding
             may hold anything; X and gradients are 0 there.
-        unmatched_cost: c, a finite number, ``[N]`` or ``[B, N]`` in float32 (float64 for a float64 cost), which gets a gradient.
-            Then template i may stay alone at cost c_i: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij) with row sums
+        unmatched_cost: c, a finite number, or a tensor ``[]``, ``[N]`` or ``[B, N]`` in float32 (float64 for a float64 cost), which
+            gets a gradient. Then template i may stay alone at cost c_i: minimise sum_ij C_ij X_ij + sum_i c_i (1 - sum_j X_ij) with row sums
             <= 1. None: every template takes a proposal.
         backend: "native" (C++/CUDA), "triton" (CUDA tensors), "reference" (plain PyTorch), or "auto": native, and Triton for
             CUDA tensors where the CUDA library is not built (``dmm_fast.build_info()`` tells).
@@ -60,9 +60,10 @@ def match(
         RuntimeError: shapes, dtypes or devices that don't fit, counts out of range or an unmatched_cost that is not finite (on
             CUDA, where looking would cost a synchronisation, such a problem comes back as NaN instead), derivatives in forward
             mode (other than with backend="reference"). ValueError: an unknown option, or a number as unmatched_cost that is not
-            finite. TypeError: no tensor.
+            finite. TypeError: no tensor, or counts in a list.
     """
     reference.check_tensor("match", cost)
+    reference.check_counts("match", num_templates, num_proposals)
     if backend == "reference":
         return reference.match(
             cost, init, n_grad=n_grad, n_proj=n_proj, lr=lr, dykstra=dykstra, output=output, num_templates=num_templates,
@@ -136,6 +137,7 @@ def match_prices(
         RuntimeError, ValueError, TypeError: as ``match``.
     """
     reference.check_tensor("match_prices", cost)
+    reference.check_counts("match_prices", num_templates, num_proposals)
     if backend == "reference":
         return reference.match_prices(
             cost, n_grad=n_grad, n_proj=n_proj, lr=lr, output=output, num_templates=num_templates,

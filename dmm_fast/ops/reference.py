@@ -136,12 +136,14 @@ def accumulate_dtype(cost: Tensor) -> torch.dtype:
 
 
 def unmatched_costs(name: str, cost: Tensor, unmatched_cost: float | Tensor | None) -> Tensor | None:
-    """``unmatched_cost`` as a tensor: a number becomes one per template."""
-    if unmatched_cost is None or isinstance(unmatched_cost, Tensor):
-        return unmatched_cost
+    """``unmatched_cost`` as a tensor: a number, also one in a tensor ``[]``, becomes one per template."""
+    if unmatched_cost is None:
+        return None
+    size = cost.shape[-2:-1]  # [N]; a cost of the wrong shape is refused later
+    if isinstance(unmatched_cost, Tensor):
+        return unmatched_cost if unmatched_cost.dim() else unmatched_cost.expand(size)
     if not -math.inf < unmatched_cost < math.inf:  # which torch.compile can trace, unlike math.isfinite
         raise ValueError(f"{name}: unmatched_cost must be finite, got {unmatched_cost:g}")
-    size = cost.shape[-2:-1]  # [N]; a cost of the wrong shape is refused later
     return torch.full(size, unmatched_cost, dtype=accumulate_dtype(cost), device=cost.device)
 
 
@@ -271,6 +273,16 @@ def check_tensor(name: str, given: object) -> None:
         raise TypeError(f"{name}: takes a tensor [N, M] or [B, N, M], got {type(given).__name__}; torch.as_tensor makes one")
 
 
+def check_counts(name: str, num_templates: object, num_proposals: object = None, size: str = "[B]") -> None:
+    """Refuse a list or a number where each problem's count is due; shapes, dtypes and ranges are checked later."""
+    if num_templates is None and num_proposals is None:
+        return
+    for which, given in (("num_templates", num_templates), ("num_proposals", num_proposals)):
+        if given is not None and not isinstance(given, Tensor):
+            kind = type(given).__name__
+            raise TypeError(f"{name}: {which} takes an int64 tensor {size}, got {kind}; torch.as_tensor makes one")
+
+
 def _batched(name: str, cost: Tensor) -> Tensor:
     """The cost as [B, N, M]."""
     check_tensor(name, cost)
@@ -313,6 +325,7 @@ def greedy(
     With ``unmatched_cost`` c, a number, ``[N]`` or ``[B, N]``, the pair first that saves most against c, and none that costs more.
     """
     batched = _batched("greedy", cost).detach()  # [B, N, M]
+    check_counts("greedy", num_templates, num_proposals)
     own = _alone("greedy", batched, unmatched_cost)
     if own is not None:
         batched = batched - own.detach()[..., None]
@@ -382,6 +395,7 @@ def sinkhorn(
     is the cost of one more column, which takes any number of rows and is left out of the result.
     """
     batched = _batched("sinkhorn", cost)  # [B, N, M]
+    check_counts("sinkhorn", num_templates, num_proposals)
     valid, present = _valid(batched, num_templates, num_proposals), _valid(batched, num_templates, None)
     floor = torch.finfo(cost.dtype).min / 4
     log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
@@ -410,6 +424,7 @@ def feasibility(assignment: Tensor, *, num_templates: Tensor | None = None, unma
     max(-X, 0). At 40 x 5 rows are off by up to 0.7; 400 x 50 brings them to 1e-3.
     """
     check_tensor("feasibility", assignment)
+    check_counts("feasibility", num_templates)
     rows = assignment.sum(-1) - 1  # [B, N]
     rows = rows.clamp(min=0) if unmatched else rows.abs()
     if num_templates is not None:

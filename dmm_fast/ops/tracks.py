@@ -50,7 +50,7 @@ def match_tracks(
     Args:
         template_costs: C, ``[W, N, M]``, float32 or float64. What is not finite is forbidden.
         link_costs: L, ``[W - 1, M, M]``: what it costs to go from a proposal of frame w to one of frame w + 1, same dtype, finite.
-        unmatched_cost: c, a finite number, ``[N]`` or ``[W, N]``: what it costs a template to have no proposal in a frame; links from and to
+        unmatched_cost: c, a finite number, or a tensor ``[]``, ``[N]`` or ``[W, N]``: what it costs a template to have no proposal in a frame; links from and to
             there cost nothing. None: templates have a proposal wherever there are enough; to have none costs nothing.
         num_proposals: int64 ``[W]``: frame w has the first so many. Padding may hold anything.
         rounds: at most so many; fewer where the gap closes.
@@ -62,7 +62,7 @@ def match_tracks(
         `temperature`): it has a gradient in both costs and in unmatched_cost; the rest has none.
 
     Raises:
-        RuntimeError: shapes, dtypes, or counts that don't fit. ValueError: numbers out of range. TypeError: no tensor.
+        RuntimeError: shapes, dtypes, or counts that don't fit. ValueError: numbers out of range. TypeError: no tensor, or counts in a list.
 
     The loop asks the device after every round whether to go on.
     """
@@ -95,6 +95,7 @@ def _check(C: Tensor, L: Tensor, counts: Tensor | None, rounds: int, temperature
         raise RuntimeError(
             f"match_tracks: link_costs must be {C.dtype} [{W - 1}, {M}, {M}] on {C.device}, got {L.dtype} {list(L.shape)} on {L.device}"
         )
+    reference.check_counts("match_tracks", None, counts, f"[{W}]")
     if counts is not None:
         if tuple(counts.shape) != (W,) or counts.dtype != torch.int64:
             raise RuntimeError(f"match_tracks: num_proposals must be int64 [{W}], got {counts.dtype} {list(counts.shape)}")

@@ -34,8 +34,8 @@ class Data:
     sources: {kind: clips, paste, alike, stills or synthetic; weight; settings of that class in `dmm_fast.data`}, and any of path,
     layout, split, names, proposals that are not the defaults. clips: in an epoch; default one for each video.
     augment: settings of `dmm_fast.data.augment.Augment` for the sources that have none of their own; size is (H, W).
-    held_out: names of videos that validate and are kept from every source. val_split: or a split that validates, kept from every source
-    of the same data set.
+    held_out: names of videos that validate and are kept from every source; [] for none. val_split: or a split that validates,
+    kept from every source of the same data set.
     val_stride: validate on every n-th frame.
     """
 
@@ -227,7 +227,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
     types = get_type_hints(cls)
     for name in values:
         if name not in types:
-            raise ConfigError(f"train: no setting {where + '.' if where else ''}{name}{nearest(name, types)}")
+            hint = "; steps are epochs x data.clips / batch" if name == "steps" else nearest(name, types)
+            raise ConfigError(f"train: no setting {where + '.' if where else ''}{name}{hint}")
     prefix = f"{where}." if where else ""
     return cls(**{name: _convert(value, types[name], prefix + name) for name, value in values.items()})
 
@@ -248,6 +249,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     except (TypeError, ValueError):
         pass
     origin = get_origin(kind) or kind
+    if origin is tuple and value is None:
+        return ()
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(item, get_args(kind)[0], f"{where}.{i}") for i, item in enumerate(value))
     if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from dmm_fast.data.augment import Augment, Clip
 from dmm_fast.data.clips import ClipDataset, Clips, Mixture, StillClips, SyntheticClips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
 from dmm_fast.data.paste import PasteClips
+from dmm_fast.files import listed
 from dmm_fast.training.config import ConfigError, Data, TrainConfig, nearest
 from dmm_fast.training.team import Team
 
@@ -30,11 +31,15 @@ def open_data(config: TrainConfig) -> tuple[Mixture, VideoDataset | None]:
     videos = None
     if data.val_split or data.held_out:
         path = required_path(data)
-        place = {"split": data.val_split} if data.val_split else {"split": data.split, "names": list(data.held_out)}
         proposals = data.val_proposals or data.proposals
         if proposals is None:
-            raise ConfigError("train: validation needs proposals; give data.proposals, or neither val_split nor held_out")
-        videos = open_dataset(path, data.layout, proposals=proposals, top=config.model.top, **place)
+            without = "data.val_split=null" if data.val_split else "data.held_out='[]'"
+            raise ConfigError(f"train: validation needs proposals; give data.proposals, or {without} for no validation")
+        split = data.val_split or data.split
+        videos = open_dataset(path, data.layout, split=split, proposals=proposals, top=config.model.top)
+        if not data.val_split:
+            hint = f"Give data.held_out='[{videos.names[-1]}]', or '[]' for no validation"
+            videos = chosen(videos, data.held_out, "data.held_out", hint)
     sources = [open_source(source, data, config.seed + number, videos) for number, source in enumerate(data.sources)]
     length = data.clips or sum(len(clips) for clips, _ in sources)
     return Mixture(sources, length, seed=config.seed), videos
@@ -55,7 +60,11 @@ def open_source(source: dict[str, Any], data: Data, seed: int, validating: Video
         if kind == "synthetic":
             return SyntheticClips(**arguments), weight
         path = place.pop("path") or required_path(data)
+        names = place.pop("names")
         videos = open_dataset(path, place.pop("layout"), **place)
+        if names is not None:
+            hint = "Give data.sources='[{kind: clips}]' for clips of all videos"
+            videos = chosen(videos, names, f"a source of kind {kind}", hint)
         held = {*data.held_out}
         if validating is not None and videos.path.resolve() == validating.path.resolve():
             held.update(validating.names)
@@ -65,6 +74,14 @@ def open_source(source: dict[str, Any], data: Data, seed: int, validating: Video
         return KINDS[kind](videos.subset(kept), **arguments), weight
     except TypeError as error:  # an unknown setting
         raise ConfigError(f"train: a source of kind {kind}: {error}") from None
+
+
+def chosen(videos: VideoDataset, names: Sequence[str], what: str, hint: str) -> VideoDataset:
+    """The videos that `what` names; where some are not there, `hint` says what to do."""
+    if absent := [name for name in names if name not in videos.names]:
+        path, there = videos.path, listed(videos.names)
+        raise ConfigError(f"train: {what} names videos that {path} does not have: {listed(absent)}; {path} has {there}. {hint}")
+    return videos.subset(dict.fromkeys(names))
 
 
 def required_path(data: Data) -> str:

@@ -324,7 +324,12 @@ def test_fuzzed_manifests_are_read_or_refused(copy):
 def test_command(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["export", "--format", "torchscript", "--preset", "iou", "--out", str(out)]) == 0
-    assert "model.pt" in capsys.readouterr().out and load(out).config == Config.preset("iou")
+    told = capsys.readouterr().out
+    assert (
+        "model.pt" in told
+        and "N (objects) 1..255, M (proposals) 0..4096, R (run lengths of a mask)" in told
+        and load(out).config == Config.preset("iou")
+    )
     assert cli.main(["export", "--format", "torchscript", "--preset", "iou", "--out", str(out)]) == 2
     assert "holds an export already" in capsys.readouterr().err
     for options, message in (
@@ -333,7 +338,11 @@ def test_command(tmp_path, capsys):
         (["--only", "match", "--detector", "small"], "--only match takes every size, and no --detector"),
         (["--preset", "iou", "--detector", "torchvision"], "--detector must be small, none or FILE.safetensors"),
         (["--preset", "iou", "--detector", "none.safetensors"], "no such file of detector weights"),
-        (["--format", "pt2", "--preset", "iou", "--detector", "small"], "give height and width, or no detector"),
+        (
+            ["--format", "pt2", "--preset", "iou", "--detector", "small"],
+            "pt2 with a detector needs --height H --width W, or --detector none",
+        ),
+        (["--format", "pt2"], "pt2 of this network needs --height H --width W"),
         (["--preset", "davis"], "needs weights"),
         (["--height", "64"], "give height and width or neither"),
     ):
@@ -633,8 +642,8 @@ def test_each_module_keeps_its_mode(tmp_path):
 
 def test_sizes_that_cannot_vary_are_named():
     net = DMMNet(Config(backbone="test_resnet", short_side=32, iou_weight=0.9)).eval()
-    with pytest.raises(ExportError, match="give height and width. The features' sizes follow from the frame's"):
-        traced(net, Example(net, OPEN), OPEN, "", {})
+    with pytest.raises(ExportError, match="pt2 of this network needs --height H --width W: its features"):
+        traced(net, Example(net, OPEN), OPEN, ".pt2", {})
 
 
 def test_a_wrong_program_is_not_exported():

@@ -135,6 +135,24 @@ def test_peers_leave_templates_alone():
             getattr(dmm_fast, name)(cost, unmatched_cost=torch.rand(3))
 
 
+def test_peers_take_one_unmatched_cost_for_all():
+    cost, one = torch.rand(8, 4, 6), torch.nn.Parameter(torch.tensor(0.2))
+    for name in ("greedy", "hungarian", "sinkhorn", "linear_assignment"):
+        solve = getattr(dmm_fast, name)
+        for given in (cost, cost[0]):
+            assert torch.equal(solve(given, unmatched_cost=one), solve(given, unmatched_cost=0.2)), name
+    each = one.detach().expand(4).clone().requires_grad_()
+    for own in (one, each):
+        dmm_fast.sinkhorn(cost, unmatched_cost=own).sum().backward()
+    torch.testing.assert_close(one.grad, each.grad.sum())
+
+
+@pytest.mark.parametrize("name", ["greedy", "hungarian", "sinkhorn", "linear_assignment", "assign", "feasibility"])
+def test_counts_are_tensors(name):
+    with pytest.raises(TypeError, match=rf"{name}: num_templates takes an int64 tensor \[B\], got list"):
+        getattr(dmm_fast, name)(torch.rand(2, 3, 4), num_templates=[2, 3])
+
+
 def test_sinkhorn_has_a_gradient_in_unmatched_cost():
     cost, own = torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     leaves = cost.requires_grad_(), own.requires_grad_()

@@ -505,6 +505,34 @@ def test_a_problem_with_unmatched_cost_is_poisoned_alone(layer, device):
     assert torch.equal(x[others], clean[others]) and own.grad[others].isfinite().all()
 
 
+@on_devices
+@layers
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(3, 5, 12), (5, 12)], ids=str)
+def test_one_unmatched_cost_for_all_templates(layer, shape, backend, device):
+    """In a tensor [] it is as in [N], and its gradient is the sum."""
+    cost, grad = (torch.rand(shape, dtype=torch.float64, device=device) for _ in range(2))
+    one = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64, device=device))
+    each = leaf(one.detach().expand(5))
+    results = [layer.function(cost, unmatched_cost=own, backend=backend, **layer.soft) for own in (one, each)]
+    assert torch.equal(*results)
+    for x in results:
+        x.backward(grad)
+    torch.testing.assert_close(one.grad, each.grad.sum())
+    assert one.grad != 0 and torch.equal(results[0], layer.function(cost, unmatched_cost=0.3, backend=backend, **layer.soft))
+
+
+@layers
+def test_one_unmatched_cost_in_a_compiled_graph_and_in_vmap(layer):
+    costs, one = torch.rand(4, 2, 3, 9), torch.tensor(0.3)
+    expected = layer.function(costs[0], unmatched_cost=0.3)
+    compiled = torch.compile(lambda c, own: layer.function(c, unmatched_cost=own), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(costs[0], leaf(one)), expected)
+    for own, dim in ((one, None), (one.expand(4), 0)):
+        x = torch.func.vmap(lambda c, o: layer.function(c, unmatched_cost=o), (0, dim))(costs, own)
+        torch.testing.assert_close(x[0], expected)
+
+
 # ---- bad input: an error with a message, or the documented result ----
 
 COST = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -581,6 +609,15 @@ def test_a_number_as_unmatched_cost_is_finite(layer):
         layer.function(COST, unmatched_cost=torch.rand(2), backend="reference")
     with pytest.raises(RuntimeError, match=r"cost must have shape \[B, N, M\] or \[N, M\], got \[4\]"):
         layer.function(torch.rand(4), unmatched_cost=1.0)
+
+
+@layers
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_counts_are_tensors(layer, backend):
+    with pytest.raises(TypeError, match=rf"{layer.name}: num_templates takes an int64 tensor \[B\], got list"):
+        layer.function(COST, num_templates=[2, 2], backend=backend)
+    with pytest.raises(TypeError, match=rf"{layer.name}: num_proposals takes an int64 tensor \[B\], got int"):
+        layer.function(COST[0], num_proposals=2, backend=backend)
 
 
 @layers

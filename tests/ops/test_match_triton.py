@@ -51,6 +51,7 @@ def test_forward_and_backward(shape, mode):
     check(random(*shape), random(*shape, seed=1) - 0.3, lr, **mode)
     check(random(*shape), random(*shape, seed=1) * 0.3, lr, unmatched_cost=random(*shape[:-1], seed=5) * 0.6, **mode)
     check(random(*shape), random(*shape, seed=1) * 0.3, lr, unmatched_cost=random(shape[-2], seed=5) * 0.6, **mode)
+    check(random(*shape), random(*shape, seed=1) * 0.3, lr, unmatched_cost=torch.full_like(lr, 0.3), **mode)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

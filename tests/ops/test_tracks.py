@@ -201,6 +201,16 @@ def test_learning_through_tracks():
     assert torch.equal(dmm_fast.match_tracks(C, L).choice, wanted) and losses[-1] < 0.5 * losses[0]
 
 
+def test_one_unmatched_cost_for_all():
+    C, L, one = torch.rand(3, 2, 4), torch.rand(2, 4, 4), torch.nn.Parameter(torch.tensor(0.3))
+    each = one.detach().expand(2).clone().requires_grad_()
+    ours, theirs = (dmm_fast.match_tracks(C, L, unmatched_cost=own) for own in (one, each))
+    assert torch.equal(ours.choice, theirs.choice) and torch.equal(ours.assignment, theirs.assignment)
+    for tracks in (ours, theirs):
+        tracks.assignment.square().sum().backward()
+    torch.testing.assert_close(one.grad, each.grad.sum())
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -208,6 +218,7 @@ def test_learning_through_tracks():
         (dict(link_costs=torch.rand(3, 4, 4)), RuntimeError, r"link_costs must be torch.float32 \[2, 4, 4\] on cpu, got"),
         (dict(link_costs=torch.full((2, 4, 4), torch.inf)), ValueError, "link_costs must be finite"),
         (dict(num_proposals=torch.tensor([1, 2, 5])), RuntimeError, r"num_proposals must be in \[0, 4\], got \[1, 2, 5\]"),
+        (dict(num_proposals=[1, 2, 2]), TypeError, r"num_proposals takes an int64 tensor \[3\], got list"),
         (dict(num_proposals=torch.tensor([1, 2])), RuntimeError, r"num_proposals must be int64 \[3\]"),
         (dict(unmatched_cost=float("nan")), ValueError, "unmatched_cost must be finite, got nan"),
         (dict(unmatched_cost=torch.rand(3)), RuntimeError, r"unmatched_cost must have shape \[2\] or \[3, 2\], got \[3\]"),

@@ -120,6 +120,7 @@ def test_settings_on_top():
     config = read_config("small", ["optim.lr_new=1e-4", "model.hidden=32", "data.held_out=[01, b]", "data.sources.0.weight=5"])
     assert config.optim.lr_new == 1e-4  # which YAML takes for text
     assert config.model.hidden == 32 and config.data.sources[0]["weight"] == 5
+    assert read_config("small", ["data.held_out=null"]).data.held_out == ()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ def test_settings_on_top():
     [
         ("optim.lr_nev=1", r"no setting optim.lr_nev; did you mean lr_new\?"),
         ("model.backbon=x", r"no setting model.backbon; did you mean backbone\?"),
+        ("steps=5", "no setting steps; steps are epochs x data.clips / batch"),
         ("epochs=many", "epochs must be of type int, got 'many'"),
         ("epochs=1.5", "epochs must be of type int, got 1.5"),
         ("freeze=1", "freeze must be of type bool, got 1"),
@@ -169,7 +171,16 @@ def test_show_gives_a_configuration_to_start_from(tmp_path, capsys):
         ({"data": {"sources": [{"kind": "clip"}]}}, r"no kind of source 'clip'; did you mean clips\?"),
         ({"data": {"sources": [{"kind": "clips", "skip": 1}]}}, "skip"),
         ({"data": {"augment": {"rotation": 3}}}, "rotation"),
-        ({"data": {"held_out": ["one"], "proposals": None}}, "validation needs proposals"),
+        ({"data": {"held_out": ["one"], "proposals": None}}, r"validation needs proposals; .* data.held_out='\[\]' for no"),
+        ({"data": {"val_split": "val", "proposals": None}}, "validation needs proposals; .* data.val_split=null for no"),
+        (
+            {"data": {"held_out": ["two", "bus", "train"]}},
+            r"data.held_out names videos that (.*) does not have: bus, train; \1 has one, two. Give data.held_out='\[two\]', or '\[\]'",
+        ),
+        (
+            {"data": {"sources": [{"kind": "clips", "names": ["one", "bus"]}]}},
+            r"a source of kind clips names videos that .* does not have: bus; .* has one, two. Give data.sources='\[{kind: clips}\]'",
+        ),
         ({"data": {"clips": 1}}, "an epoch of 1 clips holds no batch of 2"),
         ({"freeze": True, "model": {"refine": "none"}}, "nothing to train"),
         ({"pretrained": "absent.safetensors"}, "no such file: absent.safetensors"),
