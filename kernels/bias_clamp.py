@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dmm_fast.kernels.gradient import bias_clamp_gradient, setup_bias_clamp
 from dmm_fast.kernels.launch import launch
 from torch import Tensor
 from torch.library import triton_op
@@ -14,14 +15,15 @@ _BLOCK = 1024
 
 @triton.jit
 def _finish_kernel(
-    x, bias, residual, out, numel, C, inner, taken, added, low, high,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    x, bias, residual, out, numel, C, inner, taken, added,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
     value = tl.load(x + i % taken, mask=inside).to(COMPUTE) + tl.load(bias + i // inner % C, mask=inside).to(COMPUTE)
     if ADD:
         value += tl.load(residual + i % added, mask=inside).to(COMPUTE)
+    low, high = tl.full([], LOW, COMPUTE), tl.full([], HIGH, COMPUTE)  # a number that is an argument would be float32
     value = tl.where(value < low, low, value)  # not max: NaN stays
     value = tl.where(value > high, high, value)
     tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)
@@ -57,7 +59,10 @@ def bias_clamp(x: Tensor, bias: Tensor, residual: Tensor | None, low: float, hig
     if out.numel() > 0:
         launch(
             _finish_kernel, (triton.cdiv(out.numel(), _BLOCK),),
-            x, bias.contiguous(), added, out, out.numel(), C, 1 if last else H * W, x.numel(), added.numel(), low, high,
-            ADD=residual is not None, BLOCK=_BLOCK, COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+            x, bias.contiguous(), added, out, out.numel(), C, 1 if last else H * W, x.numel(), added.numel(),
+            LOW=low, HIGH=high, ADD=residual is not None, BLOCK=_BLOCK, COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
         )  # fmt: skip
     return out
+
+
+bias_clamp.register_autograd(bias_clamp_gradient, setup_context=setup_bias_clamp)

@@ -1,4 +1,4 @@
-"""The gradient of a matching layer by its backward op, Triton's or a native one: ``dmm_fast.ops.layer`` takes it from here too."""
+"""Gradients of ops that are Triton's or native ones, for both: ``dmm_fast.ops`` takes them from here too."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ class Gradient:
             f"dmm::{self.name}_backward: the matching layer is differentiable once; a gradient of its gradient "
             f"(create_graph=True) is not available. Use dmm_fast.{self.name}(..., backend='reference') for that."
         )
+
+
+def setup_bias_clamp(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    x, _, residual, ctx.low, ctx.high = inputs
+    ctx.x, ctx.residual = x.shape, None if residual is None else residual.shape
+
+
+def bias_clamp_gradient(ctx, grad: Tensor) -> tuple:
+    """It is 0 where the result is one of the limits."""
+    (out,) = ctx.saved_tensors
+    grad = grad * ((out > ctx.low) & (out < ctx.high))
+    of_residual = None if ctx.residual is None else grad.sum_to_size(ctx.residual)
+    return grad.sum_to_size(ctx.x), grad.sum((0, 2, 3)), of_residual, None, None

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from dmm_fast.kernels.gradient import Gradient
-from dmm_fast.kernels.launch import accumulate_dtype, launch
+from dmm_fast.kernels.launch import accumulate_dtype, in_float32, launch
 from torch import Tensor
 
 MAX_ELEMENTS = 1 << 16  # of a problem, padded: they live in registers
@@ -159,3 +159,4 @@ def make_differentiable(op, backward_op, gradient: Gradient) -> None:
         lambda ctx, grad: gradient.backward(lambda args: backward_op(*args), ctx, grad), setup_context=gradient.setup_context
     )
     backward_op.register_autograd(gradient.refuse_second)
+    in_float32(op)

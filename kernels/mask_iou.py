@@ -1,4 +1,4 @@
-"""``mask_iou`` in Triton: the counts are an int8 matrix product over the masks' bytes, split over the pixels."""
+"""``mask_iou`` in Triton: the counts are a matrix product of the masks in half precision, exact in float32, split over the pixels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _count_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_a = a + (batch * N + n)[:, None] * pixels  # [BLOCK_N, 1]
     row_b = b + (batch * M + m)[None, :] * pixels  # [1, BLOCK_M]
-    both = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    both = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # counts of BLOCKS * BLOCK_PIXELS pixels at most
     area_a = tl.zeros([BLOCK_N], tl.int32)
     area_b = tl.zeros([BLOCK_M], tl.int32)
     for block in range(BLOCKS):
@@ -33,12 +33,12 @@ def _count_kernel(
         inside = p < pixels
         set_a = tl.load(row_a + p[None, :], mask=(n < N)[:, None] & inside[None, :], other=0) != 0
         set_b = tl.load(row_b + p[:, None], mask=(m < M)[None, :] & inside[:, None], other=0) != 0
-        both = tl.dot(set_a.to(tl.int8), set_b.to(tl.int8), both, out_dtype=tl.int32)
+        both = tl.dot(set_a.to(tl.float16), set_b.to(tl.float16), both)
         area_a += tl.sum(set_a.to(tl.int32), 1)
         area_b += tl.sum(set_b.to(tl.int32), 0)
     counts += batch * (N + 1) * (M + 1)
     # Integers: the order in which programs add does not matter.
-    tl.atomic_add(counts + n[:, None] * (M + 1) + m[None, :], both, mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.atomic_add(counts + n[:, None] * (M + 1) + m[None, :], both.to(tl.int32), mask=(n < N)[:, None] & (m < M)[None, :])
     if tile_m == 0:
         tl.atomic_add(counts + n * (M + 1) + M, area_a, mask=n < N)
     if tile_n == 0:
@@ -58,6 +58,8 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
     for name, masks in (("a", a), ("b", b)):
         if masks.dtype != torch.bool:
             raise RuntimeError(f"{op}: {name} must be torch.bool, got {masks.dtype}")
+    if b.device != a.device:
+        raise RuntimeError(f"{op}: b must be on the device of a")
     N, M, pixels = a.shape[-3], b.shape[-3], a.shape[-2] * a.shape[-1]
     if pixels >= 2**31:
         raise RuntimeError(f"{op}: H * W must be below 2^31, got {pixels}")

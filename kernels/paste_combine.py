@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dmm_fast.kernels.launch import accumulate_dtype, launch
+from dmm_fast.kernels.launch import accumulate_dtype, in_float32, launch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -86,7 +86,9 @@ def _forward_kernel(
                 at10, at11 = tl.load(mask + cy1 * S + cx0), tl.load(mask + cy1 * S + cx1)
                 row0 = wx0 * at00.to(COMPUTE) + wx1 * at01.to(COMPUTE)
                 row1 = wx0 * at10.to(COMPUTE) + wx1 * at11.to(COMPUTE)
-                image += weight * (wy0 * row0 + wy1 * row1)
+                # Outside the box the weights are 0, and a cell may be infinite.
+                seen = ((y >= y_begin) & (y < y_end))[:, None] & ((x >= x_begin) & (x < x_end))[None, :]
+                image += tl.where(seen, weight * (wy0 * row0 + wy1 * row1), 0)
         mask += S * S
     inside = (y < H)[:, None] & (x < W)[None, :]
     tl.store(out + i * H * W + y[:, None] * W + x[None, :], image.to(out.dtype.element_ty), mask=inside)
@@ -150,6 +152,10 @@ def _check(op: str, assignment: Tensor, masks: Tensor, boxes: Tensor, height: in
             raise RuntimeError(f"{op}: {name} must be on the device of assignment")
     if not (0 <= height < 2**24 and 0 <= width < 2**24):
         raise RuntimeError(f"{op}: height and width must be in [0, 2^24), got {height} and {width}")
+    if height * width >= 2**31 or masks.shape[1] > 4096:
+        raise RuntimeError(
+            f"{op}: Triton takes H * W below 2^31 and S up to 4096, got {height} x {width} and masks {list(masks.shape)}"
+        )
 
 
 @triton_op("dmm::paste_combine_triton", mutates_args={})
@@ -198,3 +204,4 @@ def _gradient(ctx, grad):
 
 
 paste_combine.register_autograd(_gradient, setup_context=_setup_context)
+in_float32(paste_combine)

@@ -10,6 +10,7 @@
 #include "match_general.cuh"
 
 #include <algorithm>
+#include <mutex>
 
 namespace dmm::cuda {
 
@@ -25,9 +26,14 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t own_bytes, int64_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
   constexpr int64_t kWithoutAsking = 48 << 10;
-  if (own_bytes + shared_bytes > kWithoutAsking)
+  // The limit is the kernel's, not the launch's: another thread must not lower it in between.
+  static std::mutex limits;
+  std::unique_lock<std::mutex> alone(limits, std::defer_lock);
+  if (own_bytes + shared_bytes > kWithoutAsking) {
+    alone.lock();
     check_cuda("dmm: matching layer",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
   launch_kernel("dmm: matching layer", kernel, dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), shared_bytes,
                 stream, arguments...);
 }

@@ -97,10 +97,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem<T, C> p
 
     for (int k = 0; k < count; ++k) {
       const Used<C, kGroup>& proposal = used[k];
+      if (x < proposal.x.begin || x >= proposal.x.end) continue;  // weights of 0, but a cell may be infinite
       const Tap<C> tx = proposal.x.tap(x, p.S);
       const T* mask = p.mask(proposal.j);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        if (y + r < proposal.y.begin || y + r >= proposal.y.end) continue;
         const Tap<C> ty = proposal.y.tap(y + r, p.S);
         const T* row0 = mask + ty.cell0 * p.S;
         const T* row1 = mask + ty.cell1 * p.S;

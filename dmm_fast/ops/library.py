@@ -47,6 +47,20 @@ def cpu_capability() -> str:
     return library.dmm_cpu_capability().decode()
 
 
+def _older_driver() -> str | None:
+    """Why the driver here cannot serve the CUDA that the kernels were built with, if so; without starting CUDA."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version, built = ctypes.c_int(), str(built_facts().get("nvcc", ""))
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    major, minor = divmod(version.value // 10, 100)
+    if not 0 < major < int(built.partition(".")[0] or 0):
+        return None
+    return f"built with CUDA {built}; the driver here serves {major}.{minor}"
+
+
 def load_cuda() -> str | None:
     """Load the CUDA kernels where torch has CUDA. Returns None if loaded, otherwise why not."""
     path = FOLDER / "libdmm_cuda.so"
@@ -54,6 +68,10 @@ def load_cuda() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not path.exists():
         return f"not built: {built_facts().get('cuda_decision', 'the build left no record')}"
+    if os.environ.get("DMM_CUDA") == "0":
+        return "left out by DMM_CUDA=0"
+    if older := _older_driver():
+        return older
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from dmm_fast.kernels.gradient import bias_clamp_gradient, setup_bias_clamp
 from dmm_fast.ops import library, reference
 from dmm_fast.ops.layer import refuse_forward_mode, transformable, transforming
 
@@ -285,21 +286,8 @@ for _device in ("cpu", "cuda"):  # its weights are coordinates: float32 inside a
     torch.library.register_autocast("dmm::paste_combine", _device, torch.float32)
 
 
-def _setup_bias_clamp(ctx, inputs, output):
-    ctx.save_for_backward(output)
-    x, _, residual, ctx.low, ctx.high = inputs
-    ctx.x, ctx.residual = x.shape, None if residual is None else residual.shape
-
-
-def _bias_clamp_gradient(ctx, grad):
-    (out,) = ctx.saved_tensors
-    grad = grad * ((out > ctx.low) & (out < ctx.high))
-    of_residual = None if ctx.residual is None else grad.sum_to_size(ctx.residual)
-    return grad.sum_to_size(ctx.x), grad.sum((0, 2, 3)), of_residual, None, None
-
-
-torch.library.register_autograd("dmm::bias_clamp", _bias_clamp_gradient, setup_context=_setup_bias_clamp)
-_BiasClamp = transformable(torch.ops.dmm.bias_clamp.default, _setup_bias_clamp, _bias_clamp_gradient)
+torch.library.register_autograd("dmm::bias_clamp", bias_clamp_gradient, setup_context=setup_bias_clamp)
+_BiasClamp = transformable(torch.ops.dmm.bias_clamp.default, setup_bias_clamp, bias_clamp_gradient)
 
 
 def _no_double_backward(ctx, *grads):

@@ -77,3 +77,26 @@ def test_auto_takes_what_is_there():
     assert open_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="device gpu cannot be used here"):
         open_device("gpu")
+
+
+def test_when_the_cuda_kernels_are_left_to_triton(monkeypatch):
+    monkeypatch.setattr(library, "built_facts", lambda: {"nvcc": "13.0"})
+    monkeypatch.setattr(library.torch.version, "cuda", "13.0")
+
+    class Driver:
+        def __init__(self, version):
+            self.version = version
+
+        def cuDriverGetVersion(self, place):
+            place._obj.value = self.version
+
+    for version, told in (
+        (12_080, "built with CUDA 13.0; the driver here serves 12.8"),
+        (13_000, None),
+        (13_010, None),
+        (14_000, None),
+    ):
+        monkeypatch.setattr(library.ctypes, "CDLL", lambda name, version=version: Driver(version))
+        assert library._older_driver() == told
+    monkeypatch.setenv("DMM_CUDA", "0")
+    assert library.load_cuda() == "left out by DMM_CUDA=0" or "not built" in library.load_cuda()

@@ -204,3 +204,10 @@ def test_kernels_compile_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_autocast_computes_in_float32():
+    cost = torch.rand(3, 5, 20).to(DEVICE, torch.bfloat16)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        x = dmm_fast.match(cost, backend="triton")
+    assert x.dtype == torch.float32 and torch.equal(x, dmm_fast.match(cost.float(), backend="triton"))

@@ -89,6 +89,19 @@ def test_paste_combine(device, N, M, S, size, dtype):
         torch.testing.assert_close(value.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
 
 
+def test_a_cell_that_is_infinite_spoils_only_pixels_that_see_it(device):
+    masks = torch.zeros(1, 8, 8)
+    masks[0, 0, 0] = -INF
+    assignment, boxes, grad = torch.ones(1, 1), torch.tensor([[16.0, 16, 24, 24]]), torch.ones(1, 40, 40)
+    actual = [torch.full_like(x, torch.nan) for x in (grad, assignment, masks)]
+    device.paste_combine(
+        address(assignment), address(masks), address(boxes), sizes_of(1, 1, 8, 40, 40), ELEMENT[torch.float32], address(grad),
+        *map(address, actual),
+    )  # fmt: skip
+    expected = torch.ops.dmm.paste_combine(assignment, masks, boxes, 40, 40).isfinite()
+    assert 0 < int((~expected).sum()) < 64 and torch.equal(actual[0].isfinite(), expected)
+
+
 @pytest.mark.parametrize("dtype", grids.DTYPES, ids=lambda t: str(t).removeprefix("torch."))
 @pytest.mark.parametrize("name", [name for name in grids.PASTES if not name.startswith("no ")] + ["no cells of a mask"])
 def test_paste_masks(device, name, dtype):

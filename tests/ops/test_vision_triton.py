@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 pytest.importorskip("triton")
 
+from dmm_fast.kernels import bias_clamp as bias_clamp_kernels  # noqa: E402
 from dmm_fast.kernels.bias_clamp import bias_clamp  # noqa: E402
 from dmm_fast.kernels.decode_runs import decode_runs  # noqa: E402
+from dmm_fast.kernels.launch import launch  # noqa: E402
 from dmm_fast.kernels.mask_iou import mask_iou  # noqa: E402
 from dmm_fast.kernels.paste_combine import paste_combine  # noqa: E402
 from dmm_fast.kernels.paste_masks import paste_masks  # noqa: E402
@@ -165,3 +169,70 @@ def test_grids_refuse(call, message):
     with pytest.raises(RuntimeError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_a_cell_that_is_infinite_spoils_only_pixels_that_see_it():
+    values = torch.zeros(1, 8, 8, device=DEVICE)
+    values[0, 0, 0] = -INF
+    inputs = torch.ones(1, 1, device=DEVICE), values, torch.tensor([[16.0, 16, 24, 24]], device=DEVICE)
+    expected = torch.ops.dmm.paste_combine(*inputs, 40, 40).isfinite()
+    assert 0 < int((~expected).sum()) < 64 and torch.equal(paste_combine(*inputs, 40, 40).isfinite(), expected)
+
+
+def test_paste_combine_in_autocast():
+    inputs = torch.rand(2, 3, device=DEVICE).bfloat16(), torch.rand(3, 7, 7, device=DEVICE), torch.rand(3, 4, device=DEVICE) * 9
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out = paste_combine(*inputs, 9, 9)
+    assert out.dtype == torch.float32 and torch.equal(out, paste_combine(inputs[0].float(), *inputs[1:], 9, 9))
+
+
+def test_bias_clamp_has_a_gradient():
+    x, bias = torch.randn(2, 3, 4, 5, device=DEVICE, requires_grad=True), torch.randn(3, device=DEVICE, requires_grad=True)
+    residual, grad = torch.randn(1, 3, 4, 5, device=DEVICE, requires_grad=True), torch.rand(2, 3, 4, 5, device=DEVICE)
+    ours, theirs = (
+        torch.autograd.grad(function(x, bias, residual, 0.0, 1.0), (x, bias, residual), grad)
+        for function in (bias_clamp, reference.bias_clamp)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_what_no_launch_takes():
+    with pytest.raises(RuntimeError, match="b must be on the device of a"):
+        mask_iou(masks(2, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool, device="meta"))
+    with pytest.raises(RuntimeError, match=r"takes no grid of \(1, 70000\) programs"):
+        launch(bias_clamp_kernels._finish_kernel, (1, 70_000), torch.ones(1))
+    with pytest.raises(RuntimeError, match="H \\* W below 2"):
+        paste_combine(torch.ones(1, 1), torch.ones(1, 2, 2), torch.ones(1, 4), 2**16, 2**16)
+
+
+COMPILE = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dmm_fast.kernels import bias_clamp, decode_runs, mask_iou, paste_combine, paste_masks, upsample_argmax
+
+tiles = dict(TILE_H=8, TILE_W=32, TILE_R=8, TILE_C=16, COMPUTE=tl.float32, BLOCK_X=128, CELLS=32)
+tiles |= dict(LOW=0.0, HIGH=float("inf"), ADD=True, BLOCK=1024, BLOCK_N=16, BLOCK_M=64, BLOCK_PIXELS=128, BLOCKS=8)
+types = dict.fromkeys(("a", "b"), "*u8") | dict.fromkeys(("counts", "places"), "*i32")
+types |= dict.fromkeys(("rank", "labels", "before"), "*i64")
+types |= dict.fromkeys(("assignment", "masks", "boxes", "out", "grad", "parts", "grad_masks", "x", "bias", "residual", "logits", "cover", "share"), "*fp32")
+for capability, kernels in (
+    (75, [mask_iou._count_kernel, paste_combine._forward_kernel]),
+    (90, [mask_iou._count_kernel, paste_combine._forward_kernel, paste_combine._backward_kernel, paste_masks._cover_kernel,
+          decode_runs._share_kernel, upsample_argmax._label_kernel, bias_clamp._finish_kernel]),
+):
+    for kernel in kernels:
+        constants = {name: tiles[name] for name in kernel.arg_names if name in tiles}
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+"""
+
+
+def test_kernels_compile_without_a_gpu():
+    """What the interpreter forgives, the compiler may not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
