@@ -49,7 +49,7 @@ class BusyError(ProjectError):
 
 
 class Project:
-    """One clip's masks. Methods may be called from several threads; a call that raises changes nothing."""
+    """One clip's masks. Methods may be called from several threads; a call that raises changes nothing, but for `remove`."""
 
     def __init__(self, folder: Path, clip: Clip):
         self.folder, self.clip = folder, clip
@@ -74,8 +74,8 @@ class Project:
         self._holders, self._held = 0, -1  # of results/
         self._save()
         self._damaged([index for index in self.rows if self.status[index] != OPEN and _empty(self.result_file(index))])
-        with contextlib.suppress(BusyError):  # then the next opening does it
-            for label in sorted(self.removing):
+        for label in sorted(self.removing & self.names.keys()):
+            with contextlib.suppress(ProjectError, MaskError, RunError, OSError, ValueError):  # then the next opening does it
                 self.remove(label)
 
     # ------------------------------------------------------------------------------------------------------ on disk

@@ -281,8 +281,8 @@ def _made(project: Project) -> dict[str, bool]:
     made = {kind: file.stat().st_mtime for kind, file in files.items() if file.exists()}
     if not made:
         return {}
-    with project.lock, os.scandir(project.results) as found:  # the folder's own time is also that of its report
-        results = [entry.stat().st_mtime for entry in found if entry.name.endswith(".png")]
+    with os.scandir(project.results) as found:  # the folder's own time is also that of its report
+        results = [os.stat(entry).st_mtime for entry in found if entry.name.endswith(".png") and os.path.exists(entry)]
     changed = max([project.masks.stat().st_mtime, *results])
     return {kind: at < changed for kind, at in made.items()}
 

@@ -408,7 +408,7 @@ def _open_proposals(source: Source, settings: dict[str, Any], where: str | os.Pa
             raise ExplainError(
                 f"{file}: the run's proposals are gone; name them with --proposals, or leave them out (--no-proposals)"
             )
-    for file in [*files, *filter(None, (detector, settings["weights"]))]:
+    for file in [*files, *filter(None, (detector, detector and settings["weights"]))]:
         if was and Path(file).is_file() and digest(Path(file)) not in was.values():
             raise ExplainError(
                 f"{file}: is not the file that this run read; give that one, or leave proposals out (--no-proposals)"

@@ -76,9 +76,10 @@ def open_files(
 ) -> tuple[list[ProposalFile], list[str]]:
     """Proposals files of a clip, the `top` best of a frame each, and what the user should know of them."""
     files = [read_coco(path, top) for path in paths]
+    notes = [note for file in files for note in file.align(frames.stems, offset)]
     for file in files:
-        file.check_size(frames.size)
-    return files, [note for file in files for note in file.align(frames.stems, offset)]
+        file.check(frames.stems, frames.size)
+    return files, notes
 
 
 def _with_files(

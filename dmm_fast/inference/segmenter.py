@@ -529,9 +529,10 @@ def _masks(masks: Masks, size: tuple[int, int]) -> tuple[list[int], Tensor]:
 def _proposals(proposals: Proposals, size: tuple[int, int], top: int, device: torch.device) -> tuple[Proposals, list[int]]:
     """Checked proposals on the device, the `top` best by score; and their indices among those given. Padding is left out."""
     boxes, scores, masks = checked(proposals, size)
-    kept = (scores > -torch.inf).nonzero()[:, 0]
+    told = scores.cpu()
+    kept = (told > -torch.inf).nonzero()[:, 0]
     if len(kept) > top:
-        kept = kept[scores[kept].argsort(descending=True, stable=True)[:top].sort().values]
+        kept = kept[told[kept].argsort(descending=True, stable=True)[:top].sort().values]
     if not len(kept):
         square = masks.is_floating_point() and masks.size(1) == masks.size(2) > 0
         like = masks[:0] if masks.dtype == torch.int32 or square else torch.zeros((0, *size), dtype=torch.bool)

@@ -75,24 +75,18 @@ class ProposalFile:
             if not isinstance(entry, dict) or "image_id" not in entry or not _is_number(entry.get("score")):
                 raise ProposalError(f"{path}: entry {number} needs image_id and a finite score, got {_short(entry)}")
             self._entries.setdefault(_key(entry["image_id"]), []).append(entry)
-        self._check_masks()
+        if self._entries and not any(entry.get("segmentation") for entries in self._entries.values() for entry in entries):
+            raise ProposalError(f"{path}: none of its {sum(map(len, self._entries.values()))} entries has a segmentation, and boxes alone "
+                                "are not enough: give polygons or run-length codes; a box is the polygon [[x, y, x+w, y, x+w, y+h, x, y+h]]")  # fmt: skip
 
-    def _check_masks(self) -> None:
-        """That each entry has one, before a run begins: whether its codes can be read is found out when its frame is."""
-        every = [entry for entries in self._entries.values() for entry in entries]
-        without = [entry for entry in every if not _is_segmentation(entry.get("segmentation"))]
-        if without and all(entry.get("segmentation") in (None, [], {}) for entry in every):
-            raise ProposalError(f"{self.path}: none of {len(every)} entries has a segmentation, and boxes alone are not enough: give "
-                                "polygons or run-length codes; a box is the polygon [[x, y, x+w, y, x+w, y+h, x, y+h]]")  # fmt: skip
-        if without:
-            raise ProposalError(f"{self.path}, image_id {without[0]['image_id']!r}: needs a segmentation, polygons or "
-                                f"{{size: [H, W], counts}}, got {_short(without[0].get('segmentation'))}")  # fmt: skip
+    def check(self, stems: list[str], size: tuple[int, int]) -> None:
+        """Before a run begins: that what it will read of these frames are masks of their size (H, W); ProposalError if not.
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """ProposalError where a mask is not of the frames' size (H, W)."""
-        for entries in self._entries.values():
-            for entry in entries:
-                _check_size(entry["segmentation"], size, f"{self.path}, image_id {entry['image_id']!r}")
+        Whether their codes can be read is found out when a frame is.
+        """
+        for stem in stems:
+            for entry in self._best(stem):
+                _check_mask(entry.get("segmentation"), size, f"{self.path}, image_id {entry['image_id']!r}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -141,7 +135,8 @@ class ProposalFile:
             return self._left(stems)
         for names, how in ((dict(zip(places, keys)), ""), (dict(enumerate(keys)), " by their place in the clip")):
             lowest, highest = min(numbers), max(numbers)
-            fitting = [s for s in sorted(name - lowest for name in names) if all(number + s in names for number in numbers)]
+            shifts = sorted(shift for name in names if (shift := name - lowest) <= max(names) - highest)
+            fitting = [shift for shift in shifts if all(number + shift in names for number in numbers)]
             if len(fitting) == 1:
                 return self._shift(names, fitting[0], stems, f"no other constant brings every id to a frame{how}")
             if fitting:
@@ -206,12 +201,16 @@ class ProposalFile:
             row[: len(lengths)] = lengths.cumsum()
         return Proposals(self._boxes(entries, codes), _scores(entries), torch.from_numpy(places))
 
+    def _best(self, stem: str, top: int | None = None) -> list[dict]:
+        """The frame's entries, best first."""
+        entries = sorted(self._entries.get(self._name(stem), []), key=lambda entry: -entry["score"])
+        return entries[: self.top if top is None else min(top, self.top)]
+
     def _read(
         self, stem: str, size: tuple[int, int] | None, top: int | None = None, least: float = -math.inf
     ) -> tuple[list[dict], list[tuple[np.ndarray, tuple[int, int]]]]:
         """The frame's entries, best first, and of each the run lengths and size of its mask."""
-        entries = [entry for entry in self._entries.get(self._name(stem), []) if entry["score"] >= least]
-        entries = sorted(entries, key=lambda entry: -entry["score"])[: self.top if top is None else min(top, self.top)]
+        entries = [entry for entry in self._best(stem, top) if entry["score"] >= least]
         codes: list[tuple[np.ndarray, tuple[int, int]]] = []
         texts = [_text(entry.get("segmentation")) for entry in entries]
         for entry, uncompressed in zip(entries, _uncompress(texts)):
@@ -302,16 +301,14 @@ def _text(segmentation: Any) -> bytes:
     return counts.encode(errors="surrogatepass") if isinstance(counts, str) else b""
 
 
-def _is_segmentation(segmentation: Any) -> bool:
-    if isinstance(segmentation, list):
-        return bool(segmentation)
+def _check_mask(segmentation: Any, size: tuple[int, int] | None, where: str) -> None:
+    """That it is of a kind that can be read, and of the frame's size where that is known."""
+    if isinstance(segmentation, list) and segmentation:
+        return
     shape = segmentation.get("size") if isinstance(segmentation, dict) and "counts" in segmentation else None
-    return isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)
-
-
-def _check_size(segmentation: Any, size: tuple[int, int], where: str) -> None:
-    shape = segmentation["size"] if isinstance(segmentation, dict) else size
-    if tuple(shape) != tuple(size):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)):
+        raise ProposalError(f"{where}: needs a segmentation, polygons or {{size: [H, W], counts}}, got {_short(segmentation)}")
+    if size is not None and tuple(shape) != tuple(size):
         raise ProposalError(f"{where}: masks are {shape[1]}x{shape[0]}, the frames are {size[1]}x{size[0]}")
 
 
@@ -322,12 +319,11 @@ def _run_lengths(
 
     uncompressed: what `_uncompress` makes of the text, if it is one.
     """
+    _check_mask(segmentation, size, where)
     if isinstance(segmentation, list):
         if size is None:
             raise ProposalError(f"{where}: polygons need the frame's size")
         return _polygon_runs(segmentation, size, where), size
-    if size is not None:
-        _check_size(segmentation, size, where)
     shape, counts = segmentation["size"], segmentation["counts"]
     if isinstance(counts, str):
         runs = uncompressed

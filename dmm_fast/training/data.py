@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dmm_fast.data.alike import AlikeClips
+from dmm_fast.data.annotated import DataError
 from dmm_fast.data.augment import Augment, Clip
 from dmm_fast.data.clips import ClipDataset, Clips, Mixture, StillClips, SyntheticClips
 from dmm_fast.data.datasets import VideoDataset, open_dataset
@@ -35,11 +36,10 @@ def open_data(config: TrainConfig) -> tuple[Mixture, VideoDataset | None]:
         if proposals is None:
             without = "data.val_split=null" if data.val_split else "data.held_out='[]'"
             raise ConfigError(f"train: validation needs proposals; give data.proposals, or {without} for no validation")
-        split = data.val_split or data.split
-        videos = open_dataset(path, data.layout, split=split, proposals=proposals, top=config.model.top)
-        if not data.val_split:
-            hint = f"Give data.held_out='[{videos.names[-1]}]', or '[]' for no validation"
-            videos = chosen(videos, data.held_out, "data.held_out", hint)
+        place = {"split": data.val_split or data.split, "proposals": proposals, "top": config.model.top}
+        names = None if data.val_split else data.held_out
+        hint = "Give data.held_out='[{last}]', or '[]' for no validation"
+        videos = open_videos(names, "data.held_out", hint, path, data.layout, **place)
     sources = [open_source(source, data, config.seed + number, videos) for number, source in enumerate(data.sources)]
     length = data.clips or sum(len(clips) for clips, _ in sources)
     return Mixture(sources, length, seed=config.seed), videos
@@ -61,10 +61,8 @@ def open_source(source: dict[str, Any], data: Data, seed: int, validating: Video
             return SyntheticClips(**arguments), weight
         path = place.pop("path") or required_path(data)
         names = place.pop("names")
-        videos = open_dataset(path, place.pop("layout"), **place)
-        if names is not None:
-            hint = "Give data.sources='[{kind: clips}]' for clips of all videos"
-            videos = chosen(videos, names, f"a source of kind {kind}", hint)
+        hint = "Give data.sources='[{{kind: clips}}]' for clips of all videos"
+        videos = open_videos(names, f"a source of kind {kind}", hint, path, place.pop("layout"), **place)
         held = {*data.held_out}
         if validating is not None and videos.path.resolve() == validating.path.resolve():
             held.update(validating.names)
@@ -76,12 +74,16 @@ def open_source(source: dict[str, Any], data: Data, seed: int, validating: Video
         raise ConfigError(f"train: a source of kind {kind}: {error}") from None
 
 
-def chosen(videos: VideoDataset, names: Sequence[str], what: str, hint: str) -> VideoDataset:
-    """The videos that `what` names; where some are not there, `hint` says what to do."""
-    if absent := [name for name in names if name not in videos.names]:
-        path, there = videos.path, listed(videos.names)
-        raise ConfigError(f"train: {what} names videos that {path} does not have: {listed(absent)}; {path} has {there}. {hint}")
-    return videos.subset(dict.fromkeys(names))
+def open_videos(names: Sequence[str] | None, what: str, hint: str, path: str, layout: str, **place: Any) -> VideoDataset:
+    """The videos that `what` names, all for None; where some are not there, `hint` says what to do."""
+    try:
+        return open_dataset(path, layout, names=names, **place)
+    except DataError:
+        there = open_dataset(path, layout, **place)
+        if absent := [name for name in names or () if name not in there.names]:
+            told = f"train: {what} names videos that {there.path} does not have: {listed(absent)}; {there.path} has {listed(there.names)}"
+            raise ConfigError(f"{told}. {hint.format(last=there.names[-1])}") from None
+        raise
 
 
 def required_path(data: Data) -> str:

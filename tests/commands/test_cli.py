@@ -403,7 +403,7 @@ def test_plain_messages_for_bad_input(clip, tmp_path, capsys):
         ({"proposals": tmp_path / "torn.json"}, "torn.json: not valid JSON"),
         (
             {"proposals": tmp_path / "boxes.json"},
-            "boxes.json: none of 1 entries has a segmentation, and boxes alone are not enough",
+            "boxes.json: none of its 1 entries has a segmentation, and boxes alone are not enough",
         ),
         (
             {"proposals": tmp_path / "other.json"},

@@ -156,18 +156,21 @@ def test_bad_entries_are_named_when_their_frame_is_read(tmp_path, change, messag
 @pytest.mark.parametrize("segmentation", [None, [], {}, "mask", {"size": [37, 53]}, {"size": [0, 53], "counts": []}])
 def test_entries_without_a_mask_are_named_before_a_run_begins(tmp_path, segmentation):
     good, bad = result(random_masks(3)[1], "good"), {**result(random_masks(3)[1], "bad"), "segmentation": segmentation}
+    file = read_coco(save(tmp_path / "p.json", [good, bad]))
+    file.check(["good"], SIZE)  # what is not read does no harm
     with pytest.raises(ProposalError, match="p.json, image_id 'bad': needs a segmentation, polygons or"):
-        read_coco(save(tmp_path / "p.json", [good, bad]))
+        file.check(["good", "bad"], SIZE)
     if not segmentation:
-        with pytest.raises(ProposalError, match="none of 2 entries has a segmentation, and boxes alone are not enough"):
+        with pytest.raises(ProposalError, match="none of its 2 entries has a segmentation, and boxes alone are not enough"):
             read_coco(save(tmp_path / "p.json", [bad, bad]))
 
 
 def test_masks_of_another_size_are_refused_before_a_run_begins(tmp_path):
     file = read_coco(save(tmp_path / "p.json", [result(random_masks(3)[1])]))
-    file.check_size(SIZE)
+    file.check(["00000"], SIZE)
+    file.check(["00001"], SIZE[::-1])
     with pytest.raises(ProposalError, match=r"p.json, image_id '00000': masks are 53x37, the frames are 37x53"):
-        file.check_size(SIZE[::-1])
+        file.check(["00000"], SIZE[::-1])
 
 
 def some_proposals(count=5, seed=0):
@@ -416,6 +419,8 @@ def test_frames_named_by_the_clock(tmp_path):
     stems = [str(1_403_636_579_763_555_584 + 50_000_000 * number) for number in range(3)]
     with pytest.raises(ProposalError, match="no proposals for these frames"):
         ids_file(tmp_path / "p.json", [1, 2, 9]).align(stems)
+    many = ids_file(tmp_path / "many.json", range(1, 20_001))
+    assert "-1 is added" in many.align([f"{index:05d}" for index in range(20_000)])[0]
     file = ids_file(tmp_path / "q.json", [1, 50_000_001, 100_000_001])
     assert "is added" in file.align(stems)[0] and met(file, stems) == [1, 2, 3]
 

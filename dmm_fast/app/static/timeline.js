@@ -7,7 +7,8 @@ export class Timeline {
   constructor(box, app) {
     Object.assign(this, { box, app, canvas: box.querySelector('canvas') });
     this.context = this.canvas.getContext('2d');
-    this.lost = []; // in the frame that was recorded last
+    this.last = -1; // the frame that was recorded last
+    this.lost = []; // in it
     new ResizeObserver(() => this.redraw()).observe(box);
     box.addEventListener('pointerdown', (event) => {
       box.setPointerCapture(event.pointerId);
@@ -33,8 +34,10 @@ export class Timeline {
     if (timeline.width === 1 || (frame + 1) % timeline.width === 0) timeline.status[bin] = 1;
     const lost = objects.filter((entry) => entry.lost).map((entry) => entry.id);
     timeline.lost = timeline.lost.filter((other) => other !== frame);
+    if (frame !== this.last + 1) this.lost = [];
     if (lost.some((id) => !this.lost.includes(id))) timeline.lost.push(frame);
     this.lost = lost;
+    this.last = frame;
     for (const id of Object.keys(timeline.scores)) timeline.scores[id][bin] = timeline.width === 1 ? null : timeline.scores[id][bin];
     for (const entry of objects) {
       const scores = timeline.scores[entry.id];
