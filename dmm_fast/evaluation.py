@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from dmm_fast.data.masks import VOID, is_indexed, read_binary, read_ids
 from dmm_fast.data.video import natural_key
-from dmm_fast.files import whole_file
+from dmm_fast.files import listed, whole_file
 
 FRAMES = {"inner": slice(1, -1), "after-first": slice(1, None), "all": slice(None)}
 PROTOCOLS = {"davis": "inner", "vos": "inner", "segtrack": "after-first"}  # and the frames each scores
@@ -239,7 +239,7 @@ def _ground_truth(folder: Path, protocol: str) -> list[tuple[Path, ...]]:
     if not parts:
         return []
     if [part.name for part in parts] != [str(i + 1) for i in range(len(parts))]:
-        raise EvaluationError(f"{folder}: instance folders must be named 1..n, got {_listed([p.name for p in parts])}")
+        raise EvaluationError(f"{folder}: instance folders must be named 1..n, got {listed([p.name for p in parts])}")
     frames = [_images(part) for part in parts]
     if any([file.stem for file in part] != [file.stem for file in frames[0]] for part in frames):
         raise EvaluationError(f"{folder}: the instance folders hold different frames")
@@ -256,7 +256,7 @@ def _choose(sequences: Iterable[str] | str | os.PathLike | None, found: list[str
     if not names:
         raise EvaluationError("sequences names none to score")
     if unknown := sorted(set(names) - set(found)):
-        raise EvaluationError(f"{gt_dir}: no ground truth for {_listed(unknown)}")
+        raise EvaluationError(f"{gt_dir}: no ground truth for {listed(unknown)}")
     return names
 
 
@@ -272,7 +272,7 @@ def _find_sequences(
         pred = pred_dir if _images(pred_dir) else pred_dir / name
         if not pred.is_dir():
             folders = [folder.name for folder in _folders(pred_dir)]
-            hint = f" but folders ({_listed(folders)}): is it a data set? then --gt must be one too; if not, give one of these"
+            hint = f" but folders ({listed(folders)}): is it a data set? then --gt must be one too; if not, give one of these"
             raise EvaluationError(f"{pred_dir}: holds no PNGs{hint if folders else ''}")
         return [(name, gt_dir, pred)]
     found = [entry.name for entry in _folders(gt_dir) if _ground_truth(entry, protocol)]
@@ -282,7 +282,7 @@ def _find_sequences(
     if missing := [name for name in names if not (pred_dir / name).is_dir()]:
         raise EvaluationError(
             f"{pred_dir}: no prediction for {len(missing)} of {len(names)} sequences: "
-            f"{_listed(missing)}; name those to score to leave others out (sequences=, --sequences)"
+            f"{listed(missing)}; name those to score to leave others out (sequences=, --sequences)"
         )
     return [(name, gt_dir / name, pred_dir / name) for name in names]
 
@@ -291,10 +291,6 @@ def _unscored(found: list[tuple[str, Path, Path]], gt_dir: Path, pred_dir: Path)
     """Of a data set, the sequences with predictions but without ground truth."""
     names = {name for name, gt, _ in found if gt != gt_dir}
     return [folder.name for folder in _folders(pred_dir) if folder.name not in names and _images(folder)] if names else []
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _sequence(name: str, gt: Path, pred: Path, protocol: str, frames: str, foreground: bool) -> _Sequence:
@@ -308,8 +304,8 @@ def _sequence(name: str, gt: Path, pred: Path, protocol: str, frames: str, foreg
     if missing := [frame.pred.name for frame in scored if not frame.pred.is_file()]:
         there = ""
         if len(missing) == len(scored):
-            there = f" (the folder holds {_listed([file.name for file in _images(pred)], 3) or 'no PNGs'})"
-        raise EvaluationError(f"{pred}: {len(missing)} of {len(scored)} frames are missing: {_listed(missing)}{there}")
+            there = f" (the folder holds {listed([file.name for file in _images(pred)], 3) or 'no PNGs'})"
+        raise EvaluationError(f"{pred}: {len(missing)} of {len(scored)} frames are missing: {listed(missing)}{there}")
     return _Sequence(name, scored, _largest_id(files, protocol, binary, foreground))
 
 
@@ -469,9 +465,9 @@ class Report:
         lines.insert(-1, "-" * len(lines[0]))
         extra = [f"{name} = {value:.3f}" for name, value in self.summary.items() if name not in rows[0]]
         if unseen := [f"{score.sequence} {score.object}" for score in self.objects if not score.seen]:
-            extra.append(f"in no mask of these frames, so counted as J = F = 1: {_listed(unseen)}")
+            extra.append(f"in no mask of these frames, so counted as J = F = 1: {listed(unseen)}")
         if self.unscored:
-            extra.append(f"not scored, no ground truth: {_listed(list(self.unscored))}")
+            extra.append(f"not scored, no ground truth: {listed(self.unscored)}")
         how = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
         return "\n".join([*lines, *extra, f"({how})"])
 

@@ -241,7 +241,7 @@ class Project:
                         line, k, value = scores[entry["id"]], index // width, _score(entry)
                         line[k] = value if line[k] is None else min(value, line[k])  # type: ignore[type-var]
             given = {index: sorted(ids) for index, ids in sorted(self.given.items())}
-            ends = {index: sorted(ids) for index, ids in sorted(self.ends.items()) if ids}
+            ends = {index: sorted(ids) for index, ids in sorted(self.ends.items())}
             lost = {index: {entry["id"] for entry in row if entry.get("lost")} for index, row in self.rows.items()}
             first = sorted(index for index, ids in lost.items() if ids - lost.get(index - 1, set()))
             return {"width": width, "status": status, "scores": scores, "given": given, "ends": ends, "lost": first}

@@ -281,9 +281,12 @@ def _made(project: Project) -> dict[str, bool]:
     made = {kind: file.stat().st_mtime for kind, file in files.items() if file.exists()}
     if not made:
         return {}
+    changed = project.masks.stat().st_mtime
     with os.scandir(project.results) as found:  # the folder's own time is also that of its report
-        results = [os.stat(entry).st_mtime for entry in found if entry.name.endswith(".png") and os.path.exists(entry)]
-    changed = max([project.masks.stat().st_mtime, *results])
+        for entry in found:
+            if entry.name.endswith(".png"):
+                with contextlib.suppress(FileNotFoundError):  # it is being made again
+                    changed = max(changed, entry.stat().st_mtime)
     return {kind: at < changed for kind, at in made.items()}
 
 

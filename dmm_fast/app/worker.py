@@ -24,7 +24,6 @@ from dmm_fast.model import Proposals
 
 SAVE_EVERY = 3.0  # seconds between saved states
 HAND_OVER_EVERY = 30.0  # seconds between states of results/ that `dmm-fast segment --resume` can go on from
-MODEL = {"preset": None, "backbone": None, "refine": None, "matcher": "dmm", "decision": "confident", "precision": "float32"}
 Notify = Callable[[dict[str, Any]], None]
 
 
@@ -263,10 +262,7 @@ class Worker:
         project, s = self.project, self.settings
         if self._segmenter is None or not project.rows:
             return
-        settings = run_settings(
-            project.clip.path, project.masks, s.proposals, s.detector_weights, s.weights, online=None,
-            clean_masks=False, image_id_offset=None, direction="forward", **{name: s.model.get(name, default) for name, default in MODEL.items()},
-        )  # fmt: skip
+        settings = run_settings(project.clip.path, project.masks, s.proposals, s.detector_weights, s.weights, **s.model)
         rows = [{"frame": project.clip.stems[index], "objects": row} for index, row in sorted(project.rows.items())]
         about = {
             "dmm_fast": version("dmm_fast"),

@@ -136,12 +136,9 @@ def segment_stream(
         check_overlay(Path(video), overwrite)
     if not is_detector(proposals):
         raise RunError(f"{proposals}: a stream needs a live detector for its proposals, not a file of them")
-    preset, weights = model.pop("preset", None), model.pop("weights", None)
-    usual = {"refine": None, "matcher": "dmm", "decision": "confident", "precision": "float32"}
-    settings = run_settings(
-        out / RECORDING, Path(masks), proposals, detector_weights, weights, preset=preset, backbone=None, online=None,
-        direction="forward", clean_masks=False, image_id_offset=None, **{name: model.get(name, value) for name, value in usual.items()},
-    ) | {"source": public_name(source)}  # fmt: skip
+    preset, weights, graph = (model.pop(name, None) for name in ("preset", "weights", "graph"))
+    settings = run_settings(out / RECORDING, Path(masks), proposals, detector_weights, weights, preset=preset, **model)
+    settings["source"] = public_name(source)
     if not record:
         settings["frames"] = settings["source"]
     if _surest_wanted(masks):
@@ -149,7 +146,7 @@ def segment_stream(
     folder = RunFolder(out, settings)
     folder.find([], False, overwrite)
     proposer = open_proposer(proposals, detector_weights, device=device, precision=model.get("precision", "float32"))
-    segmenter = Segmenter(preset, weights=weights, device=device, proposer=proposer, **model)
+    segmenter = Segmenter(preset, weights=weights, graph=graph, device=device, proposer=proposer, **model)
     spent: dict[str, float] = defaultdict(float)
     latencies: list[float] = []
     stream = Stream(source, patience)

@@ -46,10 +46,12 @@ def row_of(found: ObjectResult) -> dict[str, Any]:
     return {"id": found.id, "proposal": found.proposal, "score": score, "runner_up": runner_up, "lost": found.lost}
 
 
-def remark(row: dict) -> str:
+def remark(row: dict, short: bool = False) -> str:
+    """What is worth a word about a frame. short: without the word object, which tells an id from a number of objects."""
     lost = [entry["id"] for entry in row["objects"] if entry.get("lost")]
     parts = (("lost", lost), ("one mask for", sharing(row)))
-    return "; ".join(f"{what} {', '.join(map(str, ids))}" for what, ids in parts if ids)
+    told = ((what if short else f"{what} object{'s' * (len(ids) > 1)}", ids) for what, ids in parts if ids)
+    return "; ".join(f"{what} {', '.join(map(str, ids))}" for what, ids in told)
 
 
 def sharing(row: dict) -> list[int]:

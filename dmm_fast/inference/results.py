@@ -23,7 +23,7 @@ from dmm_fast.data.video import Behind, ImageFrames, VideoFrames, VideoWriter, a
 from dmm_fast.files import whole_file
 from dmm_fast.inference.folder import SHEET, RunError, RunFolder
 from dmm_fast.inference.overlay import ContactSheet, overlay
-from dmm_fast.inference.report import remark, sharing
+from dmm_fast.inference.report import remark
 
 Frames = ImageFrames | VideoFrames
 
@@ -118,7 +118,7 @@ class Sheet(Result):
 
     def add(self, index: int, frame: np.ndarray, ids: np.ndarray, row: dict[str, Any]) -> None:
         if index in self.wanted:
-            self._sheet.add(frame, ids, row["frame"], _remark(row), remark(row))
+            self._sheet.add(frame, ids, row["frame"], remark(row), remark(row, short=True))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is None:
@@ -282,13 +282,6 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         Image.fromarray(pixels).save(part, format="PNG", compress_level=4)
-
-
-def _remark(row: dict[str, Any]) -> str:
-    """What `remark` says, with the word object, so that no id is taken for a number of objects."""
-    lost = [entry["id"] for entry in row["objects"] if entry.get("lost")]
-    parts = (("lost:", lost), ("one mask for", sharing(row)))
-    return "; ".join(f"{what} object{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for what, ids in parts if ids)
 
 
 def _spool(folder: Path) -> IO[str]:

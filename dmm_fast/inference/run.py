@@ -240,21 +240,28 @@ def config_of(preset: str | None, backbone: str | None) -> Any:
     return Config.preset(preset or "davis", backbone=backbone) if backbone else preset
 
 
+USUAL = {
+    "preset": None, "backbone": None, "refine": None, "matcher": "dmm", "decision": "confident", "precision": "float32",
+    "online": None, "clean_masks": False, "image_id_offset": None, "direction": "forward",
+}  # fmt: skip
+
+
 def run_settings(
     frames: Path,
     masks: Path,
     proposals: str | os.PathLike,
     detector_weights: str | os.PathLike,
     weights: str | os.PathLike | None,
-    **model: Any,
+    **how: Any,
 ) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
+    """What must be the same for a run to be resumed. how: what is not as `USUAL` has it."""
     read = [*sources(proposals), *(str(file) for file in (weights, detector_weights) if file is not None)]
     return {
         "frames": str(frames.resolve()),
         "masks": str(masks.resolve()),
         "proposals": renamed(proposals, lambda path: Path(path).resolve()),
-        **model,
+        **USUAL,
+        **how,
         "weights": str(Path(weights).resolve()) if weights not in (None, "imagenet") else weights,
         "detector_weights": str(detector_weights) if "torchvision" in sources(proposals) else None,
         FILES: {str(Path(name).resolve()): digest(Path(name)) for name in read if Path(name).is_file()},

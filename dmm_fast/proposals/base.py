@@ -49,7 +49,7 @@ def checked(proposals: Proposals, size: tuple[int, int]) -> Proposals:
     if scores.ndim != 1 or tuple(boxes.shape) != (count, 4) or not (masks.ndim == 3 or runs) or masks.size(0) != count:
         shapes = [list(part.shape) for part in (boxes, scores, masks)]
         raise ProposalError(f"proposals must be boxes [M, 4], scores [M] and masks [M, ., .] or [M, .], got {shapes}")
-    if not (torch.isfinite(boxes).all() and (torch.isfinite(scores) | (scores == -torch.inf)).all()):
+    if not (torch.isfinite(boxes).all() and (scores < torch.inf).all()):  # NaN is not less
         raise ProposalError("proposals must have finite boxes and scores")
     whole, soft = tuple(masks.shape[1:]) == size, masks.is_floating_point()
     if count and masks.dtype == torch.bool and not whole:
@@ -65,9 +65,9 @@ def checked(proposals: Proposals, size: tuple[int, int]) -> Proposals:
 
 
 def real(boxes: Tensor, scores: Tensor, masks: Tensor) -> Proposals:
-    """Proposals without padding, which has scores of -inf."""
-    there = scores > -torch.inf
-    return Proposals(boxes[there], scores[there], masks[there])
+    """Proposals without the padding behind them, which has scores of -inf."""
+    count = int(torch.isfinite(scores).sum())
+    return Proposals(boxes[:count], scores[:count], masks[:count])
 
 
 def encode_runs(masks: Tensor) -> Tensor:
@@ -124,7 +124,6 @@ def _on_grid(proposals: Proposals, size: tuple[int, int], grid: tuple[int, int])
     """How much of each cell the masks cover, [M, *grid]."""
     boxes, _, masks = proposals
     if masks.dtype == torch.bool:
-        _check_size(masks, size)
         return cover(masks, *grid)
     if masks.dtype == torch.int32:
         return decode_runs(masks, *size, *grid)
@@ -176,12 +175,8 @@ def full_masks(proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Ten
 def _binary(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks of the frame's size, or soft ones inside their boxes, as bool [M, H, W]."""
     if masks.dtype == torch.bool:
-        _check_size(masks, size)
+        if len(masks) and tuple(masks.shape[1:]) != size:
+            raise ProposalError(f"masks [M, H, W] must have the frame's size {size}, got {tuple(masks.shape)}")
         return masks
     each = torch.eye(len(masks), dtype=masks.dtype, device=masks.device)  # [M, M]
     return paste_combine(each, masks, boxes, size) > 0.5
-
-
-def _check_size(masks: Tensor, size: tuple[int, int]) -> None:
-    if len(masks) and tuple(masks.shape[1:]) != size:
-        raise ProposalError(f"masks [M, H, W] must have the frame's size {size}, got {tuple(masks.shape)}")

@@ -135,7 +135,8 @@ class ProposalFile:
             return self._left(stems)
         for names, how in ((dict(zip(places, keys)), ""), (dict(enumerate(keys)), " by their place in the clip")):
             lowest, highest = min(numbers), max(numbers)
-            shifts = sorted(shift for name in names if (shift := name - lowest) <= max(names) - highest)
+            last = max(names) - highest
+            shifts = sorted(shift for name in names if (shift := name - lowest) <= last)
             fitting = [shift for shift in shifts if all(number + shift in names for number in numbers)]
             if len(fitting) == 1:
                 return self._shift(names, fitting[0], stems, f"no other constant brings every id to a frame{how}")

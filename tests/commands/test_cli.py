@@ -128,7 +128,8 @@ def test_a_proposal_of_two_objects_is_told(capsys):
     given = {"frame": "a", "objects": [{"id": label, "given": True} for label in range(1, 6)]}
     objects = by_object([given, row])
     assert [objects[str(label)]["shared"] for label in range(1, 6)] == [1, 1, 0, 0, 0]
-    assert remark(row) == "lost 4, 5; one mask for 1, 2" and remark(given) == ""
+    assert remark(row) == "lost objects 4, 5; one mask for objects 1, 2" and remark(given) == ""
+    assert remark(row, short=True) == "lost 4, 5; one mask for 1, 2"
     summarise({"notes": [], "objects": objects, "speed": {"seconds": {}, "frames": 2, "fps": 1.0}}, {})
     assert capsys.readouterr().out.count("one proposal with another object in 1 of 1 frames") == 2
 

@@ -138,8 +138,8 @@ def test_tracks_in_the_format_of_youtube_vis(finished):
 @pytest.mark.parametrize(
     "width, lost, remark",
     [
-        (1600, [2], "lost: object 2"),
-        (1600, [2, 7], "lost: objects 2, 7"),
+        (1600, [2], "lost object 2"),
+        (1600, [2, 7], "lost objects 2, 7"),
         (1600, [], "one mask for objects 2, 7"),
         (800, [2, 7], "lost 2, 7"),  # no room for the longer one
     ],
