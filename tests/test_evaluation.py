@@ -434,7 +434,9 @@ def test_predictions_with_other_names(tmp_path: Path):
     for file in list(pred.iterdir()):
         file.rename(pred / f"frame_{file.name}")
     told = r"s: 4 of 4 frames are missing: 00001.png, .*, 00004.png \(the folder holds {}\)$"
-    with pytest.raises(EvaluationError, match=told.format("frame_00000.png, frame_00001.png, frame_00002.png, ... frame_00005.png")):
+    with pytest.raises(
+        EvaluationError, match=told.format("frame_00000.png, frame_00001.png, frame_00002.png, ... frame_00005.png")
+    ):
         evaluate(gt, pred)
     for file in list(pred.iterdir()):
         file.unlink()
