@@ -66,7 +66,7 @@ def hungarian(
     unmatched_cost: float | Tensor | None = None,
 ) -> Tensor:
     """Optimal one-to-one assignment: ``linear_assignment`` as a matrix like ``cost``. 0/1, no gradient; a problem with a non-finite
-    cost is NaN throughout."""
+    cost is NaN throughout, and on CUDA also one with a count out of range or an unmatched_cost that is not finite."""
     batched = reference._batched("hungarian", cost).detach()
     reference.check_counts("hungarian", num_templates, num_proposals)
     own = reference.unmatched_costs("hungarian", cost, unmatched_cost)
@@ -92,7 +92,7 @@ def assign(
     reference.check_counts("assign", num_templates, num_proposals)
     own = None
     if unmatched:
-        real = batched.where(reference._valid(batched, num_templates, num_proposals), 0)
+        real = batched.where(reference._valid("assign", batched, num_templates, num_proposals)[0], 0)
         lacking = (1 - real.sum(2, dtype=reference.accumulate_dtype(batched))).clamp(min=0)
         own = -lacking.nan_to_num(0, 0, 0)  # what is not finite is refused below
     choice, broken, _ = _decide(-batched, own, num_templates, num_proposals)
@@ -105,14 +105,17 @@ def assign(
 def _decide(
     cost: Tensor, own: Tensor | None, num_templates: Tensor | None, num_proposals: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The choice [B, N] for costs [B, N, M], ``own`` of staying alone, which problems are not finite [B, 1, 1], and what is not padding. Without the CUDA
-    library the CPU decides for a GPU."""
+    """The choice [B, N] for costs [B, N, M], ``own`` of staying alone; which problems are not finite, or have a count out of
+    range, [B, 1, 1]; and what is not padding. Without the CUDA library the CPU decides for a GPU."""
     given: tuple[Tensor | None, ...] = (cost, None if own is None else own.detach(), num_templates, num_proposals)
     if cost.is_cuda and library.CUDA_MISSING is not None:
         given = tuple(None if tensor is None else tensor.cpu() for tensor in given)
     choice = torch.ops.dmm.linear_assignment(*given).to(cost.device)
-    valid = reference._valid(cost, num_templates, num_proposals)
-    return choice, (valid & ~cost.isfinite()).any(2, keepdim=True).any(1, keepdim=True), valid
+    valid, broken = reference._valid("linear_assignment", cost, num_templates, num_proposals)
+    broken = broken | (valid & ~cost.isfinite()).any(2, keepdim=True).any(1, keepdim=True)
+    if own is not None:
+        broken = broken | (valid.any(2, keepdim=True) & ~own.isfinite()[..., None]).any(1, keepdim=True)
+    return choice, broken, valid
 
 
 # ---- what torch needs to know ----

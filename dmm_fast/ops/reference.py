@@ -302,14 +302,22 @@ def _alone(name: str, cost: Tensor, unmatched_cost: float | Tensor | None) -> Te
     return own.to(cost.dtype).expand(B, N)
 
 
-def _valid(cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None) -> Tensor:
-    """What of a batch [B, N, M] is not padding: bool, broadcasts against it."""
+def _valid(
+    name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What of a batch [B, N, M] is not padding, and the problems with a count out of range, all of which counts as theirs: bool,
+    both broadcast against the batch. Without a host read."""
     valid = torch.ones((1, 1, 1), dtype=torch.bool, device=cost.device)
-    for sizes, dim in ((num_templates, 1), (num_proposals, 2)):
+    wrong = torch.zeros_like(valid)
+    for which, sizes, dim in (("num_templates", num_templates, 1), ("num_proposals", num_proposals, 2)):
         if sizes is not None:
-            shape = [1, cost.shape[1], 1] if dim == 1 else [1, 1, cost.shape[2]]
-            valid = valid & (torch.arange(cost.shape[dim], device=cost.device).view(shape) < sizes[:, None, None])
-    return valid
+            if sizes.shape != cost.shape[:1]:
+                raise RuntimeError(f"{name}: {which} must have shape [{cost.shape[0]}], got {list(sizes.shape)}")
+            size, shape = cost.shape[dim], [1, -1, 1] if dim == 1 else [1, 1, -1]
+            counts = sizes[:, None, None]  # [B, 1, 1]
+            valid = valid & (torch.arange(size, device=cost.device).view(shape) < counts)
+            wrong = wrong | (counts < 0) | (counts > size)
+    return valid | wrong, wrong
 
 
 def greedy(
@@ -320,7 +328,8 @@ def greedy(
     unmatched_cost: float | Tensor | None = None,
 ) -> Tensor:
     """Greedy one-to-one assignment: the cheapest free (template, proposal) pair first; among equal ones the first. 0/1, no
-    gradient. A problem with a non-finite cost is NaN throughout. Runs on the device of ``cost``, without a host read.
+    gradient. A problem with a non-finite cost, or a count out of range, is NaN throughout. Runs on the device of ``cost``,
+    without a host read.
 
     With ``unmatched_cost`` c, a number, ``[N]`` or ``[B, N]``, the pair first that saves most against c, and none that costs more.
     """
@@ -332,9 +341,9 @@ def greedy(
     B, N, M = batched.shape
     if batched.numel() == 0:
         return torch.zeros_like(batched).reshape(cost.shape)
-    valid = _valid(batched, num_templates, num_proposals)
+    valid, wrong = _valid("greedy", batched, num_templates, num_proposals)
     free = batched.masked_fill(~valid if own is None else ~valid | (batched > 0), torch.inf)  # [B, N, M]
-    poison = (batched.masked_fill(~valid, 0) * 0).sum((1, 2), keepdim=True)  # [B, 1, 1], 0 or NaN
+    poison = (batched.masked_fill(~valid, 0) * 0).sum((1, 2), keepdim=True).masked_fill(wrong, torch.nan)  # [B, 1, 1], 0 or NaN
     problem = torch.arange(B, device=cost.device)
     found = []
     for _ in range(min(N, M)):
@@ -392,11 +401,13 @@ def sinkhorn(
     """Entropic optimal transport with row sums 1 and column sums <= 1, in the log domain; differentiable, batched.
 
     Each round scales rows to 1, then scales down the columns that exceed 1. ``unmatched_cost``, a number, ``[N]`` or ``[B, N]``,
-    is the cost of one more column, which takes any number of rows and is left out of the result.
+    is the cost of one more column, which takes any number of rows and is left out of the result. A problem with a count out of
+    range is NaN throughout.
     """
     batched = _batched("sinkhorn", cost)  # [B, N, M]
     check_counts("sinkhorn", num_templates, num_proposals)
-    valid, present = _valid(batched, num_templates, num_proposals), _valid(batched, num_templates, None)
+    valid, wrong = _valid("sinkhorn", batched, num_templates, num_proposals)
+    present, _ = _valid("sinkhorn", batched, num_templates)
     floor = torch.finfo(cost.dtype).min / 4
     log_k = torch.where(valid, -batched / temperature, floor)  # [B, N, M]
     v = torch.zeros_like(log_k[:, :1])  # [B, 1, M]
@@ -407,7 +418,7 @@ def sinkhorn(
         scaled = log_k + v if own is None else torch.cat([log_k + v, alone], -1)
         u = torch.where(present, -torch.logsumexp(scaled, -1, keepdim=True), 0)  # [B, N, 1]; padding takes nothing
         v = (-torch.logsumexp(log_k + u, -2, keepdim=True)).clamp(max=0)  # [B, 1, M]
-    return torch.where(valid, torch.exp(log_k + u + v), 0).reshape(cost.shape)
+    return torch.where(valid, torch.exp(log_k + u + v), 0).masked_fill(wrong, torch.nan).reshape(cost.shape)
 
 
 def mask_confident(assignment: Tensor) -> Tensor:

@@ -153,6 +153,27 @@ def test_counts_are_tensors(name):
         getattr(dmm_fast, name)(torch.rand(2, 3, 4), num_templates=[2, 3])
 
 
+@pytest.mark.parametrize("name", ["greedy", "sinkhorn", "hungarian"])
+def test_counts_out_of_range(name, monkeypatch):
+    """NaN throughout the problem, and the others as they are. hungarian does so on CUDA, where the op cannot raise: what the op
+    answers there stands in for it here."""
+    decide, cost = getattr(dmm_fast, name), torch.rand(3, 3, 4)
+    expected = decide(cost, num_templates=torch.tensor([2, 3, 3]))
+    if name == "hungarian":
+        own = torch.tensor([[9.0, 9, torch.nan], [9, 9, 9], [9, torch.inf, 9]])  # the first is padding
+        choice = expected.argmax(2).masked_fill(expected.sum(2) == 0, -1)
+        monkeypatch.setattr(torch.ops.dmm, "linear_assignment", lambda *given: choice)
+        unmatched = decide(cost, num_templates=torch.tensor([2, 3, 3]), unmatched_cost=own)
+        assert torch.equal(unmatched[:2], expected[:2]) and unmatched[2].isnan().all()
+    for wrong in (4, -1):
+        x = decide(cost, num_templates=torch.tensor([2, wrong, 3]))
+        assert torch.equal(x[::2], expected[::2]) and x[1].isnan().all(), wrong
+    x = decide(cost, num_templates=torch.tensor([2, 3, 3]), num_proposals=torch.tensor([4, 5, 4]))
+    assert torch.equal(x[::2], expected[::2]) and x[1].isnan().all()
+    with pytest.raises(RuntimeError, match=r"num_templates must have shape \[3\], got \[2\]"):
+        decide(cost, num_templates=torch.tensor([2, 3]))
+
+
 def test_sinkhorn_has_a_gradient_in_unmatched_cost():
     cost, own = torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     leaves = cost.requires_grad_(), own.requires_grad_()
