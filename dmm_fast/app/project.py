@@ -184,7 +184,8 @@ class Project:
 
     def close(self) -> None:
         if self._painted and self.next_open() is None and not (self.results / UNFINISHED).exists():
-            self._hand_back(0)  # nothing is stale, but the report does not tell of what was painted
+            with contextlib.suppress(BusyError), self.alone():
+                self._hand_back(0)  # nothing is stale, but the report does not tell of what was painted
         self._log.close()
         self._lock_file.close()
 

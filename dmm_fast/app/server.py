@@ -91,6 +91,7 @@ class Studio:
         self.live: Live | None = None
         self.opened = ""  # tells this project's pictures from those of another that a browser may still have
         self.stopping: Callable[[], bool] = lambda: False
+        self.uploading = False
         self._export: threading.Thread | None = None
 
     def open(self, folder: Path, clip: Path | None) -> tuple[Project, Worker]:
@@ -303,19 +304,25 @@ async def _upload(request: Request) -> Response:
     studio: Studio = request.app.state.studio
     if studio.project is not None or studio.live is not None:
         raise HTTPException(409, "a clip is open already; start dmm-fast app again for another")
+    if studio.uploading:
+        raise HTTPException(409, "another clip is being uploaded; wait for it, or start dmm-fast app again for this one")
     name = Path(request.query_params.get("name", ""))
     suffix = name.suffix.lower()
     if not suffix[1:].isalnum() or suffix in SUFFIXES:
         raise HTTPException(400, f"a video file is needed, got {name.name!r}")
     plain = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name.stem)[:60] or "clip"
     folder = studio.folder or Path(f"{plain}.dmm")
-    with new_folder(folder) as lock:
-        file = folder / f"{plain}{suffix}"
-        with whole_file(file) as part, part.open("wb") as out:
-            async for data in _limited(request, studio.upload_limit):
-                out.write(data)
-        lock.close()  # the project takes it
-        await run_in_threadpool(studio.open, folder, file)
+    studio.uploading = True
+    try:
+        with new_folder(folder) as lock:
+            file = folder / f"{plain}{suffix}"
+            with whole_file(file) as part, part.open("wb") as out:
+                async for data in _limited(request, studio.upload_limit):
+                    out.write(data)
+            lock.close()  # the project takes it
+            await run_in_threadpool(studio.open, folder, file)
+    finally:
+        studio.uploading = False
     return JSONResponse({})
 
 

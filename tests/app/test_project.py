@@ -339,6 +339,12 @@ def test_the_page_and_segment_do_not_work_in_the_results_at_once(project, demo):
     with project.alone(), project.alone(), pytest.raises(RunError, match="another run is working there"):
         resume(project, demo)
     project.remove(1)
+    handed = []
+    project._hand_back, project.next_open = handed.append, lambda: None  # as after a whole run
+    descriptor = hold(project.results)
+    project.close()
+    os.close(descriptor)
+    assert not handed
 
 
 def test_what_is_stale_stays_so_until_it_has_been_made_again(project, demo):

@@ -369,17 +369,19 @@ def test_an_upload_after_one_that_was_killed(tmp_path, monkeypatch):
 
 
 def test_an_upload_that_is_cut_off_leaves_no_video(tmp_path):
-    """Until all of it has come, it has another name."""
-    made, seen = Studio(tmp_path / "new.dmm", Settings()), []
-    page = client(made, authorization=f"Bearer {TOKEN}")
+    """Until all of it has come, it has another name, and no other clip is taken."""
+    made, seen, refused = Studio(tmp_path / "new.dmm", Settings()), [], []
+    page, other = (client(made, authorization=f"Bearer {TOKEN}") for _ in range(2))
 
     def parts():
         for _ in range(2):
             yield b"half"
             seen.extend(path.name for path in (tmp_path / "new.dmm").glob("*.mp4"))
+            refused.append(other.post("/api/clip?name=river.mp4", content=b"whole").json()["error"])
 
     page.post("/api/clip?name=pond.mp4", content=parts())
     assert not seen and not (tmp_path / "new.dmm").exists()
+    assert len(refused) == 2 and refused[0].startswith("another clip is being uploaded; wait for it")
 
 
 def test_an_upload_becomes_a_project(tmp_path):
