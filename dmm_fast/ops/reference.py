@@ -302,9 +302,7 @@ def _alone(name: str, cost: Tensor, unmatched_cost: float | Tensor | None) -> Te
     return own.to(cost.dtype).expand(B, N)
 
 
-def _valid(
-    name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _valid(name: str, cost: Tensor, num_templates: Tensor | None, num_proposals: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What of a batch [B, N, M] is not padding, and the problems with a count out of range, all of which counts as theirs: bool,
     both broadcast against the batch. Without a host read."""
     valid = torch.ones((1, 1, 1), dtype=torch.bool, device=cost.device)
