@@ -501,6 +501,14 @@ def test_image_ids_are_shifted_to_places(iou, runtime, pond):
     assert "with --image-id-offset 9 no image id is that of a frame" in told
 
 
+def test_a_file_without_proposals_is_no_error(iou, runtime, pond):
+    """A detector that found nothing, as for `dmm-fast segment`: the last masks are followed."""
+    (nothing := pond / "nothing.json").write_text("[]")
+    for offset in ([], ["--image-id-offset", 5, "--overwrite"]):
+        told = segment(iou, *files(pond, proposals=nothing), *offset).stderr
+        assert "note: nothing.json: no proposals for 8 of 8 frames" in told and len(list((pond / "out").glob("*.png"))) == 8
+
+
 def test_results_are_replaced_only_when_asked(iou, runtime, pond):
     report = pond / "report.json"
     segment(iou, *files(pond, report=report))

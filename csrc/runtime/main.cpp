@@ -224,7 +224,7 @@ int run(const std::map<std::string, std::string>& options) {
     std::vector<std::string> stems;
     for (const auto& frame : frames) stems.push_back(frame.first);
     if (options.count("image-id-offset")) file->shift(stems, whole_number(options, "image-id-offset", 0, -kMost));
-    if (!file->covers(stems)) {
+    if (!file->empty() && !file->covers(stems)) {
       dmm::fail(text("proposals"), ": no proposals for these frames: image_id must be a frame's name such as ",
                 dmm::excerpt(stems[0]), ", the file holds ", file->example(),
                 " (--image-id-offset N is added to ids that are numbers)");

@@ -221,7 +221,7 @@ ProposalFile::Entries::const_iterator ProposalFile::find(const std::string& stem
 
 void ProposalFile::shift(const std::vector<std::string>& stems, int64_t offset) {
   asked_ = true;
-  if (offset == 0 && covers(stems)) return;
+  if (empty() || (offset == 0 && covers(stems))) return;
   std::vector<int64_t> places;
   for (const std::string& stem : stems) {
     if (const auto place = last_number(stem)) places.push_back(*place);

@@ -42,7 +42,10 @@ class ProposalFile {
   /// How many of these frames have a proposal.
   int64_t covers(const std::vector<std::string>& stems) const;
 
-  /// The image_id of the first entry, as it may stand in a message.
+  /// Whether it holds no proposal at all, as of a detector that found nothing; that is no error.
+  bool empty() const { return ids_.empty(); }
+
+  /// The image_id of the first entry, as it may stand in a message; "nothing" for an empty file.
   std::string example() const;
 
  private:
