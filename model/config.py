@@ -35,7 +35,8 @@ class Config:
     "apart"; "sharing", where a proposal's parts are divided among them and rivals weaken each other's pixels; or "together",
     where pixels are divided as well. It can keep a `memory` of so many frames of each object beside the template, in which the
     object was seen well. `follow` says which masks the next frame's IoU is taken with: the "matched" ones (the paper) or the
-    "refined".
+    "refined". An object whose mask has less than `min_certainty`, sum p^2 / sum p over its pixels' probabilities p, is not shown:
+    what is left of one that went out of sight is uncertain all over, while a small object in sight is not.
     """
 
     backbone: str = "none"
@@ -60,6 +61,7 @@ class Config:
     objects: str = "apart"
     memory: int = 0
     follow: str = "matched"
+    min_certainty: float = 0.0
 
     def __post_init__(self) -> None:
         def require(holds: bool, name: str, rule: str) -> None:
@@ -96,6 +98,8 @@ class Config:
         require(self.refine == "heavy" or self.objects == "apart", "objects", "'apart' unless the refinement is heavy")
         require(self.memory >= 0, "memory", "0 or more frames")
         require(self.refine == "heavy" or self.memory == 0, "memory", "0 unless the refinement is heavy")
+        require(0.0 <= self.min_certainty < 1.0, "min_certainty", "in [0, 1)")
+        require(self.refine != "none" or self.min_certainty == 0.0, "min_certainty", "0 without a refinement")
         require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a positive multiple of 8")
 
     @classmethod
@@ -135,6 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refine": "heavy",
         "hidden": 64,
         "follow": "refined",
+        "min_certainty": 0.65,
         "objects": "sharing",
         "layer": "prices",
         "n_grad": 80,

@@ -11,7 +11,7 @@ from .config import Config
 from .efficientnet import EfficientNetLite0
 from .features import mask_means, roi_means
 from .masks import cover, mask_boxes, moved, overlap, scaled, velocity
-from .refinement import HeavyRefinement, LightRefinement, doubled
+from .refinement import RIVALRY, HeavyRefinement, LightRefinement, certainty, doubled, probabilities
 from .state import Affinity, Candidates, Output, Proposals, State, empty_like, merge
 
 
@@ -83,6 +83,8 @@ class DMMNet(nn.Module):
         self.n_grad, self.n_proj, self.lr = config.n_grad, config.n_proj, float(config.lr)
         self.carry = config.dykstra == "carry"
         self.min_iou, self.min_cosine = float(config.min_iou), float(config.min_cosine)
+        self.min_certainty = float(config.min_certainty)
+        self.rivalry = RIVALRY[config.objects]
         self.heavy = config.refine == "heavy"
         self.together = config.objects == "together"
         self.follow_refined = config.follow == "refined"
@@ -264,6 +266,9 @@ class DMMNet(nn.Module):
                 else:
                     full = logits > 0.0
             decided = logits
+            if self.min_certainty > 0.0:
+                shown = certainty(probabilities(logits, state.valid, self.rivalry)) >= self.min_certainty
+                decided = torch.where(shown[:, None, None], logits, -100.0)
         else:
             logits, parts, hidden = torch.logit(matched, 1e-6), affinity.iou.new_zeros((matched.size(0), 0)), state.hidden
             decided = full.to(logits.dtype) - 0.5  # so that rank decides where soft masks overlap

@@ -226,6 +226,11 @@ def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
     return (odds / (1.0 + torch.lerp(odds, odds.sum(0, keepdim=True), rivalry))).view(logits.shape)
 
 
+def certainty(inside: Tensor) -> Tensor:
+    """The mean probability of each object [N] in its own mask, sum p^2 / sum p over probabilities p [N, h, w]; low where there is next to none."""
+    return inside.square().flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1.0)
+
+
 def both(masks: Tensor) -> Tensor:
     """The object and the rest of masks [N, 1, h, w]: [N, 2, h w]."""
     return torch.cat([masks, 1.0 - masks], 1).flatten(2)
@@ -272,7 +277,7 @@ def _recall_in_a_loop(query: Tensor, known: Tensor, value: Tensor, total: Tensor
 
 
 # Of objects that share: divided pixels (1) make small objects vanish, pixels apart (0) let alike ones change places.
-RIVALRY = 0.3
+RIVALRY = {"apart": 0.0, "sharing": 0.3, "together": 1.0}
 
 
 class HeavyRefinement(nn.Module):
@@ -294,7 +299,7 @@ class HeavyRefinement(nn.Module):
     def __init__(self, channels: list[int], hidden: int, objects: str = "apart", memory: int = 0) -> None:
         super().__init__()
         self.sharing = objects != "apart"
-        self.rivalry = {"apart": 0.0, "sharing": RIVALRY, "together": 1.0}[objects]
+        self.rivalry = RIVALRY[objects]
         self.memory = memory
         self.key_fine, self.key_coarse = nn.Conv2d(channels[2], hidden, 1), nn.Conv2d(channels[3], hidden, 1)
         self.template, self.last = Memory(near=False, frames=memory), Memory(near=True)
@@ -377,8 +382,7 @@ class HeavyRefinement(nn.Module):
         keys = keys.expand(matched.size(0), keys.size(1), keys.size(2), keys.size(3))
         hidden = [state.hidden[0], state.hidden[1], keys, mask]
         if self.memory > 0:
-            certainty = inside.square().flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1.0)  # [N]
-            hidden += self.remember(halved(keys, mask), certainty > 0.9, state.hidden[4], state.hidden[5])
+            hidden += self.remember(halved(keys, mask), certainty(inside) > 0.9, state.hidden[4], state.hidden[5])
         return logits, share, hidden
 
     def remember(self, newest: Tensor, sure: Tensor, memory: Tensor, count: Tensor) -> list[Tensor]:

@@ -53,7 +53,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # [N, h, w] float, of the frame's masks (refined, or `matched`): on the grid where refine = heavy, else [N, H, W]
     matched: Tensor  # float in [0, 1], P^ of Eq. 8; the last mask where the object is lost. The size of `logits`
-    labels: Tensor  # [H, W] uint8, 0 background, else slot + 1
+    labels: Tensor  # [H, W] uint8, 0 background, else slot + 1; without objects of less than `min_certainty`
     proposal: Tensor  # [N] int64, the matched proposal, -1 where lost or not valid
     score: Tensor  # [N] float, minus its cost (Eq. 1), 0 where lost
     runner_up: Tensor  # [N] float, the highest such score among the other proposals, 0 where there is none

@@ -28,7 +28,7 @@ from dmm_fast.model.features import mask_means, roi_means
 from dmm_fast.model.inference import folded
 from dmm_fast.model.masks import cover, mask_boxes, moved, overlap, shared, velocity
 from dmm_fast.model.network import make_backbone
-from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, evidence, probabilities
+from dmm_fast.model.refinement import HeavyRefinement, Memory, among, beside, certainty, evidence, probabilities
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -42,7 +42,7 @@ CONFIGS = {
     "iou": Config(),
     "prices": Config.preset("iou"),
     "features": Config(**SMALL),
-    "light": Config(**SMALL, refine="light", hidden=16),
+    "light": Config(**SMALL, refine="light", hidden=16, min_certainty=0.3),
     "serial": Config(**SMALL, refine="light", hidden=16, serial=True),
     "heavy": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24),
     "sharing": Config(**SMALL, refine="heavy", hidden=16, follow="refined", embed=24, objects="sharing", min_cosine=0.1),
@@ -55,6 +55,7 @@ CONFIGS = {
         objects="together",
         memory=2,
         min_cosine=0.1,
+        min_certainty=0.3,
         pool="mask",
         update=0.3,
         motion=0.5,
@@ -358,6 +359,26 @@ def test_labels_smaller_above_larger_and_lost_below():
     assert output.labels[[5, 15, 5, 5], [5, 15, 55, 70]].tolist() == [1, 2, 3, 0]
     output, _ = decide(net, state, full(start), [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
     assert output.lost.tolist() == [False, False, True] and output.labels[5, 55] == 1
+
+
+@pytest.mark.parametrize("name", ["light", "heavy", "sharing", "together"])
+def test_uncertain_objects_are_not_shown(scene, name):
+    """But followed as before: only the labels differ."""
+    frame, first, valid, proposals = scene
+    net = make(name, min_certainty=0.0)
+    state = net.start(frame, first, valid)
+    output, after = net.step(frame, proposals, state)
+    p = probabilities(output.logits, valid, net.rivalry)
+    certain = (p * p).sum((1, 2)) / p.sum((1, 2)).clamp(min=1)  # [N]
+    assert torch.equal(certainty(p), certain)
+    low, high = sorted(certain[valid].tolist())
+    for threshold, shown in ((low - 1e-4, valid), ((low + high) / 2, certain == high), (high + 1e-4, torch.zeros(3).bool())):
+        hiding = make(name, min_certainty=threshold)
+        less, same = hiding.step(frame, proposals, state)
+        assert equal(same, after) and equal(less.logits, output.logits)
+        expected = torch.where(shown[:, None, None], output.logits, -100.0)
+        assert equal(less.labels, torch.ops.dmm.upsample_argmax(expected, torch.arange(3), *SIZE))
+        assert all((less.labels == n + 1).any() == bool(shown[n]) for n in range(3) if (output.labels == n + 1).any())
 
 
 @pytest.mark.parametrize("kind", ["none", "padding", "one", "empty"])
@@ -713,6 +734,8 @@ def test_presets_carry_the_papers_numbers():
         ({"dykstra": "released"}, "dykstra must be one of"),
         ({"input_size": (255, 448), "short_side": 480}, "short_side must be None when input_size is given"),
         ({"min_cosine": 0.0}, "min_cosine must be in"),
+        ({"min_certainty": 0.5}, "min_certainty must be 0 without a refinement"),
+        ({"refine": "light", "backbone": "test_resnet", "min_certainty": 1.0}, "min_certainty must be in"),
     ],
 )
 def test_config_errors(changes, message):
