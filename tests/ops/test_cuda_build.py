@@ -17,7 +17,7 @@ import pytest
 from dmm_fast.ops import library as _library
 
 LOG = Path(__file__).resolve().parents[2] / "build" / "cuda" / "build.log"
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 REGISTERS = 1 << 16  # of a multiprocessor, and so of a block
 
 
@@ -120,7 +120,7 @@ def table(kernels: list[Kernel]) -> str:
     for kernel, name in zip(kernels, plain.splitlines()):
         name = re.sub(r"^void dmm::(cuda::)?|\((?!anonymous).*", "", name)
         rows.setdefault(name, []).append(kernel)
-    lines = [f"| kernel | threads | {' | '.join(ARCHITECTURES)} | largest block |", "|---|--:|" + "--:|" * 7]
+    lines = [f"| kernel | threads | {' | '.join(ARCHITECTURES)} | largest block |", "|---|--:|" + "--:|" * (len(ARCHITECTURES) + 1)]
     for name, of_it in sorted(rows.items()):
         registers = {kernel.architecture: str(kernel.registers) for kernel in of_it}
         cells = [registers.get(architecture, "-") for architecture in ARCHITECTURES]
