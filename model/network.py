@@ -267,8 +267,8 @@ class DMMNet(nn.Module):
                     full = logits > 0.0
             decided = logits
             if self.min_certainty > 0.0:
-                shown = certainty(probabilities(logits, state.valid, self.rivalry)) >= self.min_certainty
-                decided = torch.where(shown[:, None, None], logits, -100.0)
+                unseen = certainty(probabilities(logits, state.valid, self.rivalry)) < self.min_certainty
+                decided = logits.masked_fill(unseen[:, None, None], -100.0)
         else:
             logits, parts, hidden = torch.logit(matched, 1e-6), affinity.iou.new_zeros((matched.size(0), 0)), state.hidden
             decided = full.to(logits.dtype) - 0.5  # so that rank decides where soft masks overlap

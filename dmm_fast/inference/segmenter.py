@@ -438,7 +438,8 @@ def _resolve(
         refine = "none"
     if refine is not None and refine != chosen.refine:
         heavy = {} if refine == "heavy" else {"objects": "apart", "memory": 0}  # which only that knows
-        chosen = replace(chosen, refine=refine, follow="matched" if refine == "none" else chosen.follow, **heavy)
+        follow = "matched" if refine == "none" else chosen.follow
+        chosen = replace(chosen, refine=refine, follow=follow, min_certainty=0.0, **heavy)
     return chosen, weights
 
 
