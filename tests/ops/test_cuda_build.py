@@ -120,7 +120,10 @@ def table(kernels: list[Kernel]) -> str:
     for kernel, name in zip(kernels, plain.splitlines()):
         name = re.sub(r"^void dmm::(cuda::)?|\((?!anonymous).*", "", name)
         rows.setdefault(name, []).append(kernel)
-    lines = [f"| kernel | threads | {' | '.join(ARCHITECTURES)} | largest block |", "|---|--:|" + "--:|" * (len(ARCHITECTURES) + 1)]
+    lines = [
+        f"| kernel | threads | {' | '.join(ARCHITECTURES)} | largest block |",
+        "|---|--:|" + "--:|" * (len(ARCHITECTURES) + 1),
+    ]
     for name, of_it in sorted(rows.items()):
         registers = {kernel.architecture: str(kernel.registers) for kernel in of_it}
         cells = [registers.get(architecture, "-") for architecture in ARCHITECTURES]
