@@ -47,7 +47,7 @@ def cuda_decision(torch):
 
 
 def cuda_architectures(torch, inplace):
-    """(DMM_CUDA_ARCHITECTURES, why). One takes a seventh of the time of all; its PTX serves newer GPUs too."""
+    """(DMM_CUDA_ARCHITECTURES, why). One takes a small part of the time of all; its PTX serves newer GPUs too."""
     if wish := os.environ.get("DMM_CUDA_ARCHITECTURES"):
         return wish, "DMM_CUDA_ARCHITECTURES"
     if not inplace:

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "launch.h"
-#include "sum_lanes.h"
+#include "sum_warp.h"
 
 #include <cstdint>
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) mask_iou_kernel(const Problem p) {
   const int items = (count_a + count_b) * kSegments;
   auto bytes_of = [&](int row) { return row < count_a ? a + row * p.pixels : b + (row - count_a) * p.pixels; };
   auto add_area = [&](int row, uint32_t set) {
-    const int sum = dmm::cuda::sum_lanes(__popc(set));
+    const int sum = sum_warp(__popc(set));
     if (lane == 0) atomicAdd(&area[row], sum);
   };
   if constexpr (kVector) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "problem.cuh"
+#include "sum_warp.h"
 
 namespace dmm::cuda {
 
@@ -40,12 +41,6 @@ __device__ __forceinline__ void store(void* tensor, int64_t i, Element element, 
     default:
       static_cast<c10::BFloat16*>(tensor)[i] = static_cast<c10::BFloat16>(static_cast<float>(value));
   }
-}
-
-template <typename T>
-__device__ __forceinline__ T sum_warp(T value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
 }
 
 // What a block needs, in elements of T: `arrays` are hot, `snapshots` and mask words (`bits`) are for the backward

@@ -5,7 +5,7 @@
 
 #include "match_general.cuh"
 #include "match_registers.cuh"
-#include "sum_lanes.h"
+#include "sum_warp.h"
 
 namespace dmm::cuda::prices {
 
@@ -38,7 +38,7 @@ struct Warp {
     __device__ __forceinline__ void add(int r, int count) { packed[r / 4] += static_cast<unsigned>(count) << shift_of(r); }
     __device__ __forceinline__ void sum_lanes() {
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) packed[q] = cuda::sum_lanes(packed[q]);
+      for (int q = 0; q < kQuads; ++q) packed[q] = sum_warp(packed[q]);
     }
     __device__ __forceinline__ float at_least_one(int r) const {
       return fmaxf(1.f, static_cast<float>(packed[r / 4] >> shift_of(r) & 255u));

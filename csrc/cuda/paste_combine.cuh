@@ -12,6 +12,7 @@
 
 #include "../paste_geometry.h"
 #include "launch.h"
+#include "sum_warp.h"
 
 #include <cstdint>
 
@@ -135,13 +136,6 @@ __device__ __forceinline__ void pixels_of_cell(const PasteAxis<C>& axis, int s, 
   end = min(axis.end, clamp_to_image(std::ceil(origin + (static_cast<C>(s) + C(1.5)) / axis.scale) + C(1), axis.end));
 }
 
-template <typename C>
-__device__ __forceinline__ C warp_sum(C value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 template <typename T, typename C>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const Problem<T, C> p, const T* __restrict__ grad, C* __restrict__ parts, T* __restrict__ grad_masks) {
@@ -199,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int i = 0; i < kGradGroup; ++i) {
-      const C sum = warp_sum(part[i]);
+      const C sum = sum_warp(part[i]);
       if (lane == 0) warp_parts[warp][i] = sum;
     }
     __syncthreads();
