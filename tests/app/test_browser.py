@@ -373,7 +373,7 @@ def test_painting_during_a_run_and_undoing_after_it(browser, address, studio, de
     page.follow()
     page.keyboard.press("End")
     page.until("shown", str(LENGTH - 1))
-    page.wait_for_function("() => studio.about.status === 1 && studio.mask.has(1)")
+    page.wait_for_function(f"() => studio.about.frame === {LENGTH - 1} && studio.about.status === 1 && studio.mask.has(1)")
     before = page.ids()
     with page.saving():
         page.keyboard.press("Control+z")
