@@ -15,6 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmm_fast.commands.main import main
 from dmm_fast.inference import on_torchrun
@@ -221,7 +222,9 @@ def in_thread(does):
     return end
 
 
-def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are_killed(zoo, alone, cluster, tmp_path, capsys):
+def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are_killed(
+    zoo, alone, cluster, tmp_path, capsys, monkeypatch
+):
     out, engine = tmp_path / "out", OnRay(cluster.address)
     killed = []
 
@@ -250,14 +253,20 @@ def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")  # workers then stay from one call to the next
 
     # A stop saves what is in work, and one process goes on from there.
-    stopped = tmp_path / "stopped"
+    stopped, cancel, told = tmp_path / "stopped", ray.cancel, threading.Event()
 
     def stop():
-        working_on(stopped, ["bee"])
-        os.kill(os.getpid(), signal.SIGINT)
+        pid, _ = working_on(stopped, ["bee"])
+        os.kill(pid, signal.SIGSTOP)  # on a busy machine it would else be done before Ray tells it
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert told.wait(60)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     end = in_thread(stop)
-    with pytest.raises(Interrupted, match="repeat the command to continue"):
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="repeat the command to continue"):
+        patched.setattr(ray, "cancel", lambda task: (cancel(task), told.set()))
         segment_set(job(zoo, stopped), ["ant", "bee"], engine=engine)
     end()
     saved = json.loads((stopped / "bee/unfinished/progress.json").read_text())["next"]
@@ -288,8 +297,11 @@ def test_ray_makes_what_one_process_makes_though_a_worker_and_then_a_machine_are
     assert "dog: its process was killed" in capsys.readouterr().err
 
     # Proposals, and what is wrong on a worker's machine alone.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a task of Ray's has: the last digits of scores depend on it
     for number, engine in enumerate((None, OnRay(cluster.address))):
         propose_set(ProposalsJob(str(zoo / "data"), str(tmp_path / f"p{number}")), ["ant", "cat"], engine=engine)
+    torch.set_num_threads(threads)
     assert made(tmp_path / "p0") == made(tmp_path / "p1")
     assert set(made(tmp_path / "p1")) == {"ant.json", "cat.json", "detector.txt"}
     away = SetJob(str(zoo / "data"), str(tmp_path / "away"), proposals=str(zoo / "proposals"), options={"device": "cuda:99"})
