@@ -18,7 +18,8 @@ class Config:
     """Settings of a `DMMNet`; the defaults match on mask overlap alone and need no weights.
 
     Features: `backbone` is any timm model with four feature levels (`features_only`), or "none". Frames are resized to
-    `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`.
+    `input_size` (height, width) when given, else shrunk until their short side is at most `short_side`, and with `enlarge` smaller ones
+    are enlarged to it.
     An object's features are the mean over its "box" (the paper's RoIAlign) or its "mask": `pool`. They go through a learned projection
     to `embed` dimensions, or as they are (0). `update` is how much of a match's features goes into the template's, in frames in which
     the proposal and the last mask have an IoU above 0.5; 0 (the paper): the template stays as it was given.
@@ -42,6 +43,7 @@ class Config:
     backbone: str = "none"
     input_size: tuple[int, int] | None = None
     short_side: int | None = None
+    enlarge: bool = False
     pool: str = "box"
     embed: int = 0
     update: float = 0.0
@@ -74,6 +76,7 @@ class Config:
             require(pair and min(self.input_size) >= 32, "input_size", "(height, width), each >= 32")
         require(self.short_side is None or self.short_side >= 32, "short_side", "None or at least 32")
         require(self.input_size is None or self.short_side is None, "short_side", "None when input_size is given")
+        require(self.short_side is not None or not self.enlarge, "enlarge", "False without a short_side")
         require(0.0 <= self.iou_weight <= 1.0, "iou_weight", "in [0, 1]")
         require(self.backbone != "none" or self.iou_weight == 1.0, "iou_weight", "1 without a backbone")
         require(self.embed >= 0, "embed", "0 or more")

@@ -75,7 +75,7 @@ class DMMNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.input_size = config.input_size or (0, 0)  # 0: no limit; TorchScript cannot narrow an attribute's Optional
-        self.short_side = config.short_side or 0
+        self.short_side, self.enlarge = config.short_side or 0, config.enlarge
         self.iou_weight = float(config.iou_weight)  # TorchScript takes no int for a float
         self.prices = config.layer == "prices"
         self.masked = config.pool == "mask"
@@ -93,7 +93,7 @@ class DMMNet(nn.Module):
         """Height and width at which a frame of this size enters the backbone."""
         if self.input_size[0] > 0:
             return self.input_size
-        if 0 < self.short_side < min(height, width):
+        if self.enlarge or 0 < self.short_side < min(height, width):
             scale = self.short_side / min(height, width)
             return int(height * scale + 0.5), int(width * scale + 0.5)
         return height, width

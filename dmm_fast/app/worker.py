@@ -36,7 +36,7 @@ class Settings:
     weights: str | None = None
     device: str = "cpu"
     graph: bool | None = None
-    model: dict[str, Any] = field(default_factory=dict)  # preset, backbone, refine, matcher, decision, precision
+    model: dict[str, Any] = field(default_factory=dict)  # preset, backbone, short_side, refine, matcher, decision, precision
 
     def build(self, proposer: Any) -> Segmenter:
         model = dict(self.model)

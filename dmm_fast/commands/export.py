@@ -77,7 +77,7 @@ def run(a: argparse.Namespace) -> int:
         if a.format != "torchscript":
             options |= {"sizes": sizes, "masks": a.masks}
         config = Config.preset(a.preset or "davis", backbone=a.backbone) if a.backbone else a.preset
-        net = Segmenter(config, weights=a.weights, refine=a.refine, device=a.device).net
+        net = Segmenter(config, weights=a.weights, short_side=a.short_side, refine=a.refine, device=a.device).net
         net.config = replace(net.config, top=max(net.config.top, a.proposals or 0))  # who runs the export keeps as many
         options["detector"] = _detector(a, net.config.top)
     else:

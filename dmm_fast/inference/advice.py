@@ -19,6 +19,7 @@ SHARE = 1 / 4  # of an object's loss, from which a part of it is worth a rule, a
 LEAST = 0.15  # of J, at least
 BAD = 0.3  # of J lost to a part in a frame that is named for it
 WHOLE = 0.8  # of its usual area, from which on an object is not hidden
+LARGER = 400  # lines of the frame in the network, where objects are small
 SMALL = 400  # pixels of an object, in a frame of 240 lines, below which it is small
 
 
@@ -69,14 +70,15 @@ def _more_resolution(e: Explanation) -> Found:
     if not hit:
         return
     why = [f"object {t.id}: {_size(t, e):.0f} pixels in a frame of 240 lines; J is {1 - t.split['loss']:.2f}" for t in hit]
-    text = "A detector that sees larger frames finds smaller things. Frames with more pixels, if there are any, help refinement too."
+    text = "A detector that sees larger frames finds smaller things, and a network that does shows them better."
     given = str(e.settings["proposals"])
     # torchvision may need its weights named, and many models of the hub take frames of one size.
     kept = is_detector(given) and not any(name == "torchvision" or name.startswith("hf:") for name in sources(given))
     detector = ["--detector", given if kept else "small"]
     file = f"{e.run}-larger.json"
     first = ["dmm-fast", "proposals", e.settings["frames"], *detector, "--short-side", str(2 * min(e.size)), "--out", file]
-    commands = [shlex.join(first), _command(e, "larger", proposals=file)]
+    larger = {"short_side": LARGER} if e.settings["preset"] != "iou" and not e.settings.get("short_side") else {}
+    commands = [shlex.join(first), _command(e, "larger", proposals=file, **larger)]
     yield _cost(hit, "loss"), Advice("More resolution", why, text, commands)
 
 
@@ -244,7 +246,8 @@ def _masks_folder(e: Explanation) -> list[str]:
 
 OPTIONS = {  # of `dmm-fast segment`, and what leaves them out
     "proposals": "small", "detector_weights": None, "image_id_offset": None, "online": None, "preset": None,
-    "backbone": None, "weights": None, "refine": None, "matcher": "dmm", "decision": "confident", "device": "cpu", "precision": "float32",
+    "backbone": None, "weights": None, "short_side": None, "refine": None, "matcher": "dmm", "decision": "confident", "device": "cpu",
+    "precision": "float32",
 }  # fmt: skip
 
 

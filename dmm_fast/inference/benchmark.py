@@ -173,7 +173,7 @@ def _values(scores: Report) -> dict[str, float]:
 def _method(job: SetJob) -> str:
     options = job.options
     network = Path(options["weights"]).stem if options.get("weights") else options.get("preset") or "small"
-    changed = [f"{name} {value}" for name, usual in (("refine", None), ("matcher", "dmm"), ("decision", "confident"))
+    changed = [f"{name} {value}" for name, usual in (("short_side", None), ("refine", None), ("matcher", "dmm"), ("decision", "confident"))
                if (value := options.get(name, usual)) != usual]  # fmt: skip
     return ", ".join([f"{OURS} {network}", *changed])
 

@@ -429,9 +429,9 @@ def _open_proposals(source: Source, settings: dict[str, Any], where: str | os.Pa
         return [f"the detector {where} learnt the first frame in this run (--online) and was not kept, so its proposals cannot be found "
                 "again: the loss is not split"]  # fmt: skip
     segmenter = Segmenter(
-        config_of(settings["preset"], settings["backbone"]), weights=settings["weights"], refine=settings["refine"],
-        matcher=settings["matcher"], decision=settings["decision"], precision=settings["precision"],
-        device=device, graph=False, proposer=live.proposer,
+        config_of(settings["preset"], settings["backbone"]), weights=settings["weights"],
+        short_side=settings.get("short_side"), refine=settings["refine"], matcher=settings["matcher"], decision=settings["decision"],
+        precision=settings["precision"], device=device, graph=False, proposer=live.proposer,
     )  # fmt: skip
     source.propose, source.live = lambda stem, frame: segmenter.propose(frame), True
     told = [

@@ -122,7 +122,7 @@ def segment_stream(
     source: see `dmm_fast.data.stream.is_stream`. The newest frame is taken each time; the report counts those that were dropped.
     masks: the first frame's masks, or "auto:N" for the N surest proposals of the first frame that has any. record: keep the frames
     that were taken, in OUT/recording, and their masks; `save` and `video` need it (see `run.segment`). patience: seconds without
-    a frame after which the source counts as gone. model: preset, weights, refine, matcher, decision, graph, precision, as `Segmenter` takes them.
+    a frame after which the source counts as gone. model: preset, weights, short_side, refine, matcher, decision, graph, precision, as `Segmenter` takes them.
 
     Raises RunError, FramesError, MaskError or ProposalError for input that cannot be used.
     """

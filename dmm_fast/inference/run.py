@@ -51,6 +51,7 @@ def segment(
     video: str | os.PathLike | None = None,
     preset: str | None = None,
     backbone: str | None = None,
+    short_side: int | None = None,
     refine: str | None = None,
     matcher: str = "dmm",
     decision: str = "confident",
@@ -96,8 +97,8 @@ def segment(
         raise RunError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     direction = direction or (resume and direction_of(out)) or ("both" if given.first else "forward")
     settings = run_settings(
-        source.path, given.path, proposals, detector_weights, weights, preset=preset, backbone=backbone, refine=refine,
-        matcher=matcher, decision=decision, online=online, precision=precision, clean_masks=clean_masks,
+        source.path, given.path, proposals, detector_weights, weights, preset=preset, backbone=backbone, short_side=short_side,
+        refine=refine, matcher=matcher, decision=decision, online=online, precision=precision, clean_masks=clean_masks,
         image_id_offset=image_id_offset, direction=direction, given=given.digests,
     )  # fmt: skip
     _check_out(out, source.path, given.path)
@@ -111,7 +112,13 @@ def segment(
         check_overlay(Path(video), overwrite or overlays[0] in own, source.path)
     models = models if models is not None and budget is None else Models()
     propose, notes = proposal_source(proposals, detector_weights, image_id_offset, source, device, models.detector, precision)
-    how: dict[str, Any] = {"preset": preset, "backbone": backbone, "weights": weights, "refine": refine}
+    how: dict[str, Any] = {
+        "preset": preset,
+        "backbone": backbone,
+        "weights": weights,
+        "short_side": short_side,
+        "refine": refine,
+    }
     if go_on and online and folder.started:
         how = {"weights": folder.tuned}
         if isinstance(propose, Live) and folder.tuned_proposer.exists():
@@ -186,6 +193,7 @@ def _load(
     preset: str | None = None,
     backbone: str | None = None,
     weights: str | os.PathLike | None = None,
+    short_side: int | None = None,
     refine: str | None = None,
     matcher: str = "dmm",
     decision: str = "confident",
@@ -194,8 +202,8 @@ def _load(
     precision: str = "float32",
 ) -> Segmenter:
     return models.segmenter(
-        config_of(preset, backbone), weights=weights, refine=refine, matcher=matcher, decision=decision, device=device, graph=graph,
-        precision=precision, proposer=detector,
+        config_of(preset, backbone), weights=weights, short_side=short_side, refine=refine, matcher=matcher, decision=decision,
+        device=device, graph=graph, precision=precision, proposer=detector,
     )  # fmt: skip
 
 
@@ -241,8 +249,8 @@ def config_of(preset: str | None, backbone: str | None) -> Any:
 
 
 USUAL = {
-    "preset": None, "backbone": None, "refine": None, "matcher": "dmm", "decision": "confident", "precision": "float32",
-    "online": None, "clean_masks": False, "image_id_offset": None, "direction": "forward",
+    "preset": None, "backbone": None, "short_side": None, "refine": None, "matcher": "dmm", "decision": "confident",
+    "precision": "float32", "online": None, "clean_masks": False, "image_id_offset": None, "direction": "forward",
 }  # fmt: skip
 
 

@@ -74,6 +74,8 @@ class Segmenter:
     config: a `Config`, a preset's name, or None: that of the weights, "small" if those are not given either.
     weights: a safetensors file of this project; "imagenet" (the backbone's alone, from timm: no refinement); or None: the
     weights in the package for the preset "small", none at all without a backbone (the preset "iou").
+    short_side: frames enter the network with a short side of so many pixels, in place of the config's; smaller ones are enlarged. The
+    time for a frame grows with its square (docs/accuracy.md has what it gains).
     refine: "none", "light" or "heavy" in place of the config's; "none" leaves the matched proposals as they are.
     matcher: "dmm", or "greedy" or "hungarian" on the same cost, to compare with.
     decision: how the assignment becomes a choice: "confident" takes each row's largest entry (Section 4.1, and what
@@ -97,6 +99,7 @@ class Segmenter:
         *,
         weights: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
+        short_side: int | None = None,
         refine: str | None = None,
         proposer: Proposer | None = None,
         matcher: str = "dmm",
@@ -105,7 +108,7 @@ class Segmenter:
         graph: bool | None = None,
         precision: str = "float32",
     ) -> None:
-        resolved, weights = _resolve(config, weights, refine)
+        resolved, weights = _resolve(config, weights, refine, short_side)
         choices = (("matcher", matcher, MATCHERS), ("decision", decision, DECISIONS), ("precision", precision, PRECISIONS))
         for name, value, allowed in choices:
             if value not in allowed:
@@ -426,7 +429,7 @@ def _one_hot(columns: Tensor, size: int) -> Tensor:
 
 
 def _resolve(
-    config: Config | str | None, weights: str | os.PathLike[str] | None, refine: str | None
+    config: Config | str | None, weights: str | os.PathLike[str] | None, refine: str | None, short_side: int | None
 ) -> tuple[Config, str | os.PathLike[str] | None]:
     """The config and weights meant, where one follows from the other."""
     if weights is None and config in (None, "small"):
@@ -440,6 +443,10 @@ def _resolve(
         heavy = {} if refine == "heavy" else {"objects": "apart", "memory": 0}  # which only that knows
         follow = "matched" if refine == "none" else chosen.follow
         chosen = replace(chosen, refine=refine, follow=follow, min_certainty=0.0, **heavy)
+    if short_side is not None:
+        if chosen.backbone == "none":
+            raise ValueError("Segmenter: short_side is of a network; without a backbone (the preset iou) there is none")
+        chosen = replace(chosen, short_side=short_side, enlarge=True, input_size=None)
     return chosen, weights
 
 

@@ -36,7 +36,7 @@ class Live(nn.Module):
     def propose(self, frame: Tensor, features: list[Tensor]) -> Proposals:
         """Proposals of a frame, given its features too."""
         height, width = frame.size(1), frame.size(2)
-        if self.shared and min(height, width) >= self.net.short_side:
+        if self.shared and (self.net.enlarge or min(height, width) >= self.net.short_side):
             size = self.net.resized(height, width)
             found = self.detector.find(features[-4:], size, size, (height, width))
         else:

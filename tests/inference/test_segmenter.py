@@ -321,6 +321,8 @@ def test_bad_add_and_drop():
         ({"config": LIGHT, "weights": "imagenet"}, "refine 'light' needs a weights file"),
         ({"matcher": "sinkhorn"}, "matcher must be one of"),
         ({"decision": "best"}, "decision must be one of"),
+        ({"config": "iou", "short_side": 300}, "short_side is of a network"),
+        ({"short_side": 16}, "short_side must be None or at least 32"),
         ({"config": "coco"}, "preset must be one of"),
         ({"slots": 0}, "slots must be in 1..255"),
     ],

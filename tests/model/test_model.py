@@ -61,6 +61,7 @@ CONFIGS = {
         motion=0.5,
     ),
     "shrunk": Config(backbone="test_resnet", short_side=32, iou_weight=0.9, dykstra="carry"),
+    "enlarged": Config(backbone="test_resnet", short_side=96, enlarge=True, refine="heavy", hidden=16, follow="refined"),
 }
 
 
@@ -227,7 +228,9 @@ def test_features_do_not_depend_on_where_the_frame_is_resized(scene):
     )
 
 
-@pytest.mark.parametrize("name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("iou", (60, 90))])
+@pytest.mark.parametrize(
+    "name, size", [("features", (64, 96)), ("shrunk", (32, 48)), ("enlarged", (96, 144)), ("iou", (60, 90))]
+)
 def test_resized(name, size):
     assert make(name).resized(*SIZE) == size
 
@@ -733,6 +736,7 @@ def test_presets_carry_the_papers_numbers():
         ({"n_grad": 0}, "n_grad must be at least 1, got 0"),
         ({"dykstra": "released"}, "dykstra must be one of"),
         ({"input_size": (255, 448), "short_side": 480}, "short_side must be None when input_size is given"),
+        ({"enlarge": True}, "enlarge must be False without a short_side"),
         ({"min_cosine": 0.0}, "min_cosine must be in"),
         ({"min_certainty": 0.5}, "min_certainty must be 0 without a refinement"),
         ({"refine": "light", "backbone": "test_resnet", "min_certainty": 1.0}, "min_certainty must be in"),

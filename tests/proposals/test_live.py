@@ -43,6 +43,7 @@ def test_sharing_is_told_by_weights_and_size(detector):
     small = Segmenter()
     assert shares_backbone(small.net, detector)
     assert not shares_backbone(small.net, packaged_detector(short_side=480))
+    assert shares_backbone(Segmenter(short_side=480).net, packaged_detector(short_side=480))
     assert not shares_backbone(Segmenter("iou").net, detector)
     assert not shares_backbone(small.net, lambda frame: None)
     other = copy.deepcopy(small.net)
