@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmm_fast.commands.options import PRESETS, add_command, add_precision, check_device, check_packages, count
+from dmm_fast.commands.options import PRESETS, add_command, add_precision, add_short_side, check_device, check_packages, count
 
 SIZES = [(240, 432), (480, 854), (720, 1280), (1080, 1920), (2160, 3840)]
 RUNTIMES = ("eager", "torchscript", "pt2", "onnx", "c++ torchscript", "c++ pt2")
@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--preset", default="small", choices=PRESETS, help="the network (default: small)")
     parser.add_argument("--weights", metavar="FILE|imagenet", help="its weights, if the preset has none of its own")
+    add_short_side(parser)
     parser.add_argument("--size", type=_size, default=(255, 448), metavar="HxW", help="size of the frames (default: 255x448)")
     parser.add_argument(
         "--frame-size", type=_sizes, nargs="?", const=SIZES, metavar="HxW,...",
@@ -64,7 +65,7 @@ def run(a: argparse.Namespace) -> int:
         check_packages("onnx", "onnxscript", "onnxruntime")
     if a.threads:
         torch.set_num_threads(a.threads)
-    net = Segmenter(a.preset, weights=a.weights, device=a.device).net
+    net = Segmenter(a.preset, weights=a.weights, short_side=a.short_side, device=a.device).net
     if a.frame_size:
         report = bench_frame_sizes(
             net, sizes=a.frame_size, objects=a.objects[0] if a.objects else 3, frames=a.frames, proposals=a.proposals,

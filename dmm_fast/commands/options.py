@@ -94,11 +94,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> Any:
     )  # fmt: skip
     group.add_argument("--backbone", metavar="NAME", help="a timm backbone instead of the preset's")
     group.add_argument("--weights", metavar="FILE|imagenet", help="a .safetensors file, or ImageNet weights for the backbone")
-    group.add_argument(
-        "--short-side", type=count, metavar="PIXELS",
-        help="size at which frames enter the network, instead of the preset's (small: 240); larger shows small and thin objects better, "
-        "and takes longer by the square (400: 2.8 times)",
-    )  # fmt: skip
+    add_short_side(group)
     group.add_argument(
         "--refine", choices=("none", "light", "heavy"),
         help="mask refinement instead of the preset's; none: the masks are the matched proposals",
@@ -251,6 +247,14 @@ def complain_of(failed: dict[str, dict[str, str]], debug: bool = False, most: in
             print(why["traceback"], file=sys.stderr)
     if len(failed) > most and not debug:
         complain(f"and {len(failed) - most} more videos failed; --debug names all")
+
+
+def add_short_side(parser: Any) -> None:
+    parser.add_argument(
+        "--short-side", type=count, metavar="PIXELS",
+        help="size at which frames enter the network, instead of the preset's (small: 240); larger shows small and thin objects better, "
+        "and takes longer by the square (400: 2.8 times)",
+    )  # fmt: skip
 
 
 def add_precision(parser: Any, of: str = "") -> None:
