@@ -253,7 +253,7 @@ def add_short_side(parser: Any) -> None:
     parser.add_argument(
         "--short-side", type=count, metavar="PIXELS",
         help="size at which frames enter the network, instead of the preset's (small: 240); larger shows small and thin objects better, "
-        "and takes longer by the square (400: 2.8 times)",
+        "and some large ones worse, and takes longer (a step at 400: 5 times)",
     )  # fmt: skip
 
 
