@@ -253,7 +253,7 @@ def add_short_side(parser: Any) -> None:
     parser.add_argument(
         "--short-side", type=count, metavar="PIXELS",
         help="size at which frames enter the network, instead of the preset's (small: 240); larger shows small and thin objects better, "
-        "and some large ones worse, and takes longer (a step at 400: 5 times)",
+        "and some others worse, and takes longer (a step at 400: 5 times, on a CPU)",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ class Live(nn.Module):
     """(frame [3, H, W], state) -> the proposals that `detector` finds in the frame, and `DMMNet.step` with them.
 
     shared: the detector's body is the network's backbone, see `shares_backbone`. It then runs once for both, on frames that are at least
-    as large as it sees them: on smaller ones the detector, which enlarges them, runs its own.
+    as large as it sees them, or that the network enlarges too: on others the detector, which enlarges them, runs its own.
     """
 
     def __init__(self, net: DMMNet, detector: ProposalNetwork, shared: bool) -> None:

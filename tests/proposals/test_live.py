@@ -52,6 +52,15 @@ def test_sharing_is_told_by_weights_and_size(detector):
     assert not shares_backbone(other, detector)
 
 
+def test_smaller_frames_that_the_network_enlarges_are_shared_too(frame, monkeypatch):
+    net, network = Segmenter(short_side=300)._inference, packaged_detector(short_side=300).network
+    expected = network(frame)
+    monkeypatch.setattr(network, "forward", None)  # its own backbone is not run
+    with torch.no_grad():
+        found = Live(net, network, True).propose(frame, net.encode(frame[None]))
+    assert torch.allclose(found.scores[:3], expected[1][:3], atol=0.1)
+
+
 def test_shared_features_give_much_the_same_proposals(detector, frame):
     """The image has no padding, so that cells lie elsewhere and no figure is the same."""
     net = Segmenter()._inference
