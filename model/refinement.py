@@ -177,16 +177,18 @@ class Memory(nn.Module):
             keys = torch.cat([keys] + [part.expand(keys.size(0), -1, -1, -1) for part in [place, one, square]], 1)
         else:
             query, keys = t * with_another(query, -1.0), with_another(keys, 1.0)
-        query, known, value = query[0].flatten(1), by_cell(keys), both(masks)
+        query, known, value = query[0].flatten(1) * 1.4426950408889634, by_cell(keys), both(masks)
         # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
         # a GPU would have to wait for the answer, and could not capture the step as a graph.
-        if self.near or not keys.is_cpu:
-            total = recall(query, known, value)
-        else:
+        if self.near:
+            total = recall(query, known[0], value)
+        elif keys.is_cpu:
             total = recall_by_frame(query, known, value, valid)
+        else:
+            total = recall_each(query, known, value)
         for memory in recent:
             keys, masks = memory[:, :-1], memory[:, -1:]
-            more = recall(query, by_cell(with_another(keys, 1.0)), both(masks))
+            more = recall_each(query, by_cell(with_another(keys, 1.0)), both(masks))
             cells = float(height * width * self.frames) / float(keys.size(2) * keys.size(3))
             total = (total + cells * more) / (1.0 + self.frames)
         return total
@@ -222,7 +224,7 @@ def probabilities(logits: Tensor, valid: Tensor, rivalry: float) -> Tensor:
         return torch.sigmoid(logits)
     if rivalry == 1.0:
         return among(logits, valid)
-    odds = logits.clamp(max=40.0).flatten(1).exp() * valid[:, None]
+    odds = logits.clamp(-80.0, 40.0).flatten(1).exp() * valid[:, None]
     return (odds / (1.0 + torch.lerp(odds, odds.sum(0, keepdim=True), rivalry))).view(logits.shape)
 
 
@@ -236,11 +238,30 @@ def both(masks: Tensor) -> Tensor:
     return torch.cat([masks, 1.0 - masks], 1).flatten(2)
 
 
-def recall(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
-    """Sums of `value` [N, V, cells], weighted by the similarity of each cell in `known` [N or 1, cells, K] with each in `query`
-    [K, Q]: [N, V, Q]."""
-    similarity = torch.bmm(known, query.expand(known.size(0), -1, -1)).exp_()  # [N or 1, cells, Q]
-    return torch.matmul(value, similarity)
+def recall(query: Tensor, known: Tensor, value: Tensor, at_once: int = 1 << 20) -> Tensor:
+    """Sums of `value` [N, V, cells], weighted by 2^(k q) of each cell's k in `known` [cells, K], the same for all N, and each q in
+    `query` [K, Q]: [N, V, Q]. (Not e^(k q), which on a CPU takes 30 times as long where the result is below 1e-38.)
+
+    A CPU takes them in parts of so many similarities `at_once`, 4 MB, where there are many more: all of a frame of 400 pixels are
+    80 MB, and take twice as long.
+    """
+    part = query.size(1)
+    exported = False
+    if not torch.jit.is_scripting():
+        exported = torch.compiler.is_compiling()  # which would fix the number of parts
+    if query.is_cpu and not exported:
+        if known.size(0) * query.size(1) > 4 * at_once:
+            part = max(at_once // known.size(0) // 64 * 64, 1)
+    values = value.flatten(0, 1)
+    sums = [torch.mm(values, torch.mm(known, some).exp2_()) for some in query.split(part, 1)]
+    total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+    return total.view(value.size(0), value.size(1), query.size(1))
+
+
+def recall_each(query: Tensor, known: Tensor, value: Tensor) -> Tensor:
+    """`recall` where each object has its own frame: `known` [N, cells, K]."""
+    similarity = torch.bmm(known, query.expand(known.size(0), -1, -1)).exp2_()  # [N, cells, Q]
+    return torch.bmm(value, similarity)
 
 
 def recall_by_frame(query: Tensor, known: Tensor, value: Tensor, valid: Tensor) -> Tensor:
@@ -260,7 +281,7 @@ def recall_next(query: Tensor, known: Tensor, value: Tensor, total: Tensor, done
     slot = first(done == 0)
     frame = known.index_select(0, slot)
     alike = (known == frame).flatten(1).all(1) | (torch.arange(done.size(0), device=done.device) == slot)
-    return torch.where(alike[:, None, None], recall(query, frame, value), total), torch.maximum(done, alike.to(done.dtype))
+    return torch.where(alike[:, None, None], recall(query, frame[0], value), total), torch.maximum(done, alike.to(done.dtype))
 
 
 def _recall_in_a_loop(query: Tensor, known: Tensor, value: Tensor, total: Tensor, done: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ the model (`dmm::match`, `dmm::match_prices`, and `dmm::*_unmatched` of a call w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -158,6 +159,11 @@ def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None) -> Tensor:
     return (a[:, None] - b).abs().sum(2)
 
 
+def _exp2(x: Tensor) -> Tensor:
+    """Runtimes have a fast Exp, and a slow Pow."""
+    return torch.exp(x * math.log(2.0))
+
+
 def _sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """ONNX's TopK is stable: of equal values the one with the lower index comes first."""
     values, indices = torch.topk(x.float(), x.shape[dim], dim, largest=descending)
@@ -191,6 +197,7 @@ _OPS = {
     torch.ops.dmm.paste_masks.default: _paste_masks,
     torch.ops.dmm.upsample_argmax.default: _upsample_argmax,
     torch.ops.aten._cdist_forward.default: _cdist,
+    torch.ops.aten.exp2.default: _exp2,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten._upsample_bilinear2d_aa.default: _resize,
     torch.ops.aten._upsample_bilinear2d_aa.vec: _resize,

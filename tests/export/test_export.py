@@ -40,9 +40,9 @@ CONFIGS = {
 }
 
 
-def make(name: str) -> DMMNet:
+def make(name: str, seed: int = 0) -> DMMNet:
     """The network with random weights, so lively that refinement changes masks."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = DMMNet(CONFIGS[name]).eval()
     if net.refinement is not None:
         torch.nn.init.normal_(net.refinement.head.weight, std=5.0)
@@ -703,7 +703,8 @@ def test_layer_alone(kind, name, tmp_path):
 @pytest.mark.parametrize("name, tensors", [("heavy", 10), ("sharing", 10), ("together", 12)])
 def test_onnx_of_the_heavy_refinement(name, tensors, tmp_path):
     """Its loop over template frames; the export itself compares steps, with an object that joins, at two sizes."""
-    manifest = export("onnx", make(name), tmp_path)
+    # With seed 0, a pixel of "together" has a logit of 9e-5 in the first step: ONNX Runtime's rounding takes it to the other side.
+    manifest = export("onnx", make(name, seed=1), tmp_path)
     assert manifest.dynamic.keys() == set("NMHW") and len(manifest.state) == tensors
 
 

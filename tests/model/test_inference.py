@@ -205,7 +205,7 @@ def test_objects_share_what_they_remember_of_a_frame(monkeypatch):
     ours = follow()
 
     def each(query, known, value, valid):
-        return refinement.recall(query, known.expand(value.size(0), -1, -1), value)
+        return refinement.recall_each(query, known.expand(value.size(0), -1, -1), value)
 
     monkeypatch.setattr(refinement, "recall_by_frame", each)
     for a, b in zip(ours, follow(), strict=True):
@@ -217,7 +217,7 @@ def test_objects_share_what_they_remember_of_a_frame(monkeypatch):
 def test_every_frame_is_compared_with_once(frames, monkeypatch):
     bank, query, value = torch.rand((4, 6, 3)), torch.rand((3, 5)), torch.rand((4, 2, 6))  # 6 cells known, 5 asked for
     known = bank[frames]
-    expected = refinement.recall(query, known, value)
+    expected = refinement.recall_each(query, known, value)
     seen = []
     recall = refinement.recall
     monkeypatch.setattr(refinement, "recall", lambda q, k, v: seen.append(k) or recall(q, k, v))
