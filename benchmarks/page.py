@@ -31,7 +31,9 @@ GIVEN, LIVE = "dmm_fast, given proposals", "dmm_fast, live"
 HELD_OUT = ["breakdance-flare", "dog-agility", "motorbike", "rollerblade", "surf"]
 SINGLE, SEVERAL = ["bmx-trees", "horsejump-high"], ["schoolgirls", "puma-chair"]  # scored as foreground; by object
 PUBLISHED = {"OSVOS": "osvos2016", "RGMP": "rgmp2016", "STM": "stm2016"}  # masks of the first two, as published
-WAYS: dict[str, dict[str, Any]] = {"given": {}, "live": {}, "overlap alone": {"preset": "iou"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "given": {}, "live": {}, "detail given": {"preset": "detail"}, "detail live": {"preset": "detail"}, "overlap alone": {"preset": "iou"},
+}  # fmt: skip
 
 
 # ---- the layer, exact assignment, the steps around the layer: CPU time of one thread ----
@@ -230,7 +232,7 @@ def segment_and_score(
     from dmm_fast.inference.sets import SetJob, segment_set
 
     out = work / f"{data.name} {way}"
-    proposals = "small" if way == "live" else str(data / "proposals")
+    proposals = "small" if way.endswith("live") else str(data / "proposals")
     summary = segment_set(SetJob(str(data), str(out), proposals=proposals, options=WAYS[way]), names, progress=True)
     assert summary is not None
     if summary["failed"]:

@@ -309,6 +309,9 @@ def counted(objects: int) -> str:
     return f"{objects} object{'s' * (objects > 1)}"
 
 
+OWN = ("given", "live", "detail given", "detail live")  # of the ways that are measured, those with a network
+
+
 def accuracy(stored: dict[str, Any]) -> Iterator[str]:
     rows = stored["rows"]
     worse: list[str] = []  # whose J is better than ours
@@ -335,16 +338,16 @@ def accuracy(stored: dict[str, Any]) -> Iterator[str]:
                 [f"**{way}**" if way.startswith(OURS) else way, *(score(row["J"], row["F"]) for row in scores), score(*mean)]
             )
         yield table(["", *(f"{video} ({found[ways[0], video]['objects']})" for video in videos), "mean"], cells)
-        given = {video: found[f"{OURS}, given", video]["J"] for video in videos}
-        live = {video: found[f"{OURS}, live", video]["J"] for video in videos}
+        ours = {
+            way: {video: found[f"{OURS}, {way}", video]["J"] for video in videos} for way in OWN if f"{OURS}, {way}" in ways
+        }
+        given, live = ours["given"], ours["live"]
         for way in ways:
-            if way in (f"{OURS}, given", f"{OURS}, live"):
+            if way.removeprefix(f"{OURS}, ") in OWN:
                 continue
             for video in videos:
                 theirs = found[way, video]["J"]
-                better = [
-                    f"{name} {score(own[video])}" for name, own in (("given", given), ("live", live)) if theirs > own[video]
-                ]
+                better = [f"{name} {score(own[video])}" for name, own in ours.items() if theirs > own[video]]
                 worse += [f"{way} on {video} ({score(theirs)}; {', '.join(better)})"] if better else []
         lost = [
             f"{video} ({score(given[video])} to {score(live[video])})" for video in videos if live[video] < given[video] - 0.01

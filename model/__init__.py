@@ -4,9 +4,10 @@ from .config import PRESETS, Config
 from .inference import inference
 from .network import DMMNet
 from .state import Affinity, Candidates, Output, Proposals, State
-from .weights import digest, load_weights, packaged, read_config, read_weights, save_weights
+from .weights import PACKAGED, digest, load_weights, packaged, read_config, read_weights, save_weights
 
 __all__ = [
+    "PACKAGED",
     "PRESETS",
     "Affinity",
     "Candidates",

@@ -126,29 +126,31 @@ class Config:
 
 
 # Section 4.1. DMM-Net is ResNet-50, DMM-Net+ ResNet-101: `Config.preset("youtube-vos", backbone="resnet101")`.
+_SMALL: dict[str, Any] = {
+    "backbone": "tf_efficientnet_lite0",
+    "short_side": 240,
+    "pool": "mask",
+    "embed": 128,
+    "update": 0.3,
+    "motion": 0.5,
+    "iou_weight": 0.7,
+    "min_cosine": 0.55,
+    "refine": "heavy",
+    "hidden": 64,
+    "follow": "refined",
+    "min_certainty": 0.65,
+    "objects": "sharing",
+    "layer": "prices",
+    "n_grad": 80,
+    "n_proj": 1,
+    "lr": 5.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # Not the paper's: with nothing to train, decide like the Hungarian method.
     "iou": {"layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0},
-    # Not the paper's either: what the weights in the package were trained for, in real time on a CPU.
-    "small": {
-        "backbone": "tf_efficientnet_lite0",
-        "short_side": 240,
-        "pool": "mask",
-        "embed": 128,
-        "update": 0.3,
-        "motion": 0.5,
-        "iou_weight": 0.7,
-        "min_cosine": 0.55,
-        "refine": "heavy",
-        "hidden": 64,
-        "follow": "refined",
-        "min_certainty": 0.65,
-        "objects": "sharing",
-        "layer": "prices",
-        "n_grad": 80,
-        "n_proj": 1,
-        "lr": 5.0,
-    },
+    # Not the paper's either: what the weights in the package were trained for, in real time on a CPU, and on larger frames.
+    "small": _SMALL,
+    "detail": _SMALL | {"short_side": 400, "enlarge": True},
     "youtube-vos": {"backbone": "resnet50", "input_size": (255, 448), "iou_weight": 0.3, "refine": "light"},
     "davis": {"backbone": "resnet50", "short_side": 480, "iou_weight": 0.3, "refine": "heavy", "hidden": 128},
     "segtrack": {"backbone": "resnet50", "short_side": 800, "iou_weight": 0.9, "refine": "heavy", "hidden": 128},

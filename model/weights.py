@@ -20,6 +20,7 @@ from dmm_fast.files import whole_file
 from .config import Config
 
 FORMAT = 1
+PACKAGED = ("small", "detail")  # networks whose weights come with the package, by their presets' names
 
 
 def packaged(name: str) -> Path:
@@ -42,25 +43,28 @@ def save_weights(net: nn.Module, path: str | os.PathLike[str], about: dict[str, 
     write_tensors(path, net.state_dict(), about or {})
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, by name."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
-
-
-def read_config(path: str | os.PathLike[str]) -> Config:
-    """The settings of the network whose weights are in a safetensors file."""
+def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a safetensors file says of its weights; {} for another project's."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
+            return json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name, and those that it shares with a packaged file, its `base`."""
+    base = read_about(path).get("base")
+    if base is not None and base not in PACKAGED:
+        raise ValueError(f"weights: {path} needs weights called {base!r}, which this version of dmm_fast does not have")
+    return (read_weights(packaged(base)) if base else {}) | load_file(path)
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """The settings of the network whose weights are in a safetensors file."""
+    about = read_about(path)
     if about.get("kind", "dmm") != "dmm":
         raise ValueError(f"weights: {path} holds no DMM-Net but a {about['kind']}")
     if about.get("format") != FORMAT or "config" not in about:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN = ("given", "live", "detail given", "detail live")  # ways of ours, as benchmarks/page_text.py has them
 STORED = ROOT / "docs" / "benchmarks"
 
 
@@ -100,11 +101,15 @@ def test_a_faster_peer_is_named(section, tmp_path):
 def test_a_more_accurate_method_is_named():
     rows = json.loads((STORED / "accuracy.json").read_text())["rows"]
     closing = (ROOT / "docs" / "benchmarks.md").read_text().rpartition("**What is slower or worse.**")[2]
-    live = {(row["set"], row["video"]): row["J"] for row in rows if row["way"] == "dmm_fast, live"}
-    others = [row for row in rows if row["way"] not in ("dmm_fast, live", "dmm_fast, given")]
+    ways = {f"dmm_fast, {way}" for way in OWN}
+    own: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["way"] in ways:
+            own.setdefault((row["set"], row["video"]), []).append(row["J"])
+    others = [row for row in rows if row["way"] not in ways]
     assert {row["way"] for row in others} >= {"OSVOS", "RGMP", "STM"}
     for row in others:
-        better = row["J"] > live[row["set"], row["video"]]
+        better = row["J"] > min(own[row["set"], row["video"]])
         assert (f"{row['way']} on {row['video']} (" in closing) == better
 
 

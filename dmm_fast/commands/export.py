@@ -104,10 +104,11 @@ def run(a: argparse.Namespace) -> int:
 def _detector(a: argparse.Namespace, most: int) -> Any:
     """The proposal network to export, which finds at most so many, or None."""
     from dmm_fast.export import ExportError
+    from dmm_fast.model import PACKAGED
     from dmm_fast.proposals.base import TOP
     from dmm_fast.proposals.sources import open_proposer
 
-    own = a.weights is None and a.backbone is None and a.preset in (None, "small")
+    own = a.weights is None and a.backbone is None and a.preset in (None, *PACKAGED)
     name = a.detector or ("small" if own else "none")
     if name not in ("small", "none") and not name.endswith(".safetensors"):
         raise ExportError(f"export: --detector must be small, none or FILE.safetensors, got {name!r}")

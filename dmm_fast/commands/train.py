@@ -15,7 +15,7 @@ INTERRUPTED = 130
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "train", run, "train the network",
-        "Train the network. CONFIG is a preset (small, identity, joint, youtube-vos, davis) or a YAML file. Change settings with\n"
+        "Train the network. CONFIG is a preset (small, identity, joint, detail, youtube-vos, davis) or a YAML file. Change settings with\n"
         "KEY=VALUE, with dots for nested ones. Writes to OUT (the setting out): curve.jsonl, last.safetensors, best.safetensors,\n"
         "and state.safetensors, from which --resume continues exactly. See docs/training.md for settings and recipes.",
         ("dmm-fast train small data.path=davis16-train data.proposals=davis16-train/proposals",
@@ -93,7 +93,9 @@ def run(a: argparse.Namespace) -> int:
     if a.online is not None:
         return learn_online(a)
     if a.config is None:
-        raise ValueError("train needs a CONFIG (small, identity, joint, youtube-vos, davis or a .yaml file), or --online FRAME")
+        raise ValueError(
+            "train needs a CONFIG (small, identity, joint, detail, youtube-vos, davis or a .yaml file), or --online FRAME"
+        )
     config = read_config(a.config, a.settings + ([f"device={a.device}"] if a.device else []))
     if a.show:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")

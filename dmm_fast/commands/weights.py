@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ def add(commands: Any) -> None:
          "a copy of half the size that matches by prices"),
         ("dmm-fast weights detector.safetensors --pack small-proposals.safetensors --without backbone.body.",
          "without the weights that another file holds"),
+        ("dmm-fast weights runs/detail/last.safetensors --pack detail.safetensors --base small",
+         "without the backbone, which is that of the packaged network"),
         ("dmm-fast weights runs/identity/last.safetensors --average runs/small/last.safetensors 0.25 --pack small.safetensors",
          "three quarters of the first file, a quarter of the second, from which its training started"),
     )  # fmt: skip
@@ -33,23 +34,24 @@ def add(commands: Any) -> None:
         "--average", nargs=2, metavar=("OTHER", "SHARE"),
         help="the copy is the mean of both files, with this share of the other, in 0..1",
     )  # fmt: skip
+    parser.add_argument(
+        "--base", metavar="NAME", help="leave out weights that the packaged file NAME has too, to be read from there"
+    )
     parser.add_argument("--without", metavar="PREFIX", help="leave out weights whose names begin with this")
 
 
 def run(a: argparse.Namespace) -> int:
+    import torch
     import yaml
-    from safetensors import safe_open
 
-    from dmm_fast.model import Config, packaged, read_weights
-    from dmm_fast.model.weights import write_tensors
+    from dmm_fast.model import PACKAGED, Config, packaged, read_weights
+    from dmm_fast.model.weights import read_about, write_tensors
 
-    path = packaged("small") if a.file == "small" else Path(a.file)
-    tensors = read_weights(path)
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
+    path = packaged(a.file) if a.file in PACKAGED else Path(a.file)
+    tensors, about = read_weights(path), read_about(path)
     if a.pack is None:
-        if a.set or a.without or a.average:
-            raise ValueError("--set, --average and --without are for the copy that --pack writes")
+        if a.set or a.without or a.average or a.base:
+            raise ValueError("--set, --average, --base and --without are for the copy that --pack writes")
         count = sum(tensor.numel() for tensor in tensors.values())
         print(f"{path}: {count:,} values, {path.stat().st_size / 1e6:.1f} MB")
         print(yaml.safe_dump(about, sort_keys=False).rstrip())
@@ -65,6 +67,13 @@ def run(a: argparse.Namespace) -> int:
     if a.average:
         tensors = averaged(tensors, without(a.without, read_weights(a.average[0])), a.average)
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    about.pop("base", None)  # what was read from there is in `half` now
+    if a.base is not None:
+        if a.base not in PACKAGED:
+            raise ValueError(f"--base must be one of {PACKAGED}, got {a.base!r}")
+        base = read_weights(packaged(a.base))
+        half = {name: tensor for name, tensor in half.items() if name not in base or not torch.equal(tensor, base[name])}
+        about["base"] = a.base
     write_tensors(a.pack, half, about)
     print(f"{a.pack}: {Path(a.pack).stat().st_size / 1e6:.1f} MB")
     return 0

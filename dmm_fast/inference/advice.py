@@ -77,7 +77,10 @@ def _more_resolution(e: Explanation) -> Found:
     detector = ["--detector", given if kept else "small"]
     file = f"{e.run}-larger.json"
     first = ["dmm-fast", "proposals", e.settings["frames"], *detector, "--short-side", str(2 * min(e.size)), "--out", file]
-    larger = {"short_side": LARGER} if e.settings["preset"] != "iou" and not e.settings.get("short_side") else {}
+    larger: dict[str, Any] = {}
+    if e.settings["preset"] not in ("iou", "detail") and not e.settings.get("short_side"):
+        own = e.settings["weights"] or e.settings["backbone"]  # else there are weights for larger frames
+        larger = {"short_side": LARGER} if own else {"preset": "detail"}
     commands = [shlex.join(first), _command(e, "larger", proposals=file, **larger)]
     yield _cost(hit, "loss"), Advice("More resolution", why, text, commands)
 

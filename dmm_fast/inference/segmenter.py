@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmm_fast.inference.graph import Graph, GraphStep, pad
 from dmm_fast.model import (
+    PACKAGED,
     Config,
     DMMNet,
     Output,
@@ -42,7 +43,7 @@ from dmm_fast.proposals.traceable import ProposalNetwork
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
 PRECISIONS = ("float32", "bfloat16")
-FORMAT = 3  # of saved sessions
+FORMAT = 4  # of saved sessions
 
 Frame = np.ndarray | Tensor
 Masks = np.ndarray | Tensor | Mapping[int, Any]
@@ -73,7 +74,7 @@ class Segmenter:
 
     config: a `Config`, a preset's name, or None: that of the weights, "small" if those are not given either.
     weights: a safetensors file of this project; "imagenet" (the backbone's alone, from timm: no refinement); or None: the
-    weights in the package for the preset "small", none at all without a backbone (the preset "iou").
+    weights in the package for the presets "small" and "detail", none at all without a backbone (the preset "iou").
     short_side: frames enter the network with a short side of so many pixels, in place of the config's; smaller ones are enlarged. At
     400 in place of 240, a step takes 5 times as long on a CPU (docs/accuracy.md has what it gains).
     refine: "none", "light" or "heavy" in place of the config's; "none" leaves the matched proposals as they are.
@@ -119,6 +120,7 @@ class Segmenter:
         self.device = open_device(device)
         self.proposer = proposer
         self.graph = graph_wanted(graph, self.device, matcher, decision)
+        self._packaged = next((name for name in PACKAGED if weights == packaged(name)), None)
         self.net = _build(resolved, weights).to(self.device).eval()
         self.precision = precision
         self.note = _note(resolved, weights)
@@ -341,6 +343,7 @@ class Segmenter:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "weights": self._digest,
+            "packaged": self._packaged,
             "slot_ids": self._slot_ids,
             "matcher": self.matcher,
             "decision": self.decision,
@@ -362,8 +365,8 @@ class Segmenter:
         """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
         config = Config.from_dict(session["config"])
-        if weights is None and config.backbone == Config.preset("small").backbone:
-            weights = packaged("small")
+        if weights is None and session["packaged"] is not None:
+            weights = packaged(session["packaged"])
         segmenter = cls(
             config,
             weights=weights,
@@ -432,8 +435,8 @@ def _resolve(
     config: Config | str | None, weights: str | os.PathLike[str] | None, refine: str | None, short_side: int | None
 ) -> tuple[Config, str | os.PathLike[str] | None]:
     """The config and weights meant, where one follows from the other."""
-    if weights is None and config in (None, "small"):
-        weights = packaged("small")
+    if weights is None and (config is None or config in PACKAGED):
+        weights = packaged(config or "small")
     if config is None:
         config = "davis" if weights == "imagenet" else read_config(weights)
     chosen = config if isinstance(config, Config) else Config.preset(config)
@@ -458,7 +461,7 @@ def _build(config: Config, weights: str | os.PathLike[str] | None) -> DMMNet:
     if weights is None:
         raise ValueError(
             f"Segmenter: backbone {config.backbone!r} needs weights: 'imagenet' or a safetensors file of this project; "
-            "the preset 'small' has its own, the preset 'iou' needs none"
+            f"the presets {' and '.join(map(repr, PACKAGED))} have their own, the preset 'iou' needs none"
         )
     if weights == "imagenet":
         if config.refine != "none":
@@ -477,7 +480,8 @@ def _note(config: Config, weights: str | os.PathLike[str] | None) -> str:
     if config.backbone == "none":
         return "matching on mask overlap alone, no trained weights: the masks are the matched proposals"
     masks = "the masks are the matched proposals" if config.refine == "none" else f"{config.refine} refinement"
-    origin = {"imagenet": "ImageNet", packaged("small"): "small, in the package"}.get(weights, weights)
+    origins = {packaged(name): f"{name}, in the package" for name in PACKAGED}
+    origin = {"imagenet": "ImageNet", **origins}.get(weights, weights)
     return f"matching on overlap and features of {config.backbone} ({origin}); {masks}"
 
 

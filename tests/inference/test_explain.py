@@ -214,7 +214,8 @@ def figures(clip, best, matched, j, area=2000, **settings):
         (0.9, 0.2, 0.2, {"preset": "iou"}, "Appearance", "--preset small"),
         (0.9, 0.9, 0.4, {}, "Other refinement", "--online 30"),
         (0.3, 0.3, 0.3, {"area": 20}, "More resolution", "--short-side 192"),
-        (0.3, 0.3, 0.3, {"area": 20}, "More resolution", "--short-side 400"),
+        (0.3, 0.3, 0.3, {"area": 20}, "More resolution", "--preset detail"),
+        (0.3, 0.3, 0.3, {"area": 20, "weights": "mine.safetensors"}, "More resolution", "--short-side 400"),
         (0.9, 0.9, 0.85, {}, None, None),
     ],
 )
@@ -242,9 +243,10 @@ def test_online_is_for_single_objects(clip):
 def test_a_small_object_is_told_with_its_j(clip):
     (why,) = next(one for one in advise(figures(clip, 0.3, 0.3, 0.28, area=20)) if one.title == "More resolution").why
     assert re.fullmatch(r"object 1: \d+ pixels in a frame of 240 lines; J is 0\.28", why)
-    for settings in ({"preset": "iou"}, {"short_side": 300}):  # nothing to enlarge, or done
+    for settings in ({"preset": "iou"}, {"preset": "detail"}, {"short_side": 300}):  # nothing to enlarge, or done
         (one,) = [one for one in advise(figures(clip, 0.3, 0.3, 0.28, area=20, **settings)) if one.title == "More resolution"]
         assert "--short-side 400" not in one.commands[1]
+        assert ("--preset detail" in one.commands[1]) == (settings == {"preset": "detail"})
 
 
 def test_every_advised_command_can_be_typed(clip, run):

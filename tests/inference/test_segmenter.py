@@ -137,9 +137,11 @@ def test_spare_slots_change_nothing(light):
         assert np.array_equal(a.ids, b.ids) and [o.proposal for o in a.objects] == [o.proposal for o in b.objects]
 
 
-@pytest.mark.parametrize("options", [{}, {"matcher": "hungarian", "decision": "assign", "slots": 5}, {"config": LIGHT}])
+@pytest.mark.parametrize(
+    "options", [{}, {"matcher": "hungarian", "decision": "assign", "slots": 5}, {"config": LIGHT}, {"config": "detail"}]
+)
 def test_save_and_load_resume_identically(options, light, tmp_path):
-    weights = light if "config" in options else None
+    weights = light if options.get("config") is LIGHT else None  # the packaged ones are found
     segmenter = started(weights=weights, **options)
     for t in range(1, 4):
         segmenter.step(frame(t), proposals(t, (3, 200) if t == 2 else (3, 7, 200)))
@@ -166,7 +168,7 @@ def test_load_refuses(light, tmp_path):
         Segmenter.load(session, weights=tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="needs weights"):
         Segmenter.load(session)
-    with pytest.raises(ValueError, match="not a session of format 3, but None"):
+    with pytest.raises(ValueError, match="not a session of format 4, but None"):
         Segmenter.load(light)
     with safe_open(session, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dmm_fast.model import Config, DMMNet, Proposals, packaged, read_config, save_weights
+from dmm_fast.model import PACKAGED, Config, DMMNet, Proposals, packaged, read_config, read_weights, save_weights
 from dmm_fast.model.masks import mask_boxes
 
 from dmm_fast.commands.main import main
@@ -271,8 +271,12 @@ def test_a_session_with_the_packaged_weights_goes_on(pond, tmp_path):
 
 def test_packaged_weights():
     files = [packaged("small"), packaged("small-proposals")]
-    assert sum(file.stat().st_size for file in files) <= 16e6
-    assert read_config(files[0]) == Config.preset("small")
+    assert sum(file.stat().st_size for file in [*files, packaged("detail")]) <= 16e6
+    assert {name: read_config(packaged(name)) for name in PACKAGED} == {name: Config.preset(name) for name in PACKAGED}
+    small, detail = (read_weights(packaged(name)) for name in PACKAGED)
+    assert detail.keys() == small.keys()  # one backbone, stored once, and other heads
+    assert all(torch.equal(detail[name], small[name]) for name in small if name.startswith("backbone."))
+    assert sum(not torch.equal(detail[name], small[name]) for name in small) > 40
     with pytest.raises(ValueError, match="holds no DMM-Net but a detector"):
         read_config(files[1])
     assert Segmenter().config == Config.preset("small")

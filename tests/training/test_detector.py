@@ -350,6 +350,28 @@ def test_training_goes_on_from_the_packaged_network(dataset, tmp_path, capsys):
     assert all(torch.allclose(mean[name].float(), 2 * tensor.float(), rtol=2e-3, atol=1e-5) for name, tensor in old.items())
 
 
+def test_weights_on_a_packaged_base(tmp_path, capsys):
+    """Only what differs is stored, and read back with the rest; the copy of such a file is whole again."""
+    net = DMMNet(read_config(packaged("small")))
+    load_weights(net, read_weights(packaged("small")))
+    with torch.no_grad():
+        net.embed.weight.mul_(2)
+    mine, slim, whole = (tmp_path / f"{name}.safetensors" for name in ("mine", "slim", "whole"))
+    save_weights(net, mine, {"format": 1, "config": net.config.to_dict()})
+    assert main(["weights", str(mine), "--pack", str(slim), "--base", "small"]) == 0
+    assert load_file(slim).keys() == {"embed.weight"}
+    assert main(["weights", str(slim), "--pack", str(whole)]) == 0
+    old, new = read_weights(packaged("small")), load_file(whole)
+    assert new.keys() == old.keys() == read_weights(slim).keys()
+    assert all(torch.equal(new[name], 2 * old[name] if name == "embed.weight" else old[name]) for name in old)
+    assert main(["weights", str(mine), "--base", "small"]) == 2 and "--pack" in capsys.readouterr().err
+    assert main(["weights", str(mine), "--pack", str(slim), "--base", "large"]) == 2
+    assert "--base must be one of ('small', 'detail'), got 'large'" in capsys.readouterr().err
+    save_file(load_file(slim), slim, {"dmm_fast": json.dumps({"format": 1, "base": "large"})})
+    with pytest.raises(ValueError, match="needs weights called 'large', which this version of dmm_fast does not have"):
+        read_weights(slim)
+
+
 def test_training_with_the_backbone_of_a_segmentation_network(dataset, tmp_path, capsys, monkeypatch):
     """A network whose backbone has learned shares it with a detector that was trained for it, and with no other."""
     net = DMMNet(read_config(packaged("small")))
