@@ -72,6 +72,10 @@ def run(a: argparse.Namespace) -> int:
         raise ExportError("export: a TorchScript takes every size and all kinds of masks; leave those options out")
     if a.only is not None and (a.detector not in (None, "none") or a.masks or sizes.varying != list("NMHW")):
         raise ExportError(f"export: --only {a.only} takes every size, and no --detector; leave those options out")
+    of_the_network = [name for name in ("backbone", "weights", "short_side", "refine") if getattr(a, name) is not None]
+    if a.only is not None and of_the_network:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in of_the_network)
+        raise ExportError(f"export: --only {a.only} is the layer of the --preset, without its network; leave out {named}")
     options: dict[str, Any] = {"only": a.only}
     if a.only is None:
         if a.format != "torchscript":

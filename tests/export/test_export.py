@@ -336,6 +336,10 @@ def test_command(tmp_path, capsys):
         (["--objects", "3"], "a TorchScript takes every size"),
         (["--only", "match", "--objects", "3", "--format", "onnx"], "--only match takes every size"),
         (["--only", "match", "--detector", "small"], "--only match takes every size, and no --detector"),
+        (
+            ["--only", "match", "--short-side", "300"],
+            "--only match is the layer of the --preset, without its network; leave out --short-side",
+        ),
         (["--preset", "iou", "--detector", "torchvision"], "--detector must be small, none or FILE.safetensors"),
         (["--preset", "iou", "--detector", "none.safetensors"], "no such file of detector weights"),
         (
