@@ -20,7 +20,8 @@ from dmm_fast.files import whole_file
 from .config import Config
 
 FORMAT = 1
-PACKAGED = ("small", "detail")  # networks whose weights come with the package, by their presets' names
+PACKAGED = ("small", "detail")
+"""Networks whose weights come with the package, by the names of their presets."""
 
 
 def packaged(name: str) -> Path:

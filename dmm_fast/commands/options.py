@@ -90,7 +90,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--preset", choices=PRESETS,
         help="small: the trained network in the package (default); detail: trained for larger frames (400 pixels), better on small or "
-        "thin objects and on several that are alike, at 2 to 4 times the time of a step; iou: mask overlap alone, no network; the others "
+        "thin objects and on several that are alike, at about 4 times the time of a step; iou: mask overlap alone, no network; the others "
         "are the paper's settings and need weights. With --weights FILE the default is the preset the file was made for",
     )  # fmt: skip
     group.add_argument("--backbone", metavar="NAME", help="a timm backbone instead of the preset's")
