@@ -102,8 +102,8 @@ class Beside:
 class TrainConfig:
     """One training run.
 
-    pretrained: imagenet (the backbone's weights, from an installed package that carries them or through timm), none, small (the
-    packaged network's), or a safetensors file of this project. freeze: the backbone stays as it is. assignment: layer, or detached: the Hungarian
+    pretrained: imagenet (the backbone's weights, from an installed package that carries them or through timm), none, small or detail
+    (a packaged network's), or a safetensors file of this project. freeze: the backbone stays as it is. assignment: layer, or detached: the Hungarian
     assignment of the detached cost takes its place (Table 4's comparison). batch: clips per step, over all processes;
     accumulate: in so many parts, one after the other. ema: decay of the averaged weights, which are validated and shipped;
     0 for none. save_seconds: between checkpoints. detector: a proposal network that learns beside; default none.
