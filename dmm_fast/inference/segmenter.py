@@ -43,7 +43,7 @@ from dmm_fast.proposals.traceable import ProposalNetwork
 MATCHERS = ("dmm", "greedy", "hungarian")
 DECISIONS = ("confident", "assign")
 PRECISIONS = ("float32", "bfloat16")
-FORMAT = 4  # of saved sessions
+FORMAT = 3  # of saved sessions
 
 Frame = np.ndarray | Tensor
 Masks = np.ndarray | Tensor | Mapping[int, Any]
@@ -120,7 +120,6 @@ class Segmenter:
         self.device = open_device(device)
         self.proposer = proposer
         self.graph = graph_wanted(graph, self.device, matcher, decision)
-        self._packaged = next((name for name in PACKAGED if weights == packaged(name)), None)
         self.net = _build(resolved, weights).to(self.device).eval()
         self.precision = precision
         self.note = _note(resolved, weights)
@@ -343,7 +342,6 @@ class Segmenter:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "weights": self._digest,
-            "packaged": self._packaged,
             "slot_ids": self._slot_ids,
             "matcher": self.matcher,
             "decision": self.decision,
@@ -365,8 +363,9 @@ class Segmenter:
         """Go on from a file written by `save`, with the same `weights`; results are those without the break."""
         session, state, frame, ids = _read_session(path)
         config = Config.from_dict(session["config"])
-        if weights is None and session["packaged"] is not None:
-            weights = packaged(session["packaged"])
+        if weights is None and config.backbone == Config.preset("small").backbone:
+            files = map(packaged, PACKAGED)  # of which one may have the session's weights
+            weights = next((file for file in files if digest(_build(config, file)) == session["weights"]), packaged("small"))
         segmenter = cls(
             config,
             weights=weights,

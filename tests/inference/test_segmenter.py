@@ -168,7 +168,7 @@ def test_load_refuses(light, tmp_path):
         Segmenter.load(session, weights=tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="needs weights"):
         Segmenter.load(session)
-    with pytest.raises(ValueError, match="not a session of format 4, but None"):
+    with pytest.raises(ValueError, match="not a session of format 3, but None"):
         Segmenter.load(light)
     with safe_open(session, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
