@@ -183,10 +183,13 @@ def test_objects_that_all_end_and_come_back(project, demo):
 
 def test_a_project_goes_on_after_a_kill(project, demo, tmp_path):
     give(project, demo, 0)
-    runner = worker(project, demo, lambda event: event.get("frame") == 6 and runner._stop.set())
+    runner = worker(project, demo, lambda event: None)
+    one = runner._one
+    # Not by its event, which may come when four more frames are done.
+    runner._one = lambda index, frame: index == 6 and runner._stop.set() or one(index, frame)
     runner.start()
     runner._thread.join()
-    assert project.next_open() in (7, 8, 9)
+    assert project.next_open() == 7
     with project._journal.open("a") as journal:
         journal.write('{"frame": 9, "st')  # cut short
     project._lock_file.close()  # as the end of its process does
