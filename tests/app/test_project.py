@@ -185,8 +185,13 @@ def test_a_project_goes_on_after_a_kill(project, demo, tmp_path):
     give(project, demo, 0)
     runner = worker(project, demo, lambda event: None)
     one = runner._one
-    # Not by its event, which may come when four more frames are done.
-    runner._one = lambda index, frame: index == 6 and runner._stop.set() or one(index, frame)
+
+    def until_6(index, frame):  # not by its event, which may come when four more frames are done
+        if index == 6:
+            runner._stop.set()
+        return one(index, frame)
+
+    runner._one = until_6
     runner.start()
     runner._thread.join()
     assert project.next_open() == 7
