@@ -177,7 +177,7 @@ class Memory(nn.Module):
             keys = torch.cat([keys] + [part.expand(keys.size(0), -1, -1, -1) for part in [place, one, square]], 1)
         else:
             query, keys = t * with_another(query, -1.0), with_another(keys, 1.0)
-        query, known, value = query[0].flatten(1) * 1.4426950408889634, by_cell(keys), both(masks)
+        query, known, value = query[0].flatten(1) * 1.4426950408889634, by_cell(keys), both(masks)  # log2 e: `recall` takes 2^x
         # Objects that were given in one frame, as most are, have the same keys. Which have is asked where that costs little:
         # a GPU would have to wait for the answer, and could not capture the step as a graph.
         if self.near:
@@ -251,7 +251,7 @@ def recall(query: Tensor, known: Tensor, value: Tensor, at_once: int = 1 << 20) 
         exported = torch.compiler.is_compiling()  # which would fix the number of parts
     if query.is_cpu and not exported:
         if known.size(0) * query.size(1) > 4 * at_once:
-            part = max(at_once // known.size(0) // 64 * 64, 1)
+            part = max(at_once // known.size(0) // 64, 1) * 64
     values = value.flatten(0, 1)
     sums = [torch.mm(values, torch.mm(known, some).exp2_()) for some in query.split(part, 1)]
     total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)

@@ -29,6 +29,11 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("dmm_fast"))) / "weights" / f"{name}.safetensors"
 
 
+def weights_file(name: str | os.PathLike[str]) -> Path:
+    """The file of weights called `name`: of a packaged network, or a path."""
+    return packaged(str(name)) if name in PACKAGED else Path(name)
+
+
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
     """Write a safetensors file with `about` as JSON in its metadata; it appears whole or not at all."""
     # Cloned where memory is shared (tied weights), which the format does not allow; contiguous, as channels-last is not.
@@ -50,9 +55,16 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"weights: no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("dmm_fast", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+            text = (file.metadata() or {}).get("dmm_fast", "{}")
+    except SafetensorError as error:
         raise ValueError(f"weights: {path} is not a whole safetensors file ({error})") from error
+    try:
+        about = json.loads(text)
+    except json.JSONDecodeError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"weights: what {path} says of its weights cannot be read: {text[:60]!r}")
+    return about
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

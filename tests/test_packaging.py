@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = os.environ.get("DMM_DIST")
-WEIGHTS = {"small.safetensors", "small-proposals.safetensors", "README.md"}
+WEIGHTS = {"small.safetensors", "detail.safetensors", "small-proposals.safetensors", "README.md"}
 MEGABYTES = 40
 
 
@@ -81,6 +81,7 @@ def test_contents(wheel):
         "lib/libdmm_cpu.so",
         "lib/build.json",
         "training/small.yaml",
+        "training/detail.yaml",
         "app/static/index.html",
         "app/static/style.css",
         "app/static/main.js",

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     online.add_argument("--online", metavar="FRAME", help="an image: fit a trained network to it")
     online.add_argument("--masks", metavar="FIRST.png|DIR", help="its objects")
     online.add_argument("--proposals", metavar="FILE", help="a COCO results file with its proposals (default: simulated ones)")
-    online.add_argument("--weights", metavar="FILE", help="weights to start from (default: the packaged network)")
+    online.add_argument("--weights", metavar="FILE", help="weights to start from: a file, small (default) or detail")
     online.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
     online.add_argument("--out", metavar="FILE", help="the weights to write")
     parser.add_argument(
@@ -63,6 +63,7 @@ def learn_online(a: argparse.Namespace) -> int:
     from dmm_fast.data.masks import read_first_masks
     from dmm_fast.data.video import read_image
     from dmm_fast.inference.segmenter import Segmenter
+    from dmm_fast.model.weights import weights_file
     from dmm_fast.proposals.coco import read_coco
 
     if a.config is not None or a.masks is None or a.out is None:
@@ -76,7 +77,7 @@ def learn_online(a: argparse.Namespace) -> int:
     proposals = read_coco(a.proposals).frame(Path(a.online).stem, frame.shape[:2]) if a.proposals else None
     if proposals is not None and not len(proposals.scores):
         notes = [*notes, f"{a.proposals}: no proposals for image id {Path(a.online).stem}; they are made of the masks"]
-    segmenter = Segmenter(weights=a.weights, device=device)
+    segmenter = Segmenter(weights=weights_file(a.weights or "small"), device=device)
     steps = segmenter.tune(frame, ids, proposals, seconds=a.seconds, progress=not a.quiet)
     segmenter.save_weights(a.out)
     for note in notes:

@@ -27,7 +27,9 @@ def add(commands: Any) -> None:
         ("dmm-fast weights runs/identity/last.safetensors --average runs/small/last.safetensors 0.25 --pack small.safetensors",
          "three quarters of the first file, a quarter of the second, from which its training started"),
     )  # fmt: skip
-    parser.add_argument("file", nargs="?", default="small", metavar="FILE", help="(default: the file in the package)")
+    parser.add_argument(
+        "file", nargs="?", default="small", metavar="FILE", help="a file, small or detail (default: small, in the package)"
+    )
     parser.add_argument("--pack", metavar="OUT", help="write a half-precision copy")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network in the copy")
     parser.add_argument(
@@ -45,9 +47,9 @@ def run(a: argparse.Namespace) -> int:
     import yaml
 
     from dmm_fast.model import PACKAGED, Config, packaged, read_weights
-    from dmm_fast.model.weights import read_about, write_tensors
+    from dmm_fast.model.weights import read_about, weights_file, write_tensors
 
-    path = packaged(a.file) if a.file in PACKAGED else Path(a.file)
+    path = weights_file(a.file)
     tensors, about = read_weights(path), read_about(path)
     if a.pack is None:
         if a.set or a.without or a.average or a.base:
@@ -65,13 +67,17 @@ def run(a: argparse.Namespace) -> int:
         about["config"] = Config.from_dict(about["config"] | {k: yaml.safe_load(v) for k, v in changes.items()}).to_dict()
     tensors = without(a.without, tensors)
     if a.average:
-        tensors = averaged(tensors, without(a.without, read_weights(a.average[0])), a.average)
+        tensors = averaged(tensors, without(a.without, read_weights(weights_file(a.average[0]))), a.average)
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     about.pop("base", None)  # what was read from there is in `half` now
     if a.base is not None:
         if a.base not in PACKAGED:
             raise ValueError(f"--base must be one of {PACKAGED}, got {a.base!r}")
         base = read_weights(packaged(a.base))
+        if absent := sorted(base.keys() - half.keys()):
+            raise ValueError(
+                f"--base {a.base}: it has {absent[0]} and {len(absent) - 1} more that the copy has not, and that would come back"
+            )
         half = {name: tensor for name, tensor in half.items() if name not in base or not torch.equal(tensor, base[name])}
         about["base"] = a.base
     write_tensors(a.pack, half, about)

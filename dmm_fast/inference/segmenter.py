@@ -75,8 +75,7 @@ class Segmenter:
     config: a `Config`, a preset's name, or None: that of the weights, "small" if those are not given either.
     weights: a safetensors file of this project; "imagenet" (the backbone's alone, from timm: no refinement); or None: the
     weights in the package for the presets "small" and "detail", none at all without a backbone (the preset "iou").
-    short_side: frames enter the network with a short side of so many pixels, in place of the config's; smaller ones are enlarged. At
-    400 in place of 240, a step takes 5 times as long on a CPU (docs/accuracy.md has what it gains).
+    short_side: frames enter the network with a short side of so many pixels, in place of the config's; smaller ones are enlarged.
     refine: "none", "light" or "heavy" in place of the config's; "none" leaves the matched proposals as they are.
     matcher: "dmm", or "greedy" or "hungarian" on the same cost, to compare with.
     decision: how the assignment becomes a choice: "confident" takes each row's largest entry (Section 4.1, and what

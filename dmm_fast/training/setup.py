@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dmm_fast.model import PACKAGED, DMMNet, load_weights, packaged, read_weights
+from dmm_fast.model import DMMNet, load_weights, read_weights
+from dmm_fast.model.weights import weights_file
 from dmm_fast.training.beside import is_beside
 from dmm_fast.training.config import ConfigError, TrainConfig
 from dmm_fast.training.imagenet import imagenet_weights
@@ -26,8 +27,7 @@ def build_net(config: TrainConfig) -> tuple[DMMNet, set[str]]:
         load_weights(net.backbone, imagenet_weights(config.model.backbone), "ImageNet")
         known = {name for name in net.state_dict() if name.startswith("backbone.")}
     elif config.pretrained != "none":
-        path = packaged(config.pretrained) if config.pretrained in PACKAGED else config.pretrained
-        load_weights(net, widened(read_weights(path), net.state_dict()), config.pretrained)
+        load_weights(net, widened(read_weights(weights_file(config.pretrained)), net.state_dict()), config.pretrained)
         known = set(net.state_dict())
     net.train()
     net.backbone.requires_grad_(not config.freeze)

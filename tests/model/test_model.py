@@ -499,7 +499,7 @@ def test_memory_is_a_sum_over_cells(near):
 
 
 @pytest.mark.parametrize("at_once", [1, 1300, 2600])
-def test_memory_in_parts(at_once):
+def test_memory_in_parts(at_once, monkeypatch):
     """The sums of a large frame are taken a part of the cells at a time, of which the last may be smaller; gradients too."""
     torch.manual_seed(0)
     leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((8, 535), (20, 8), (3, 2, 20))]
@@ -509,6 +509,14 @@ def test_memory_in_parts(at_once):
         return total, *torch.autograd.grad(total.square().sum(), leaves)
 
     torch.testing.assert_close(sums(at_once=at_once), sums())
+    widths: list[int] = []
+    query, known, value = (leaf.detach() for leaf in leaves)
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: widths.append(b.size(1)) or mm(a, b))
+    parts = recall(query, known, value, at_once)
+    assert 64 <= max(widths) < 535 and len(widths) > 2  # two products a part, however many the cells
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.jit.script(recall)(query, known, value, at_once), parts)
 
 
 def test_heavy_refinement_tells_objects_apart(scene):

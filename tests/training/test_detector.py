@@ -367,6 +367,17 @@ def test_weights_on_a_packaged_base(tmp_path, capsys):
     assert main(["weights", str(mine), "--base", "small"]) == 2 and "--pack" in capsys.readouterr().err
     assert main(["weights", str(mine), "--pack", str(slim), "--base", "large"]) == 2
     assert "--base must be one of ('small', 'detail'), got 'large'" in capsys.readouterr().err
+    # What the copy does not have would come back from the base.
+    for words in ([str(packaged("small-proposals"))], ["detail", "--without", "refinement."]):
+        assert (
+            main(["weights", *words, "--pack", str(tmp_path / "no"), "--base", "small"]) == 2 and not (tmp_path / "no").exists()
+        )
+        assert "more that the copy has not" in capsys.readouterr().err
+    assert main(["weights", "detail", "--average", "small", "0.5", "--pack", str(whole)]) == 0
+    for text in ("[1]", "no JSON"):
+        save_file(load_file(slim), mine, {"dmm_fast": text})
+        with pytest.raises(ValueError, match="says of its weights cannot be read"):
+            read_weights(mine)
     save_file(load_file(slim), slim, {"dmm_fast": json.dumps({"format": 1, "base": "large"})})
     with pytest.raises(ValueError, match="needs weights called 'large', which this version of dmm_fast does not have"):
         read_weights(slim)
