@@ -125,7 +125,6 @@ class Config:
         return cls(**values)
 
 
-# Section 4.1. DMM-Net is ResNet-50, DMM-Net+ ResNet-101: `Config.preset("youtube-vos", backbone="resnet101")`.
 _SMALL: dict[str, Any] = {
     "backbone": "tf_efficientnet_lite0",
     "short_side": 240,
@@ -145,6 +144,7 @@ _SMALL: dict[str, Any] = {
     "n_proj": 1,
     "lr": 5.0,
 }
+# Section 4.1. DMM-Net is ResNet-50, DMM-Net+ ResNet-101: `Config.preset("youtube-vos", backbone="resnet101")`.
 PRESETS: dict[str, dict[str, Any]] = {
     # Not the paper's: with nothing to train, decide like the Hungarian method.
     "iou": {"layer": "prices", "n_grad": 80, "n_proj": 1, "lr": 5.0},

@@ -240,7 +240,7 @@ def both(masks: Tensor) -> Tensor:
 
 def recall(query: Tensor, known: Tensor, value: Tensor, at_once: int = 1 << 20) -> Tensor:
     """Sums of `value` [N, V, cells], weighted by 2^(k q) of each cell's k in `known` [cells, K], the same for all N, and each q in
-    `query` [K, Q]: [N, V, Q]. (Not e^(k q), which on a CPU takes 30 times as long where the result is below 1e-38.)
+    `query` [K, Q]: [N, V, Q]. (Not e^(k q), which on a CPU takes up to 30 times as long where the result is below 1e-38.)
 
     A CPU takes them in parts of so many similarities `at_once`, 4 MB, where there are many more: all of a frame of 400 pixels are
     80 MB, and take twice as long.
